@@ -1,0 +1,79 @@
+"""Which arithmetic computes a product of given operands: the fastest that is exact for them, and the scales it wants."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fmaq.kernels.arithmetic import FLOAT32_EMIN, Arithmetic, General64, Scaled32
+from fmaq.kernels.ranges import Range
+from fmaq.kernels.targets import Target
+from fmaq.numerics import Accumulator, FloatFormat
+
+
+@dataclass(frozen=True)
+class Choice:
+    """An arithmetic, and the powers of two that A and B are multiplied with on packing."""
+
+    arithmetic: Arithmetic
+    a_exponent: int = 0
+    b_exponent: int = 0
+
+
+def choose(acc: Accumulator, target: Target, a: Range, b: Range, depth: int) -> Choice:
+    """The arithmetic for operands of these ranges, neither of them all zero, and a sum of `depth` products."""
+    fast = _scaled32(acc, target, a, b, depth)
+    return fast if fast is not None else Choice(General64(acc))
+
+
+def _scaled32(acc: Accumulator, target: Target, a: Range, b: Range, depth: int) -> Choice | None:
+    formats = [f for f in (acc.format, acc.product) if f is not None]
+    if acc.rounding != "toward_zero" or not target.fused or not all(isinstance(f, FloatFormat) for f in formats):
+        return None
+    largest = a.largest * b.largest
+    is_exact, is_masked, is_clamped = True, False, False
+    if acc.product is not None:
+        tiny = acc.product.tiny if acc.underflow else 2.0**FLOAT32_EMIN
+        is_masked = a.significant + b.significant > acc.product.mantissa + 1  # type: ignore[union-attr]
+        is_clamped = largest > acc.product.max
+        is_exact = not is_masked and not is_clamped and a.smallest * b.smallest >= tiny
+        largest = min(largest, acc.product.max)
+    terms = depth if acc.chunk is None else min(depth, acc.chunk)
+    arithmetic = Scaled32(acc, is_exact, is_masked, is_clamped, sum_clamped=largest * terms > acc.format.max)
+    if not _constants_fit(arithmetic):
+        return None
+    exponents = (_exact_scales if is_exact else _flushing_scales)(arithmetic.product_scale, a, b)
+    return None if exponents is None else Choice(arithmetic, *exponents)
+
+
+def _constants_fit(arithmetic: Scaled32) -> bool:
+    """The powers of two that a step and the result are multiplied with are normal float32."""
+    lift = arithmetic.sum_scale - arithmetic.product_scale
+    return abs(lift) <= 126 and abs(arithmetic.output_exponent) <= 126
+
+
+def _flushing_scales(total: int, a: Range, b: Range) -> tuple[int, int] | None:
+    """Exponents that add up to `total` and bring both operands below 1.
+
+    An operand that becomes subnormal on the way is flushed; its product, with an operand below 1, is then below 2^−126 and is
+    flushed anyway, as it must be.
+    """
+    slack = -a.above - b.above - total
+    if slack < 0:
+        return None
+    a_exponent = -a.above - slack // 2
+    return _normal(a_exponent, total - a_exponent)
+
+
+def _exact_scales(total: int, a: Range, b: Range) -> tuple[int, int] | None:
+    """Exponents that add up to `total` and keep every nonzero operand a normal float32."""
+    low = max(FLOAT32_EMIN - a.below, total - (127 - b.above))
+    high = min(127 - a.above, total - (FLOAT32_EMIN - b.below))
+    if low > high:
+        return None
+    a_exponent = min(max(total // 2, low), high)
+    return _normal(a_exponent, total - a_exponent)
+
+
+def _normal(a_exponent: int, b_exponent: int) -> tuple[int, int] | None:
+    """The exponents, if float32 holds their powers of two as normal numbers."""
+    return (a_exponent, b_exponent) if max(abs(a_exponent), abs(b_exponent)) <= 126 else None

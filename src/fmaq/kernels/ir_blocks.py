@@ -1,0 +1,74 @@
+"""Structured loops and conditions over llvmlite's basic blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from llvmlite import ir
+
+I1, I8, I32, I64 = ir.IntType(1), ir.IntType(8), ir.IntType(32), ir.IntType(64)
+F32, F64 = ir.FloatType(), ir.DoubleType()
+POINTER = ir.PointerType()
+
+Value = ir.Value
+
+
+def i64(value: int) -> ir.Constant:
+    """A 64-bit integer constant."""
+    return ir.Constant(I64, value)
+
+
+def i32(value: int) -> ir.Constant:
+    """A 32-bit integer constant."""
+    return ir.Constant(I32, value)
+
+
+def for_range(
+    b: ir.IRBuilder,
+    start: Value,
+    stop: Value,
+    initial: Sequence[Value],
+    body: Callable[[Value, list[Value]], Sequence[Value]],
+    step: int = 1,
+) -> list[Value]:
+    """`for i in range(start, stop, step): values = body(i, values)`; returns the values after the loop."""
+    before = b.block
+    head, inside, after = (b.append_basic_block(name) for name in ("head", "body", "after"))
+    b.branch(head)
+    b.position_at_end(head)
+    i = b.phi(I64)
+    i.add_incoming(start, before)
+    carried = []
+    for value in initial:
+        phi = b.phi(value.type)
+        phi.add_incoming(value, before)
+        carried.append(phi)
+    b.cbranch(b.icmp_signed("<", i, stop), inside, after)
+    b.position_at_end(inside)
+    results = body(i, list(carried))
+    i.add_incoming(b.add(i, i64(step)), b.block)
+    for phi, value in zip(carried, results, strict=True):
+        phi.add_incoming(value, b.block)
+    b.branch(head)
+    b.position_at_end(after)
+    return carried
+
+
+def repeat(b: ir.IRBuilder, count: Value, body: Callable[[Value], None]) -> None:
+    """`for i in range(count): body(i)`."""
+
+    def one(i: Value, values: list[Value]) -> list[Value]:
+        body(i)
+        return []
+
+    for_range(b, i64(0), count, [], one)
+
+
+def element(b: ir.IRBuilder, pointer: Value, index: Value, of: ir.Type) -> Value:
+    """The address of an element of an array."""
+    return b.gep(pointer, [index], source_etype=of)
+
+
+def load(b: ir.IRBuilder, pointer: Value, index: Value, of: ir.Type, align: int | None = None) -> Value:
+    """An element of an array (or a vector that starts at one, where `of` is the element's type and `align` given)."""
+    return b.load(element(b, pointer, index, of), typ=of, align=align)

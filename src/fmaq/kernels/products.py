@@ -1,0 +1,178 @@
+"""Matrix products and convolutions of finite float32 tensors: sizes and strides into parameters, and the kernel that takes them."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from fmaq.kernels.arithmetic import Arithmetic
+from fmaq.kernels.choose import Choice, choose
+from fmaq.kernels.compile import Compiled, compile_function
+from fmaq.kernels.gemm import FIELD, FIELDS, SPATIAL, Gemm, Tile
+from fmaq.kernels.ranges import measure
+from fmaq.kernels.targets import Target, current_target
+from fmaq.kernels.threads import run_tasks, scratch
+from fmaq.numerics import Accumulator, random
+
+BLOCK_BYTES = 4 << 20  # of A that a thread packs at a time
+SMALL = 1 << 16  # multiply-adds that are not worth a second thread
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A compiled product; `gemm` knows its tile and how much scratch memory it needs."""
+
+    gemm: Gemm
+    compiled: Compiled
+
+
+@functools.cache
+def kernel(arithmetic: Arithmetic, chunk: int | None, target: Target, tile: Tile) -> Kernel:
+    """The kernel of an arithmetic, compiled at its first use."""
+    gemm = Gemm(arithmetic, chunk, target, tile)
+    arguments = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p)
+    return Kernel(gemm, compile_function(gemm.build(), "run", arguments, target))
+
+
+@dataclass
+class Problem:
+    """One blocked product, as the fields of `gemm.FIELDS`; those of dimensions that it does not have are left out."""
+
+    a: Tensor
+    b: Tensor
+    c: Tensor
+    batches: int
+    rows: int
+    columns: int
+    depth: int
+    fields: dict[str, int] = field(default_factory=dict)
+
+    def run(self, acc: Accumulator) -> None:
+        """Fill `c`."""
+        target = current_target()
+        if self.c.numel() == 0:
+            return
+        if self.depth == 0:
+            self.c.zero_()
+            return
+        a, b = measure(self.a, target), measure(self.b, target)
+        if a.largest == 0 or b.largest == 0:
+            self.c.zero_()
+            return
+        choice = choose(acc, target, a, b, self.depth)
+        self._launch(kernel(choice.arithmetic, acc.chunk, target, self._tile(choice, target)), choice, acc)
+
+    def _tile(self, choice: Choice, target: Target) -> Tile:
+        rows, vectors = target.tile
+        return Tile(min(rows, self.rows), vectors)
+
+    def _launch(self, kernel: Kernel, choice: Choice, acc: Accumulator) -> None:
+        gemm = kernel.gemm
+        panels = -(-self.columns // gemm.width)
+        height = gemm.tile.rows
+        tiles = -(-self.rows // height)
+        fitting = max(1, BLOCK_BYTES // (4 * height * self.depth))
+        blocks = -(-tiles // min(tiles, fitting))
+        if self.batches * panels < torch.get_num_threads():
+            blocks = max(blocks, min(tiles, torch.get_num_threads()))
+        block_rows = -(-tiles // blocks) * height
+        blocks = -(-self.rows // block_rows)
+        parameters = self._parameters(choice, acc)
+        for name, value in (("panels", panels), ("block_rows", block_rows), ("row_blocks", blocks)):
+            parameters[FIELD[name]] = value
+        size = gemm.scratch_bytes(self.depth, block_rows)
+
+        def work(first: int, last: int) -> None:
+            kernel.compiled.function(parameters, first, last, scratch(size))
+
+        work_size = self.batches * self.rows * self.columns * self.depth
+        run_tasks(self.batches * blocks * panels, work, is_small=work_size < SMALL)
+
+    def _parameters(self, choice: Choice, acc: Accumulator) -> ctypes.Array[ctypes.c_int64]:
+        values = {f"{name}_{d}": 1 for name in ("size", "kernel", "stride", "dilation", "out") for d in SPATIAL}
+        values |= {"a": self.a.data_ptr(), "b": self.b.data_ptr(), "c": self.c.data_ptr()}
+        values |= {"rows": self.rows, "columns": self.columns, "depth": self.depth, "key": random.key(acc.seed)}
+        values |= {"a_scale": _power(choice.a_exponent), "b_scale": _power(choice.b_exponent)}
+        values |= self.fields
+        return (ctypes.c_int64 * len(FIELDS))(*(values.get(name, 0) for name in FIELDS))
+
+
+def _power(exponent: int) -> int:
+    """The bits of 2^exponent as a float32."""
+    return (exponent + 127) << 23
+
+
+def matmul(a: Tensor, b: Tensor, acc: Accumulator) -> Tensor:
+    """(B, M, K) times (B, K, N), finite float32 of any strides, is (B, M, N) in float32.
+
+    Lanes run over the columns or, where that leaves fewer of them idle, over the rows.
+    """
+    batches, m, depth = a.shape
+    n = b.shape[2]
+    c = torch.empty(batches, m, n)
+    a_strides, b_strides, c_strides = a.stride(), (b.stride(0), b.stride(2), b.stride(1)), c.stride()
+    swap = _padded_cells(n, m) < _padded_cells(m, n)
+    if swap:
+        a, b, a_strides, b_strides = b, a, b_strides, a_strides
+        c_strides = (c_strides[0], c_strides[2], c_strides[1])
+    rows, columns = (n, m) if swap else (m, n)
+    fields = {
+        **{"a_batch": a_strides[0], "a_row": a_strides[1], "a_k": a_strides[2]},
+        **{"b_batch": b_strides[0], "b_2": b_strides[1], "b_channel": b_strides[2]},
+        **{"c_batch": c_strides[0], "c_row": c_strides[1], "c_position": c_strides[2]},
+        **{"channels": depth, "size_2": columns, "out_2": columns},
+        **{"lanes_are_m": int(swap), "m_batch": m},
+    }
+    Problem(a, b, c, batches, rows, columns, depth, fields).run(acc)
+    return c
+
+
+def _padded_cells(rows: int, columns: int) -> int:
+    """Outputs that are computed for a tile of 4 × 32."""
+    return -(-rows // 4) * 4 * (-(-columns // 32) * 32)
+
+
+def conv(
+    x: Tensor,
+    weight: Tensor,
+    acc: Accumulator,
+    stride: tuple[int, ...],
+    padding: tuple[tuple[int, int], ...],
+    dilation: tuple[int, ...],
+    groups: int,
+) -> Tensor:
+    """Convolution over 1 to 3 spatial dimensions of finite float32 tensors; no im2col matrix is made.
+
+    Args:
+        x: (N, C, *spatial), any strides.
+        weight: (O, C/groups, *kernel).
+        padding: (before, after) a dimension.
+    Returns:
+        (N, O, *out) in float32.
+    """
+    dims = x.dim() - 2
+    images, outputs, kernel_size = x.shape[0], weight.shape[0], weight.shape[2:]
+    out = [
+        (x.shape[2 + d] + sum(padding[d]) - dilation[d] * (kernel_size[d] - 1) - 1) // stride[d] + 1 for d in range(dims)
+    ]
+    c = torch.empty(images, outputs, *out)
+    flat = weight.reshape(outputs, -1)
+    positions = math.prod(out)
+    per_group = outputs // groups
+    fields = {
+        **{"a_batch": per_group * flat.stride(0), "a_row": flat.stride(0), "a_k": flat.stride(1)},
+        **{"b_batch": weight.shape[1] * x.stride(1), "b_image": x.stride(0), "b_channel": x.stride(1)},
+        **{"c_batch": per_group * positions, "c_row": positions, "c_image": outputs * positions, "c_position": 1},
+        **{"channels": weight.shape[1], "lanes_are_m": 1, "n_batch": per_group},
+    }
+    for d in range(dims):
+        at = 3 - dims + d
+        fields |= {f"b_{at}": x.stride(2 + d), f"size_{at}": x.shape[2 + d], f"kernel_{at}": kernel_size[d]}
+        fields |= {f"stride_{at}": stride[d], f"before_{at}": padding[d][0], f"dilation_{at}": dilation[d], f"out_{at}": out[d]}
+    Problem(flat, x, c, groups, per_group, images * positions, flat.shape[1], fields).run(acc)
+    return c

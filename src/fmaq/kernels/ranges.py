@@ -1,0 +1,114 @@
+"""What the values of a tensor are like: its largest and smallest magnitudes, and how many bits they need.
+
+One pass at memory speed. From these the arithmetic knows which checks a product can do without, exactly.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from llvmlite import ir
+from torch import Tensor
+
+from fmaq.kernels.compile import Compiled, compile_function
+from fmaq.kernels.ir_blocks import F32, I32, I64, POINTER, Value, element, for_range, i32, i64
+from fmaq.kernels.lanes import Lanes
+from fmaq.kernels.targets import Target
+
+
+@dataclass(frozen=True)
+class Range:
+    """Bounds on the finite float32 values of a tensor.
+
+    Attributes:
+        largest: the largest magnitude; 0 where all are zero.
+        smallest: the smallest magnitude above zero; infinite where all are zero.
+        significant: bits that suffice for every significand, 1 to 24.
+    """
+
+    largest: float
+    smallest: float
+    significant: int
+
+    @property
+    def above(self) -> int:
+        """The least e with every magnitude below 2^e."""
+        return int(np.frexp(self.largest)[1])
+
+    @property
+    def below(self) -> int:
+        """The largest e with every magnitude above zero at least 2^e."""
+        return int(np.frexp(self.smallest)[1]) - 1
+
+
+def _module(target: Target) -> ir.Module:
+    """`measure(values, count, result)`: the largest bits, the smallest nonzero bits less one, the union of all bits."""
+    module = ir.Module("ranges")
+    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [POINTER, I64, POINTER]), "measure")
+    b = ir.IRBuilder(function.append_basic_block("entry"))
+    values, count, result = function.args
+    v = Lanes(b, target, 4)
+    binary = [v.words, v.words]
+    umax = v.declare(f"llvm.umax.v{v.count}i32", v.words, binary)
+    umin = v.declare(f"llvm.umin.v{v.count}i32", v.words, binary)
+
+    def merge(found: list[Value], bits: Value) -> list[Value]:
+        bits = b.and_(bits, v.word(0x7FFFFFFF))
+        return [
+            b.call(umax, [found[0], bits]),
+            b.call(umin, [found[1], b.sub(bits, v.word(1))]),
+            b.or_(found[2], bits),
+        ]
+
+    def whole(i: Value, found: list[Value]) -> list[Value]:
+        return merge(found, b.load(element(b, values, i, F32), typ=v.words, align=4))
+
+    def single(i: Value, found: list[Value]) -> list[Value]:
+        return merge(found, v.splat(b.load(element(b, values, i, F32), typ=I32, align=4)))
+
+    start = [v.word(0), v.word(-1), v.word(0)]
+    in_vectors = b.and_(count, i64(-v.count))
+    found = for_range(b, i64(0), in_vectors, start, whole, step=v.count)
+    found = for_range(b, in_vectors, count, found, single)
+    for i, (value, how) in enumerate(zip(found, ("umax", "umin", "or"), strict=True)):
+        reduce = v.declare(f"llvm.vector.reduce.{how}.v{v.count}i32", I32, [v.words])
+        b.store(b.call(reduce, [value]), b.gep(result, [i32(i)], source_etype=I32))
+    b.ret_void()
+    return module
+
+
+@functools.cache
+def _measure(target: Target) -> Compiled:
+    arguments = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p)
+    return compile_function(_module(target), "measure", arguments, target)
+
+
+def _in_memory_order(x: Tensor) -> Tensor:
+    """The same values as one contiguous run, without a copy where the strides allow."""
+    order = sorted((d for d in range(x.dim()) if x.size(d) > 1 and x.stride(d) > 0), key=x.stride, reverse=True)
+    index = tuple(slice(None) if d in order else 0 for d in range(x.dim()))
+    remaining = sorted(order)
+    return x[index].permute([remaining.index(d) for d in order]).contiguous()
+
+
+def measure(x: Tensor, target: Target) -> Range:
+    """The range of a float32 tensor of any strides, with at least one element and all of them finite."""
+    flat = _in_memory_order(x)
+    found = np.empty(3, np.uint32)
+    _measure(target).function(flat.data_ptr(), flat.numel(), found.ctypes.data)
+    largest, smallest_less_one, union = (int(word) for word in found)
+    if largest == 0:
+        return Range(0.0, float("inf"), 1)
+    ends = np.array([largest, smallest_less_one + 1], np.uint32).view(np.float32)
+    mantissa = union & 0x7FFFFF
+    trailing = 23 if mantissa == 0 else (mantissa & -mantissa).bit_length() - 1
+    return Range(float(ends[0]), float(ends[1]), 24 - trailing)
+
+
+def is_finite(x: Tensor) -> bool:
+    """Every value is finite. A NaN or infinity makes its product with zero NaN."""
+    return x.numel() == 0 or bool(torch.isfinite(x.sum() * 0)) or bool(torch.isfinite(x).all())

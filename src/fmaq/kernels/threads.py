@@ -1,0 +1,45 @@
+"""Running a kernel's tasks on as many threads as torch uses. Kernels release the interpreter lock."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+
+_local = threading.local()
+_pools: dict[tuple[int, int], ThreadPoolExecutor] = {}
+_lock = threading.Lock()
+
+
+def scratch(size: int) -> int:
+    """The address of this thread's scratch memory, of at least `size` bytes, aligned to 64; kept for the next call."""
+    buffer = getattr(_local, "buffer", None)
+    if buffer is None or buffer.nbytes < size + 64:
+        buffer = _local.buffer = np.empty(size + 64, np.uint8)
+    return (int(buffer.ctypes.data) + 63) // 64 * 64
+
+
+def _pool(threads: int) -> ThreadPoolExecutor:
+    """A pool of this process (a forked child has its own), one a number of threads."""
+    key = (os.getpid(), threads)
+    with _lock:
+        if key not in _pools:
+            _pools[key] = ThreadPoolExecutor(threads - 1, thread_name_prefix="fmaq")
+        return _pools[key]
+
+
+def run_tasks(tasks: int, work: Callable[[int, int], None], is_small: bool) -> None:
+    """`work(first, last)` over ranges that cover 0 … tasks − 1, one a thread; a small job stays on this thread."""
+    threads = 1 if is_small else max(1, min(torch.get_num_threads(), tasks))
+    bounds = [tasks * i // threads for i in range(threads + 1)]
+    if threads == 1:
+        work(0, tasks)
+        return
+    others = [_pool(threads).submit(work, *pair) for pair in zip(bounds[1:-1], bounds[2:], strict=True)]
+    work(bounds[0], bounds[1])
+    for other in others:
+        other.result()

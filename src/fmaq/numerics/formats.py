@@ -1,0 +1,276 @@
+"""Number formats: what a register of the accumulator can hold, its name, and its integer codes.
+
+A format is a description, immutable and hashable. `FloatFormat` is the small custom float of arXiv 2401.14110;
+`FixedFormat` is two's complement, the accumulator of integer engines. Rounding to a format is in `reference`.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+FLOAT_NAME = re.compile(r"M(\d+)E(\d+)(?:b(-?\d+))?(z?)")
+FIXED_NAME = re.compile(r"I(\d+)(?:f(-?\d+))?(w?)")
+
+
+def _whole(value: Any, what: str, low: int, high: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise TypeError(f"{what} must be an integer, got {value!r}")
+    if not low <= value <= high:
+        raise ValueError(f"{what} must be from {low} to {high}, got {value}")
+    return int(value)
+
+
+def _codes(codes: ArrayLike, bits: int, format: Format) -> NDArray[np.int64]:
+    """Codes as int64, refused where they are not integers from 0 to 2^bits − 1."""
+    c = np.asarray(codes)
+    if c.size and c.dtype.kind not in "iu":
+        raise TypeError(f"codes of {format} are integers, got an array of {c.dtype}")
+    if np.any((c < 0) | (c >= 1 << bits)):
+        raise ValueError(f"codes of {format} are from 0 to {(1 << bits) - 1}")
+    return c.astype(np.int64)
+
+
+@dataclass(frozen=True)
+class FloatFormat:
+    """Sign and magnitude ±2^e·(1+i/2^M), 0 ≤ i < 2^M, and zero; no infinities, NaN or subnormals.
+
+    Args:
+        mantissa: M, explicit bits of the significand, 0 to 23.
+        exponent: E, bits of the exponent, 1 to 8.
+        bias: b, −700 to 700, so that an exponent code c means e = c − b. None makes a *template* that `fmaq.calibrate` completes.
+        zero: `"flag"`, zero is known apart from the code and e starts at −b (arXiv 2401.14110);
+            `"exponent"`, exponent code 0 means zero and e starts at 1 − b (flush-to-zero hardware).
+
+    Raises:
+        TypeError, ValueError: a field is of the wrong type or out of its range.
+    """
+
+    mantissa: int
+    exponent: int
+    bias: int | None = None
+    zero: Literal["flag", "exponent"] = "flag"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "mantissa", _whole(self.mantissa, "mantissa", 0, 23))
+        object.__setattr__(self, "exponent", _whole(self.exponent, "exponent", 1, 8))
+        if self.bias is not None:
+            object.__setattr__(self, "bias", _whole(self.bias, "bias", -700, 700))
+        if self.zero not in ("flag", "exponent"):
+            raise ValueError(f'zero must be "flag" or "exponent", got {self.zero!r}')
+
+    @classmethod
+    def parse(cls, name: str) -> FloatFormat:
+        """The format of a name such as `"M7E4b10"`, `"M7E4b10z"` (zero="exponent") or the template `"M7E4"`."""
+        match = FLOAT_NAME.fullmatch(name.strip())
+        if match is None:
+            raise ValueError(f'{name!r} is not a float format; write M<mantissa>E<exponent>b<bias>, like "M7E4b10"')
+        mantissa, exponent, bias, z = match.groups()
+        return cls(int(mantissa), int(exponent), None if bias is None else int(bias), "exponent" if z else "flag")
+
+    def __str__(self) -> str:
+        bias = "" if self.bias is None else f"b{self.bias}"
+        return f"M{self.mantissa}E{self.exponent}{bias}{'z' if self.zero == 'exponent' else ''}"
+
+    @property
+    def is_template(self) -> bool:
+        """True where the bias is still to be chosen."""
+        return self.bias is None
+
+    @property
+    def bits(self) -> int:
+        """Width of a code: 1 + M + E. With zero="flag" a register keeps one more bit, the flag."""
+        return 1 + self.mantissa + self.exponent
+
+    def _bias(self) -> int:
+        if self.bias is None:
+            raise ValueError(
+                f'format "{self}" is a template: it has no bias. Write one, like "{replace(self, bias=10)}", '
+                "or let fmaq.calibrate choose"
+            )
+        return self.bias
+
+    @property
+    def emin(self) -> int:
+        """The smallest exponent of a nonzero value."""
+        return -self._bias() + (self.zero == "exponent")
+
+    @property
+    def emax(self) -> int:
+        """The largest exponent, 2^E − 1 − b."""
+        return 2**self.exponent - 1 - self._bias()
+
+    @property
+    def tiny(self) -> float:
+        """The smallest magnitude above zero, 2^emin."""
+        return float(np.ldexp(1.0, self.emin))
+
+    @property
+    def max(self) -> float:
+        """The largest magnitude, 2^emax·(2 − 2^−M)."""
+        return float(np.ldexp(2.0 - 2.0**-self.mantissa, self.emax))
+
+    @property
+    def min(self) -> float:
+        """The most negative value, −max."""
+        return -self.max
+
+    def encode(self, values: ArrayLike) -> Any:
+        """Integer codes of values of this format: sign, exponent, mantissa from the top bit down.
+
+        Zero is the flag bit above the code, `1 << bits`, with zero="flag", and code 0 with zero="exponent".
+
+        Args:
+            values: numbers, any shape.
+        Returns:
+            int64 of the same shape (a Python int for a scalar).
+        Raises:
+            ValueError: a value is not one of this format's.
+        """
+        v = np.asarray(values, np.float64)
+        significand, e = np.frexp(np.abs(v))
+        i = np.ldexp(2 * significand - 1, self.mantissa)
+        e = e.astype(np.int64) - 1
+        fits = (v == 0) | ((e >= self.emin) & (e <= self.emax) & (i == np.floor(i)))
+        if not np.all(fits & np.isfinite(v)):
+            wrong = v[~(fits & np.isfinite(v))].flat[0]
+            raise ValueError(f"{wrong!r} is not a value of {self}; quantize it first")
+        sign = np.signbit(v).astype(np.int64) << (self.bits - 1)
+        code = sign | (e + self._bias()) << self.mantissa | np.where(v == 0, 0, i).astype(np.int64)
+        code = np.where(v == 0, 0 if self.zero == "exponent" else 1 << self.bits, code)
+        return int(code) if code.ndim == 0 else code
+
+    def decode(self, codes: ArrayLike) -> Any:
+        """Values of integer codes, the inverse of `encode`.
+
+        Args:
+            codes: integers, any shape; bit `bits` is the zero flag of zero="flag".
+        Returns:
+            float64 of the same shape (a Python float for a scalar).
+        Raises:
+            TypeError, ValueError: a code is not an integer, or has bits beyond the format's.
+        """
+        c = _codes(codes, self.bits + (self.zero == "flag"), self)
+        field = (c >> self.mantissa) & ((1 << self.exponent) - 1)
+        i = c & ((1 << self.mantissa) - 1)
+        magnitude = np.ldexp(1 + np.ldexp(i.astype(np.float64), -self.mantissa), field - self._bias())
+        is_zero = (c >> self.bits) == 1 if self.zero == "flag" else field == 0
+        value = np.where(is_zero, 0.0, np.where((c >> (self.bits - 1)) & 1, -magnitude, magnitude))
+        return float(value) if value.ndim == 0 else value
+
+
+@dataclass(frozen=True)
+class FixedFormat:
+    """Two's complement: multiples of 2^−F in [−2^(W−1), 2^(W−1) − 1]·2^−F.
+
+    Args:
+        width: W, bits in all, 2 to 32.
+        fraction: F, bits behind the point, −64 to 64. 0 is the integer accumulator of int8 engines.
+        overflow: `"saturate"` or `"wrap"` (keep the low W bits, as A2Q and WrapNet's accumulators do).
+
+    Raises:
+        TypeError, ValueError: a field is of the wrong type or out of its range.
+    """
+
+    width: int
+    fraction: int = 0
+    overflow: Literal["saturate", "wrap"] = "saturate"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "width", _whole(self.width, "width", 2, 32))
+        object.__setattr__(self, "fraction", _whole(self.fraction, "fraction", -64, 64))
+        if self.overflow not in ("saturate", "wrap"):
+            raise ValueError(f'overflow must be "saturate" or "wrap", got {self.overflow!r}')
+
+    @classmethod
+    def parse(cls, name: str) -> FixedFormat:
+        """The format of a name such as `"I16f4"` or `"I16f4w"` (wrap)."""
+        match = FIXED_NAME.fullmatch(name.strip())
+        if match is None:
+            raise ValueError(f'{name!r} is not a fixed format; write I<width>f<fraction>, like "I16f4" ("I16f4w" wraps)')
+        width, fraction, w = match.groups()
+        return cls(int(width), int(fraction or 0), "wrap" if w else "saturate")
+
+    def __str__(self) -> str:
+        return f"I{self.width}f{self.fraction}{'w' if self.overflow == 'wrap' else ''}"
+
+    @property
+    def is_template(self) -> bool:
+        """Always False: a fixed format has no bias to choose."""
+        return False
+
+    @property
+    def bits(self) -> int:
+        """Width of a code, W."""
+        return self.width
+
+    @property
+    def tiny(self) -> float:
+        """The smallest magnitude above zero, the step 2^−F."""
+        return float(np.ldexp(1.0, -self.fraction))
+
+    @property
+    def max(self) -> float:
+        """The largest value, (2^(W−1) − 1)·2^−F."""
+        return float(np.ldexp(2.0 ** (self.width - 1) - 1, -self.fraction))
+
+    @property
+    def min(self) -> float:
+        """The most negative value, −2^(W−1)·2^−F."""
+        return float(np.ldexp(-(2.0 ** (self.width - 1)), -self.fraction))
+
+    @property
+    def emin(self) -> int:
+        """The exponent of the smallest magnitude, −F."""
+        return -self.fraction
+
+    @property
+    def emax(self) -> int:
+        """The exponent of the largest magnitude, W − 1 − F (that of the most negative value)."""
+        return self.width - 1 - self.fraction
+
+    def encode(self, values: ArrayLike) -> Any:
+        """Two's-complement codes, 0 to 2^W − 1, of values of this format (see `FloatFormat.encode`)."""
+        steps = np.ldexp(np.asarray(values, np.float64), self.fraction)
+        half = 2.0 ** (self.width - 1)
+        fits = (steps == np.floor(steps)) & (steps >= -half) & (steps < half)
+        if not np.all(fits):
+            wrong = np.asarray(values, np.float64)[~fits].flat[0]
+            raise ValueError(f"{wrong!r} is not a value of {self}; quantize it first")
+        code = steps.astype(np.int64) & ((1 << self.width) - 1)
+        return int(code) if code.ndim == 0 else code
+
+    def decode(self, codes: ArrayLike) -> Any:
+        """Values of two's-complement codes, the inverse of `encode`."""
+        c = _codes(codes, self.width, self)
+        signed = c - ((c >> (self.width - 1)) << self.width)
+        value = np.ldexp(signed.astype(np.float64), -self.fraction)
+        return float(value) if value.ndim == 0 else value
+
+
+Format = FloatFormat | FixedFormat
+
+
+def parse_format(name: str | Format) -> Format:
+    """A format from its name: `"M7E4b10"`, `"M7E4b10z"`, `"M7E4"` (template), `"I16f4"`, `"I16f4w"`.
+
+    Raises:
+        TypeError: not a name nor a format.
+        ValueError: not a name of either kind, or a field out of its range.
+    """
+    if isinstance(name, (FloatFormat, FixedFormat)):
+        return name
+    if not isinstance(name, str):
+        raise TypeError(f'a format is a name like "M7E4b10" or "I16f4", or a FloatFormat or FixedFormat; got {name!r}')
+    if FLOAT_NAME.fullmatch(name.strip()):
+        return FloatFormat.parse(name)
+    if FIXED_NAME.fullmatch(name.strip()):
+        return FixedFormat.parse(name)
+    raise ValueError(
+        f'{name!r} is not a format; write a float like "M7E4b10" (M<mantissa>E<exponent>b<bias>, "z" behind it for '
+        f'zero at exponent code 0) or a fixed one like "I16f4" (I<width>f<fraction>, "w" behind it to wrap)'
+    )

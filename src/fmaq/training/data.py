@@ -1,0 +1,208 @@
+"""From a recipe's `data` to training and test examples in memory."""
+
+from __future__ import annotations
+
+import inspect
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fmaq.training.callables import load_callable
+from fmaq.training.examples import Examples, Pairs, Windows, as_examples
+from fmaq.training.explain import RecipeError
+from fmaq.training.recipe import CallableData, DigitsData, HuggingFaceData, ImageFolderData, NpzData
+
+IMAGES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
+
+
+def load_data(recipe: Any, task: str = "classification", tokenizer: Any = None, base: str | Path = ".") -> tuple[Any, Any]:
+    """Training and test data of a recipe's `data`; training data are None where the recipe names none.
+
+    Args:
+        recipe: one of the data classes of `fmaq.training.recipe`.
+        task: decides the form: classes, windows of tokens, or pairs.
+        tokenizer: the model's, for texts.
+        base: folder that a callable's file is relative to.
+    Raises:
+        RecipeError: the data are not as the recipe says; names the file and the key.
+    """
+    if isinstance(recipe, CallableData):
+        train, test = _from_callable(recipe, tokenizer, base)
+    elif isinstance(recipe, HuggingFaceData):
+        train = None if recipe.train is None else _huggingface(recipe, recipe.train, task, tokenizer)
+        test = _huggingface(recipe, recipe.test, task, tokenizer)
+    elif isinstance(recipe, DigitsData):
+        train, test = digits(recipe.test_fraction, recipe.split_seed)
+    else:
+        read = _npz if isinstance(recipe, NpzData) else _image_folder
+        train = None if recipe.train is None else read(recipe, recipe.train)
+        test = read(recipe, recipe.test)
+    return _first(train, recipe.limit), _first(test, recipe.limit)
+
+
+def _first(data: Any, limit: int | None) -> Any:
+    if limit is None or not isinstance(data, Examples | Windows):
+        return data
+    inputs, targets = data.batch(slice(0, limit))
+    return Examples(inputs, targets) if isinstance(data, Examples) else Windows(targets)
+
+
+def digits(test_fraction: float = 0.2, split_seed: int = 0) -> tuple[Examples, Examples]:
+    """scikit-learn's 1,797 images of digits, (N, 1, 8, 8) in [0, 1]; a seeded shuffle's last part is the test set."""
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    x = torch.from_numpy(bunch.images).float()[:, None] / 16
+    y = torch.from_numpy(bunch.target).long()
+    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(split_seed))
+    count = round(len(y) * test_fraction)
+    train, test = order[:-count], order[-count:]
+    return Examples(x[train], y[train]), Examples(x[test], y[test])
+
+
+def _normalised(x: Tensor, scale: float, mean: list[float] | None, std: list[float] | None) -> Tensor:
+    """x / scale, then (x − mean) / std along dimension 1."""
+    x = x.float() / scale
+    shape = (1, -1, *[1] * (x.dim() - 2))
+    for name, values in (("mean", mean), ("std", std)):
+        if values is not None and len(values) not in (1, x.shape[1]):
+            raise RecipeError(f"data.{name} has {len(values)} values, but the data have {x.shape[1]} channels")
+    if mean is not None:
+        x = x - torch.tensor(mean).view(shape)
+    if std is not None:
+        x = x / torch.tensor(std).view(shape)
+    return x.contiguous()
+
+
+def _npz(recipe: NpzData, path: Path) -> Examples:
+    try:
+        with np.load(path) as arrays:
+            for key, name in (("x", recipe.x), ("y", recipe.y)):
+                if name not in arrays:
+                    raise RecipeError(f"data.{key}: {path} has no array {name!r}; it has {', '.join(arrays)}")
+            x, y = torch.from_numpy(arrays[recipe.x]), torch.from_numpy(arrays[recipe.y].astype(np.int64))
+    except (zipfile.BadZipFile, ValueError, OSError) as error:
+        if isinstance(error, RecipeError):
+            raise
+        raise RecipeError(f"cannot read {path}: {error}") from None
+    if x.dim() != len(recipe.layout):
+        raise RecipeError(f"data.layout is {recipe.layout}, but {recipe.x} in {path} has shape {tuple(x.shape)}")
+    if recipe.layout == "NHWC":
+        x = x.permute(0, 3, 1, 2)
+    return Examples(_normalised(x, recipe.scale, recipe.mean, recipe.std), y)
+
+
+def image_tensor(image: Any, resize: int | None = None, crop: int | None = None) -> Tensor:
+    """A PIL image as (3, H, W), 0 to 255: the shorter side resized, then the centre cropped."""
+    from PIL import Image
+
+    image = image.convert("RGB")
+    if resize is not None:
+        ratio = resize / min(image.size)
+        size = (round(image.width * ratio), round(image.height * ratio))
+        image = image.resize(size, Image.Resampling.BILINEAR)
+    if crop is not None:
+        left, top = (image.width - crop) // 2, (image.height - crop) // 2
+        image = image.crop((left, top, left + crop, top + crop))
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float()
+
+
+def _stack(images: Sequence[Tensor], where: str) -> Tensor:
+    shapes = {tuple(image.shape[1:]) for image in images}
+    if len(shapes) > 1:
+        raise RecipeError(f"the images of {where} differ in size, {sorted(shapes)[:3]} ...; give data.resize and data.crop")
+    return torch.stack(list(images))
+
+
+def _image_folder(recipe: ImageFolderData, folder: Path) -> Examples:
+    from PIL import Image
+
+    classes = sorted(p.name for p in folder.iterdir() if p.is_dir())
+    files = [(p, i) for i, name in enumerate(classes) for p in sorted((folder / name).iterdir()) if p.suffix.lower() in IMAGES]
+    if not files:
+        raise RecipeError(f"{folder} has no images; it should have a folder of images for each class")
+    images = []
+    for path, _ in files:
+        try:
+            with Image.open(path) as image:
+                images.append(image_tensor(image, recipe.resize, recipe.crop))
+        except OSError as error:
+            raise RecipeError(f"cannot read the image {path}: {error}") from None
+    x = _normalised(_stack(images, str(folder)), recipe.scale, recipe.mean, recipe.std)
+    return Examples(x, torch.tensor([label for _, label in files]))
+
+
+def _from_callable(recipe: CallableData, tokenizer: Any, base: str | Path) -> tuple[Any, Any]:
+    function = load_callable(recipe.callable, base)
+    takes = "tokenizer" in inspect.signature(function).parameters
+    extra = {"tokenizer": tokenizer} if takes and "tokenizer" not in recipe.arguments else {}
+    made = function(**recipe.arguments, **extra)
+    if not isinstance(made, tuple) or len(made) != 2:
+        raise RecipeError(f"data.callable: {recipe.callable} must return (train, test), got a {type(made).__name__}")
+    return as_examples(made[0]), as_examples(made[1])
+
+
+def _huggingface(recipe: HuggingFaceData, split: str, task: str, tokenizer: Any) -> Any:
+    try:
+        import datasets
+    except ImportError:
+        raise RecipeError("data.kind huggingface needs the package datasets: pip install 'fmaq[hf]'") from None
+    files = None if recipe.files is None else {name: str(path) for name, path in recipe.files.items()}
+    try:
+        table = datasets.load_dataset(recipe.id, recipe.config, data_files=files, split=split)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise RecipeError(f"data.id: cannot load {recipe.id} ({split}): {error}") from error
+    if recipe.limit is not None and task != "perplexity":
+        table = table.select(range(min(recipe.limit, len(table))))
+    columns = {role: recipe.columns.get(role, role) for role in ("text", "second", "image", "label", "score")}  # type: ignore[call-overload]
+    for role, name in recipe.columns.items():
+        if name not in table.column_names:
+            raise RecipeError(f"data.columns.{role}: {recipe.id} has no column {name!r}; it has {', '.join(table.column_names)}")
+    has = {role for role, name in columns.items() if name in table.column_names}
+    if task == "perplexity":
+        return _windows(recipe, _column(table, columns, has, "text"), tokenizer)
+    if task == "similarity":
+        texts = [*_column(table, columns, has, "text"), *_column(table, columns, has, "second")]
+        index = torch.arange(len(table))
+        scores = torch.tensor(_column(table, columns, has, "score"), dtype=torch.float64)
+        return Pairs(_tokenised(texts, None, recipe, tokenizer), index, index + len(table), scores)
+    labels = torch.tensor(_column(table, columns, has, "label"))
+    if "image" in has:
+        images = [image_tensor(i, recipe.resize, recipe.crop) for i in table[columns["image"]]]
+        return Examples(_normalised(_stack(images, recipe.id), recipe.scale, recipe.mean, recipe.std), labels)
+    second = _column(table, columns, has, "second") if "second" in has else None
+    return Examples(_tokenised(_column(table, columns, has, "text"), second, recipe, tokenizer), labels)
+
+
+def _column(table: Any, columns: dict[str, str], has: set[str], role: str) -> list[Any]:
+    if role not in has:
+        raise RecipeError(
+            f"data.columns: this task needs {role}; name one of the columns for it: {', '.join(table.column_names)}"
+        )
+    return list(table[columns[role]])
+
+
+def _need_tokenizer(tokenizer: Any) -> None:
+    if tokenizer is None:
+        raise RecipeError("these data are texts, and the model has no tokenizer; let model.callable return (module, tokenizer)")
+
+
+def _tokenised(texts: list[str], second: list[str] | None, recipe: HuggingFaceData, tokenizer: Any) -> dict[str, Tensor]:
+    _need_tokenizer(tokenizer)
+    made = tokenizer(texts, second, padding=True, truncation=True, max_length=recipe.max_length, return_tensors="pt")
+    return dict(made)
+
+
+def _windows(recipe: HuggingFaceData, texts: list[str], tokenizer: Any) -> Windows:
+    _need_tokenizer(tokenizer)
+    tokens = torch.tensor(tokenizer("\n\n".join(texts))["input_ids"])
+    count = len(tokens) // recipe.window
+    if count == 0:
+        raise RecipeError(f"data.window is {recipe.window} tokens, but the text has only {len(tokens)}")
+    windows = tokens[: count * recipe.window].view(count, recipe.window)
+    return Windows(windows if recipe.windows is None else windows[: recipe.windows])

@@ -1,0 +1,117 @@
+"""What a task runs on: labelled examples, windows of tokens, or scored pairs of texts, in memory."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Inputs = Tensor | dict[str, Tensor]
+
+
+def _pick(inputs: Inputs, index: Any) -> Inputs:
+    return {k: v[index] for k, v in inputs.items()} if isinstance(inputs, dict) else inputs[index]
+
+
+def to_device(inputs: Inputs, device: str | torch.device) -> Inputs:
+    """The same inputs on another device."""
+    return {k: v.to(device) for k, v in inputs.items()} if isinstance(inputs, dict) else inputs.to(device)
+
+
+def _digest(*parts: Inputs) -> str:
+    state = hashlib.sha256()
+    for part in parts:
+        for name, tensor in part.items() if isinstance(part, dict) else [("", part)]:
+            state.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
+            state.update(tensor.contiguous().cpu().view(torch.uint8).numpy().tobytes())
+    return state.hexdigest()[:16]
+
+
+@dataclass
+class Examples:
+    """Inputs with a class each.
+
+    Args:
+        inputs: a tensor (N, ...), or tensors by name, the model's keyword arguments.
+        targets: (N,) classes, int64.
+    """
+
+    inputs: Inputs
+    targets: Tensor
+
+    def __post_init__(self) -> None:
+        for tensor in self.inputs.values() if isinstance(self.inputs, dict) else [self.inputs]:
+            if len(tensor) != len(self.targets):
+                raise ValueError(f"{len(tensor)} inputs but {len(self.targets)} targets; each input needs one target")
+        self.targets = self.targets.long()
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def batch(self, index: Any) -> tuple[Inputs, Tensor]:
+        """The inputs and targets that a slice or a tensor of indices picks."""
+        return _pick(self.inputs, index), self.targets[index]
+
+    def digest(self) -> str:
+        """A hash of the contents."""
+        return _digest(self.inputs, self.targets)
+
+
+@dataclass
+class Windows:
+    """Windows of tokens (N, length), int64: a language model predicts each token but the first from those before it."""
+
+    tokens: Tensor
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def batch(self, index: Any) -> tuple[Inputs, Tensor]:
+        """The windows that a slice or a tensor of indices picks, as inputs and as targets."""
+        return {"input_ids": self.tokens[index]}, self.tokens[index]
+
+    def digest(self) -> str:
+        """A hash of the contents."""
+        return _digest(self.tokens)
+
+
+@dataclass
+class Pairs:
+    """Texts, and how alike people found some pairs of them.
+
+    Args:
+        inputs: tokenised texts, tensors (N, length) by name.
+        first, second: (P,) indices of texts.
+        scores: (P,) judgements.
+    """
+
+    inputs: dict[str, Tensor]
+    first: Tensor
+    second: Tensor
+    scores: Tensor
+
+    def __len__(self) -> int:
+        return len(next(iter(self.inputs.values())))
+
+    def digest(self) -> str:
+        """A hash of the contents."""
+        return _digest(self.inputs, self.first, self.second, self.scores)
+
+
+def as_examples(data: Any) -> Any:
+    """Data in one of this module's forms, from a pair (inputs, classes) of tensors, or from a torch data set of such pairs.
+
+    Anything else comes back as it is: a task of the user's own may take anything.
+    """
+    if isinstance(data, tuple | list) and len(data) == 2 and isinstance(data[1], Tensor):
+        inputs = dict(data[0]) if isinstance(data[0], Mapping) else data[0]
+        return Examples(inputs, data[1])
+    if isinstance(data, torch.utils.data.Dataset):
+        items = [data[i] for i in range(len(data))]  # type: ignore[arg-type]
+        inputs, targets = torch.utils.data.default_collate(items)
+        return Examples(inputs, targets)
+    return data

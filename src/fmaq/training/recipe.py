@@ -1,0 +1,401 @@
+"""Recipes: one YAML file that names the model, the data, the policy and the schedule of a run, checked before it starts.
+
+A recipe with every key it may have:
+
+    name: resnet20-12bit                     # names the output folder, runs/<name>
+    seed: 0
+    task: classification                     # classification | similarity | perplexity | module:function | file.py:function
+    model:                                   # either callable or transformers
+      callable: model.py:resnet20            # a function that returns a module, or (module, tokenizer)
+      arguments: {classes: 10}
+      weights: resnet20.safetensors          # loaded into it, every key matched
+      # transformers: some/checkpoint        # a hub id or a folder
+      # head: AutoModelForSequenceClassification       # default by task
+      # gguf_file: model-q4.gguf
+    data: {kind: npz, test: test.npz, ...}   # digits | npz | image_folder | huggingface | callable: see the classes below
+    policy: {accumulator: paper12, weight: M4E3, activation: M4E3}    # or a file; see fmaq.Policy
+    accumulators: [M10E5b16, fp32]           # those that `fmaq evaluate` tries, in place of the policy's
+    operands: [float32, M4E3]                # formats of weights and activations it tries with each
+    finetune:
+      without_underflow: {epochs: 5, learning_rate: 1e-3}
+      with_underflow: {epochs: 1, learning_rate: 1e-4}
+      batch_size: 64
+    output: runs/somewhere
+
+Paths are relative to the recipe's own folder, and may use `~`, `${NAME}` and `${NAME:-default}`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+from fmaq.emulation import Policy
+from fmaq.numerics import Accumulator
+from fmaq.training.callables import load_callable
+from fmaq.training.explain import RecipeError, explain, read_yaml
+from fmaq.training.schedule import Schedule, Stage
+from fmaq.training.tasks import TASKS
+
+VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
+
+
+def expand(text: str) -> str:
+    """Put in the values of `${NAME}` and `${NAME:-default}`, and of a leading `~`."""
+
+    def value(match: re.Match[str]) -> str:
+        name, default = match.groups()
+        found = os.environ.get(name) or default
+        if found is None:
+            raise ValueError(f"the environment variable {name} is not set; set it, or write ${{{name}:-default}}")
+        return found
+
+    return os.path.expanduser(VARIABLE.sub(value, text))
+
+
+def _located(value: Any, info: ValidationInfo) -> Any:
+    base = (info.context or {}).get("base", Path("."))
+    return base / expand(value) if isinstance(value, str) else value
+
+
+def _exists(path: Path) -> Path:
+    if not path.exists():
+        raise ValueError(f"{os.path.normpath(path)} does not exist")
+    return Path(os.path.normpath(path))
+
+
+def _is_callable(value: str, info: ValidationInfo) -> str:
+    base = (info.context or {}).get("base", Path("."))
+    load_callable(expand(value), base)
+    return expand(value)
+
+
+def _policy_source(value: Any, info: ValidationInfo) -> Any:
+    if isinstance(value, str):
+        value = _exists(_located(value, info))
+        Policy.load(value)
+    elif isinstance(value, Mapping):
+        Policy.parse(dict(value))
+    else:
+        raise ValueError(f"a policy is a mapping, or the path of a policy file; got {value!r}")
+    return value
+
+
+AnyPath = Annotated[Path, BeforeValidator(_located)]
+ExistingPath = Annotated[Path, BeforeValidator(_located), AfterValidator(_exists)]
+CallableName = Annotated[str, AfterValidator(_is_callable)]
+
+
+class Strict(BaseModel):
+    """A part of a recipe: an unknown key is an error that names the nearest valid one."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_keys(cls, values: Any) -> Any:
+        if isinstance(values, Mapping):
+            for key in values:
+                if key not in cls.model_fields:
+                    near = difflib.get_close_matches(str(key), cls.model_fields, 1, 0.4)
+                    hint = f"did you mean {near[0]!r}? " if near else ""
+                    known = ", ".join(cls.model_fields)
+                    raise PydanticCustomError(
+                        "unknown_key", "unknown key; {hint}It may be: {known}", {"key": str(key), "hint": hint, "known": known}
+                    )
+        return values
+
+
+def _check_arguments(name: str, arguments: Mapping[str, Any], base: Path, given: tuple[str, ...] = ()) -> None:
+    function = load_callable(name, base)
+    try:
+        signature = inspect.signature(function)
+    except ValueError:  # some C functions have none
+        return
+    try:
+        signature.bind_partial(**arguments)
+        missing = [
+            p.name
+            for p in signature.parameters.values()
+            if p.default is p.empty
+            and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+            and p.name not in arguments
+            and p.name not in given
+        ]
+    except TypeError as error:
+        raise ValueError(f"{name}{signature} cannot be called with these arguments: {error}") from None
+    if missing:
+        raise ValueError(f"{name}{signature} also needs arguments: {', '.join(missing)}")
+
+
+class ModelRecipe(Strict):
+    """The network: a function of yours, or a transformers checkpoint."""
+
+    callable: CallableName | None = None
+    arguments: dict[str, Any] = {}
+    weights: ExistingPath | None = None
+    transformers: str | None = None
+    head: str | None = None
+    gguf_file: str | None = None
+
+    @model_validator(mode="after")
+    def _one_source(self, info: ValidationInfo) -> ModelRecipe:
+        if (self.callable is None) == (self.transformers is None):
+            raise ValueError("give exactly one of callable (a function that returns a module) and transformers (a checkpoint)")
+        if self.callable is not None and (self.head or self.gguf_file):
+            raise ValueError("head and gguf_file belong to transformers checkpoints; leave them out with callable")
+        if self.weights is not None and self.weights.suffix != ".safetensors":
+            raise ValueError(f"weights must be a .safetensors file, got {self.weights.name}")
+        if self.callable is not None:
+            _check_arguments(self.callable, self.arguments, (info.context or {}).get("base", Path(".")))
+        return self
+
+    @field_validator("transformers")
+    @classmethod
+    def _folder_or_id(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if value is None:
+            return None
+        text = expand(value)
+        folder = (info.context or {}).get("base", Path(".")) / text
+        if folder.is_dir():
+            return os.path.normpath(folder)
+        if text.startswith((".", "/")) or text.count("/") > 1:
+            raise ValueError(f"{os.path.normpath(folder)} is not a folder (a hub id is name or owner/name)")
+        return text
+
+
+class _Data(Strict):
+    batch_size: int = Field(128, ge=1)
+    """Examples evaluated at once."""
+    limit: int | None = Field(None, ge=1)
+    """Take only the first of each split."""
+
+
+class DigitsData(_Data):
+    """scikit-learn's 1,797 digits, (N, 1, 8, 8) in [0, 1], the last `test_fraction` of a seeded shuffle held out."""
+
+    kind: Literal["digits"]
+    test_fraction: float = Field(0.2, gt=0, lt=1)
+    split_seed: int = 0
+
+
+class NpzData(_Data):
+    """Arrays in .npz files: images or vectors `x`, classes `y`; x is divided by `scale`, then normalised per channel."""
+
+    kind: Literal["npz"]
+    test: ExistingPath
+    train: ExistingPath | None = None
+    x: str = "x"
+    y: str = "y"
+    layout: Literal["NHWC", "NCHW", "NC"] = "NCHW"
+    scale: float = Field(1.0, gt=0)
+    mean: list[float] | None = None
+    std: list[float] | None = None
+
+
+class ImageFolderData(_Data):
+    """Folders of images, a folder a class (classes in the order of their names); resized, centre-cropped, normalised."""
+
+    kind: Literal["image_folder"]
+    test: ExistingPath
+    train: ExistingPath | None = None
+    resize: int | None = Field(None, ge=1)
+    crop: int | None = Field(None, ge=1)
+    scale: float = Field(255.0, gt=0)
+    mean: list[float] | None = None
+    std: list[float] | None = None
+
+
+class HuggingFaceData(_Data):
+    """A data set through `datasets`: a hub id, or a builder (csv, json, parquet, text, imagefolder) with local `files`.
+
+    Columns by task: classification wants `text` (and perhaps `second`) or `image`, and `label`; similarity `text`, `second`
+    and `score`; perplexity `text`, which is joined, tokenised and cut into `windows` windows of `window` tokens.
+    """
+
+    kind: Literal["huggingface"]
+    id: str
+    config: str | None = None
+    files: dict[str, ExistingPath] | None = None
+    train: str | None = None
+    test: str = "test"
+    columns: dict[Literal["text", "second", "image", "label", "score"], str] = {}
+    max_length: int = Field(128, ge=1)
+    window: int = Field(512, ge=2)
+    windows: int | None = Field(None, ge=1)
+    resize: int | None = Field(None, ge=1)
+    crop: int | None = Field(None, ge=1)
+    scale: float = Field(255.0, gt=0)
+    mean: list[float] | None = None
+    std: list[float] | None = None
+
+
+class CallableData(_Data):
+    """A function that returns `(train, test)` (train may be None), each `Examples`, `Pairs`, `Windows`, a pair of tensors
+    (inputs, classes), or, for a task of your own, anything. It is also given `tokenizer` if it has such a parameter.
+    """
+
+    kind: Literal["callable"]
+    callable: CallableName
+    arguments: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _can_be_called(self, info: ValidationInfo) -> CallableData:
+        _check_arguments(self.callable, self.arguments, (info.context or {}).get("base", Path(".")), ("tokenizer",))
+        return self
+
+
+DataRecipe = Annotated[
+    DigitsData | NpzData | ImageFolderData | HuggingFaceData | CallableData, Field(discriminator="kind")
+]
+
+
+class StageRecipe(Strict):
+    """One stage of fine-tuning; see `Stage`."""
+
+    epochs: int = Field(ge=0)
+    learning_rate: float = Field(gt=0)
+    underflow: bool = True
+    cosine: bool = True
+    final_learning_rate: float = Field(0.0, ge=0)
+
+
+class Augmentation(Strict):
+    """Random changes of training images (N, C, H, W)."""
+
+    flip: bool = False
+    """Mirror left and right, one in two."""
+    crop: int = Field(0, ge=0)
+    """Pad by this many zeros a side, then crop to the old size at a random place."""
+
+
+class FinetuneRecipe(Strict):
+    """The schedule: `stages` in order, or the dual stages of arXiv 2401.14110, `without_underflow` then `with_underflow`."""
+
+    stages: list[StageRecipe] | None = None
+    without_underflow: StageRecipe | None = None
+    with_underflow: StageRecipe | None = None
+    batch_size: int = Field(64, ge=1)
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    weight_decay: float = Field(0.0, ge=0)
+    momentum: float = Field(0.9, ge=0, lt=1)
+    clip_norm: float | None = Field(None, gt=0)
+    augmentation: Augmentation = Augmentation()
+    checkpoint_seconds: float = Field(60.0, ge=0)
+
+    @model_validator(mode="after")
+    def _some_stages(self) -> FinetuneRecipe:
+        dual = self.without_underflow or self.with_underflow
+        if bool(self.stages) == bool(dual):
+            raise ValueError("give either stages (a list) or without_underflow and with_underflow")
+        return self
+
+    def schedule(self) -> Schedule:
+        """The schedule that the training loop takes."""
+        if self.stages:
+            parts = [s.model_dump() for s in self.stages]
+        else:
+            pair = ((self.without_underflow, False), (self.with_underflow, True))
+            parts = [stage.model_dump() | {"underflow": underflow} for stage, underflow in pair if stage is not None]
+        rest = self.model_dump(exclude={"stages", "without_underflow", "with_underflow", "augmentation"})
+        return Schedule(
+            stages=tuple(Stage(**part) for part in parts),
+            flip=self.augmentation.flip,
+            crop=self.augmentation.crop,
+            **rest,
+        )
+
+
+class Recipe(Strict):
+    """A whole recipe; the module's text shows every key."""
+
+    name: str = Field(pattern=r"^[\w.-]+$")
+    seed: int = Field(0, ge=0, lt=2**32)
+    task: str = "classification"
+    model: ModelRecipe
+    data: DataRecipe
+    policy: Annotated[dict[str, Any] | Path, BeforeValidator(_policy_source)] = {}
+    accumulators: list[str | dict[str, Any]] = []
+    operands: list[str] = []
+    finetune: FinetuneRecipe | None = None
+    output: AnyPath | None = None
+
+    @field_validator("task")
+    @classmethod
+    def _known_task(cls, value: str, info: ValidationInfo) -> str:
+        if ":" in value:
+            return _is_callable(value, info)
+        if value not in TASKS:
+            near = difflib.get_close_matches(value, TASKS, 1, 0.4)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise ValueError(f"no task {value!r}; {hint}It may be {', '.join(TASKS)}, or module:function")
+        return value
+
+    @field_validator("accumulators")
+    @classmethod
+    def _readable_accumulators(cls, value: list[Any]) -> list[Any]:
+        for item in value:
+            if item != "fp32":
+                Accumulator.parse(item).check_float32()
+        return value
+
+    @field_validator("operands")
+    @classmethod
+    def _readable_operands(cls, value: list[str]) -> list[str]:
+        for item in value:
+            if item != "float32":
+                Policy(weight=item, activation=item)
+        return value
+
+    @classmethod
+    def load(cls, path: str | Path) -> Recipe:
+        """Read and check a recipe file.
+
+        Raises:
+            RecipeError: the file is missing, is not YAML, or a key or value in it is wrong.
+        """
+        path = Path(path)
+        try:
+            text = path.read_text(encoding="utf-8")
+        except OSError as error:
+            raise RecipeError(f"cannot read the recipe {path}: {error.strerror}") from None
+        except UnicodeDecodeError as error:
+            raise RecipeError(f"cannot read the recipe {path}: it is not UTF-8 text ({error.reason})") from None
+        return cls.parse(text, base=path.parent, source=str(path))
+
+    @classmethod
+    def parse(cls, text: str | Mapping[str, Any], base: str | Path = ".", source: str = "recipe") -> Recipe:
+        """A checked recipe from YAML text or a mapping; relative paths start at `base`.
+
+        Raises:
+            RecipeError: as for `load`.
+        """
+        values, node = read_yaml(text, source) if isinstance(text, str) else (text, None)
+        if not isinstance(values, Mapping):
+            raise RecipeError(f"{source}: a recipe is a mapping with the keys {', '.join(cls.model_fields)}")
+        try:
+            return cls.model_validate(values, context={"base": Path(base)})
+        except ValidationError as error:
+            raise RecipeError("\n".join(explain(item, source, node) for item in error.errors())) from None
+
+    def load_policy(self) -> Policy:
+        """The policy, from the recipe or from its file."""
+        return Policy.load(self.policy) if isinstance(self.policy, Path) else Policy.parse(self.policy)
