@@ -12,7 +12,7 @@ Two ways, both exact:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from fmaq.kernels.ir_blocks import Value
@@ -30,12 +30,19 @@ class Arithmetic(Protocol):
         element_bytes: width of a lane.
         toward_zero: the processor rounds toward zero and flushes to zero meanwhile.
         needs_random: steps take random words.
+        by_chunk: a tile's chunk is computed without saturation (`unclamped`) where its bounds prove that none can occur.
         output_exponent: a finished sum times 2^this is the result.
     """
 
     element_bytes: int
     toward_zero: bool
     needs_random: bool
+    by_chunk: bool
+
+    @property
+    def unclamped(self) -> Arithmetic:
+        """The same without saturation in a chunk."""
+        ...
 
     @property
     def output_exponent(self) -> int: ...
@@ -64,6 +71,7 @@ class Scaled32:
         product_masked: some product may have too many bits.
         product_clamped: some product may exceed the largest.
         sum_clamped: some sum in a chunk may exceed the largest.
+        by_chunk: whether they may is known better for a tile and a chunk, from bounds taken while packing.
     """
 
     acc: Accumulator
@@ -71,10 +79,15 @@ class Scaled32:
     product_masked: bool
     product_clamped: bool
     sum_clamped: bool = True
+    by_chunk: bool = False
 
     element_bytes = 4
     toward_zero = True
     needs_random = False
+
+    @property
+    def unclamped(self) -> Scaled32:
+        return replace(self, product_clamped=False, sum_clamped=False, by_chunk=False)
 
     @property
     def sum_scale(self) -> int:
@@ -133,7 +146,12 @@ class General64:
 
     element_bytes = 8
     toward_zero = False
+    by_chunk = False
     output_exponent = 0
+
+    @property
+    def unclamped(self) -> General64:
+        return self
 
     @property
     def needs_random(self) -> bool:

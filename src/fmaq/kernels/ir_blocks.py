@@ -72,3 +72,21 @@ def element(b: ir.IRBuilder, pointer: Value, index: Value, of: ir.Type) -> Value
 def load(b: ir.IRBuilder, pointer: Value, index: Value, of: ir.Type, align: int | None = None) -> Value:
     """An element of an array (or a vector that starts at one, where `of` is the element's type and `align` given)."""
     return b.load(element(b, pointer, index, of), typ=of, align=align)
+
+
+def either(
+    b: ir.IRBuilder, condition: Value, then: Callable[[], Sequence[Value]], otherwise: Callable[[], Sequence[Value]]
+) -> list[Value]:
+    """The values of one of two branches."""
+    with b.if_else(condition) as (first, second):
+        with first:
+            left, left_end = then(), b.block
+        with second:
+            right, right_end = otherwise(), b.block
+    merged = []
+    for x, y in zip(left, right, strict=True):
+        phi = b.phi(x.type)
+        phi.add_incoming(x, left_end)
+        phi.add_incoming(y, right_end)
+        merged.append(phi)
+    return merged

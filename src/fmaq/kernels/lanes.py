@@ -61,7 +61,9 @@ class Lanes:
 
     def store(self, value: Value, pointer: Value) -> None:
         """`count` neighbouring float32 to memory, rounded to the nearest where they are wider."""
-        self.b.store(self.b.fptrunc(value, ir.VectorType(F32, self.count)) if self.is_double else value, pointer, align=4)
+        self.b.store(
+            self.b.fptrunc(value, ir.VectorType(F32, self.count)) if self.is_double else value, pointer, align=4
+        )
 
     # Arithmetic, in the processor's current rounding mode.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
+import struct
 from dataclasses import dataclass, field
 
 import torch
@@ -13,13 +14,15 @@ from torch import Tensor
 from fmaq.kernels.arithmetic import Arithmetic
 from fmaq.kernels.choose import Choice, choose
 from fmaq.kernels.compile import Compiled, compile_function
-from fmaq.kernels.gemm import FIELD, FIELDS, SPATIAL, Gemm, Tile
+from fmaq.kernels.gemm import Gemm
+from fmaq.kernels.parameters import FIELD, FIELDS, SPATIAL, Tile
 from fmaq.kernels.ranges import measure
 from fmaq.kernels.targets import Target, current_target
 from fmaq.kernels.threads import run_tasks, scratch
 from fmaq.numerics import Accumulator, random
 
 BLOCK_BYTES = 4 << 20  # of A that a thread packs at a time
+SHARED = 16  # rows and columns from which on bounds pay
 SMALL = 1 << 16  # multiply-adds that are not worth a second thread
 
 
@@ -64,7 +67,7 @@ class Problem:
         if a.largest == 0 or b.largest == 0:
             self.c.zero_()
             return
-        choice = choose(acc, target, a, b, self.depth)
+        choice = choose(acc, target, a, b, self.depth, use_bounds=min(self.rows, self.columns) >= SHARED)
         self._launch(kernel(choice.arithmetic, acc.chunk, target, self._tile(choice, target)), choice, acc)
 
     def _tile(self, choice: Choice, target: Target) -> Tile:
@@ -83,9 +86,11 @@ class Problem:
         block_rows = -(-tiles // blocks) * height
         blocks = -(-self.rows // block_rows)
         parameters = self._parameters(choice, acc)
-        for name, value in (("panels", panels), ("block_rows", block_rows), ("row_blocks", blocks)):
+        offsets, size = gemm.scratch_layout(self.depth, block_rows)
+        chunks = 1 if acc.chunk is None else -(-self.depth // acc.chunk)
+        sizes = {"panels": panels, "block_rows": block_rows, "row_blocks": blocks, "chunks": chunks}
+        for name, value in (sizes | offsets).items():
             parameters[FIELD[name]] = value
-        size = gemm.scratch_bytes(self.depth, block_rows)
 
         def work(first: int, last: int) -> None:
             kernel.compiled.function(parameters, first, last, scratch(size))
@@ -97,14 +102,19 @@ class Problem:
         values = {f"{name}_{d}": 1 for name in ("size", "kernel", "stride", "dilation", "out") for d in SPATIAL}
         values |= {"a": self.a.data_ptr(), "b": self.b.data_ptr(), "c": self.c.data_ptr()}
         values |= {"rows": self.rows, "columns": self.columns, "depth": self.depth, "key": random.key(acc.seed)}
-        values |= {"a_scale": _power(choice.a_exponent), "b_scale": _power(choice.b_exponent)}
+        numbers = {
+            **{"a_scale": 2.0**choice.a_exponent, "b_scale": 2.0**choice.b_exponent},
+            **{"a_unit": 2.0**choice.a_unit, "b_unit": 2.0**choice.b_unit},
+            **{"norm_limit": choice.norm_limit, "product_limit": choice.product_limit},
+        }
+        values |= {name: _bits(number) for name, number in numbers.items()}
         values |= self.fields
         return (ctypes.c_int64 * len(FIELDS))(*(values.get(name, 0) for name in FIELDS))
 
 
-def _power(exponent: int) -> int:
-    """The bits of 2^exponent as a float32."""
-    return (exponent + 127) << 23
+def _bits(number: float) -> int:
+    """The bits of a number as a float32."""
+    return int(struct.unpack("I", struct.pack("f", number))[0])
 
 
 def matmul(a: Tensor, b: Tensor, acc: Accumulator) -> Tensor:
@@ -158,7 +168,8 @@ def conv(
     dims = x.dim() - 2
     images, outputs, kernel_size = x.shape[0], weight.shape[0], weight.shape[2:]
     out = [
-        (x.shape[2 + d] + sum(padding[d]) - dilation[d] * (kernel_size[d] - 1) - 1) // stride[d] + 1 for d in range(dims)
+        (x.shape[2 + d] + sum(padding[d]) - dilation[d] * (kernel_size[d] - 1) - 1) // stride[d] + 1
+        for d in range(dims)
     ]
     c = torch.empty(images, outputs, *out)
     flat = weight.reshape(outputs, -1)
@@ -173,6 +184,11 @@ def conv(
     for d in range(dims):
         at = 3 - dims + d
         fields |= {f"b_{at}": x.stride(2 + d), f"size_{at}": x.shape[2 + d], f"kernel_{at}": kernel_size[d]}
-        fields |= {f"stride_{at}": stride[d], f"before_{at}": padding[d][0], f"dilation_{at}": dilation[d], f"out_{at}": out[d]}
+        fields |= {
+            f"stride_{at}": stride[d],
+            f"before_{at}": padding[d][0],
+            f"dilation_{at}": dilation[d],
+            f"out_{at}": out[d],
+        }
     Problem(flat, x, c, groups, per_group, images * positions, flat.shape[1], fields).run(acc)
     return c

@@ -49,7 +49,9 @@ class Target:
 TARGETS = {
     target.name: target
     for target in (
-        Target("avx512", "x86_64", "x86-64-v4", ("avx512f", "avx512dq", "avx512vl", "avx512bw"), 64, (4, 2), True, "mxcsr"),
+        Target(
+            "avx512", "x86_64", "x86-64-v4", ("avx512f", "avx512dq", "avx512vl", "avx512bw"), 64, (4, 2), True, "mxcsr"
+        ),
         Target("avx2", "x86_64", "x86-64-v3", ("avx2", "fma"), 32, (3, 2), True, "mxcsr"),
         Target("sse2", "x86_64", "x86-64", ("sse2",), 16, (2, 2), False, "mxcsr"),
         Target("neon", "aarch64", "generic", (), 16, (4, 2), True, "fpcr"),

@@ -91,8 +91,8 @@ class Accumulator:
     def parse(cls, description: str | Mapping[str, Any] | Accumulator) -> Accumulator:
         """The accumulator that a string, a mapping or an accumulator describes.
 
-        A string is a format's name, then any of `product=`, `chunk=`, `rounding=`, `underflow=`, `random_bits=`, `seed=`,
-        set apart by spaces or commas; or `"paper12"`. A mapping has the constructor's arguments as keys.
+        A string is a format's name, then any of `product=`, `chunk=`, `rounding=`, `underflow=`, `random_bits=` and
+        `seed=`, set apart by spaces or commas; or it is `"paper12"`. A mapping has the constructor's arguments as keys.
         """
         return description if isinstance(description, cls) else cls(description)  # type: ignore[arg-type]
 
@@ -109,8 +109,9 @@ class Accumulator:
         return f'Accumulator("{self}")'
 
     def to_mapping(self) -> dict[str, Any]:
-        """The arguments that differ from their defaults, as plain values for YAML or JSON; `Accumulator(mapping)` reads it."""
-        values = asdict(self) | {"format": str(self.format), "product": None if self.product is None else str(self.product)}
+        """The arguments that differ from their defaults, as plain values for YAML or JSON; `parse` reads it back."""
+        product = None if self.product is None else str(self.product)
+        values = asdict(self) | {"format": str(self.format), "product": product}
         return {f.name: values[f.name] for f in fields(self) if f.name == "format" or values[f.name] != f.default}
 
     @property
@@ -132,8 +133,8 @@ class Accumulator:
         for role, format in (("accumulator", self.format), ("product", self.product)):
             if format is not None and (format.emax > 127 or format.emin < -126):
                 raise ValueError(
-                    f"{role} format {format} does not fit in float32: its exponents are {format.emin} to {format.emax}, "
-                    f"float32's -126 to 127; choose another bias or fewer exponent bits"
+                    f"{role} format {format} does not fit in float32: its exponents are {format.emin} to "
+                    f"{format.emax}, float32's -126 to 127; choose another bias or fewer exponent bits"
                 )
 
 

@@ -42,7 +42,8 @@ class FloatFormat:
     Args:
         mantissa: M, explicit bits of the significand, 0 to 23.
         exponent: E, bits of the exponent, 1 to 8.
-        bias: b, −700 to 700, so that an exponent code c means e = c − b. None makes a *template* that `fmaq.calibrate` completes.
+        bias: b, −700 to 700, so that an exponent code c means e = c − b. None makes a *template* that
+            `fmaq.calibrate` completes.
         zero: `"flag"`, zero is known apart from the code and e starts at −b (arXiv 2401.14110);
             `"exponent"`, exponent code 0 means zero and e starts at 1 − b (flush-to-zero hardware).
 
@@ -191,7 +192,7 @@ class FixedFormat:
         """The format of a name such as `"I16f4"` or `"I16f4w"` (wrap)."""
         match = FIXED_NAME.fullmatch(name.strip())
         if match is None:
-            raise ValueError(f'{name!r} is not a fixed format; write I<width>f<fraction>, like "I16f4" ("I16f4w" wraps)')
+            raise ValueError(f'{name!r} is not a fixed format; write I<width>f<fraction>, like "I16f4" or "I16f4w"')
         width, fraction, w = match.groups()
         return cls(int(width), int(fraction or 0), "wrap" if w else "saturate")
 

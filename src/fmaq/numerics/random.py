@@ -1,8 +1,8 @@
 """The counter-based generator of stochastic rounding: a random word from a seed and a position, without any state.
 
-A word depends on the seed and on (m, n, k) alone, so tiling, threads and devices never change a result. The 32-bit mixer
-is the two-multiply, three-shift "lowbias32" permutation found by search by C. Wellons (hash-prospector, 2018). A step
-takes all of it: after one multiplication alone, the words of steps k and k + 34 of one output are visibly dependent.
+A word depends on the seed and on (m, n, k) alone, so tiling, threads and devices never change a result. The 32-bit
+mixer is the two-multiply, three-shift "lowbias32" permutation found by search by C. Wellons (hash-prospector, 2018).
+A step takes all of it: after one multiplication alone, the words of steps k and k + 34 of an output visibly depend.
 """
 
 from __future__ import annotations

@@ -68,7 +68,7 @@ def round_to_grid(x: ArrayLike, format: Format, rounding: str, random_bits: int 
 
 
 def _into_range(rounded: Array, format: Format, underflow: bool) -> Array:
-    """What a register keeps of a value on the format's grid: flush below the smallest, saturate or wrap above the largest."""
+    """What a register keeps of a value on the grid: flush below the smallest, saturate or wrap above the largest."""
     if isinstance(format, FixedFormat):
         if format.overflow == "wrap":
             span = np.ldexp(1.0, format.width - format.fraction)
@@ -103,7 +103,8 @@ def quantize(
 def _fold_for_wrap(p: Array, format: Format) -> Array:
     """A huge product, modulo the span of a wrapping sum, so that adding it loses nothing.
 
-    A product has at most 48 significant bits, so one of 2^48 steps or more is a whole number of steps: no rounding changes.
+    A product has at most 48 significant bits, so one of 2^48 steps or more is a whole number of steps: no rounding
+    changes.
     """
     if not (isinstance(format, FixedFormat) and format.overflow == "wrap"):
         return p
@@ -111,7 +112,7 @@ def _fold_for_wrap(p: Array, format: Format) -> Array:
     return np.where(huge, np.fmod(p, np.ldexp(1.0, format.width - format.fraction)), p)
 
 
-# --- One step, and the dot product ---------------------------------------------------------------------------------------
+# --- One step, and the dot product ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -154,7 +155,9 @@ def _beyond(rounded: Array, format: Format) -> Mask:
     return (rounded > format.max) | (rounded < format.min)
 
 
-def _add(acc: Accumulator, k: int, x_w: Array | None, p: Array, s: Array, product_overflows: Mask, r: ArrayLike) -> Step:
+def _add(
+    acc: Accumulator, k: int, x_w: Array | None, p: Array, s: Array, product_overflows: Mask, r: ArrayLike
+) -> Step:
     """Q_acc(p + s), as a step (or, without x·w, a merge)."""
     total = exact_sum(s, p)
     rounded = round_to_grid(total, acc.format, acc.rounding, acc.random_bits, r)
@@ -225,7 +228,7 @@ def fmaq(x: float, w: float, s: float, acc: Accumulator) -> float:
     return float(_add(acc, 0, None, p, np.asarray(s, np.float64), np.zeros((), bool), 0).after)
 
 
-# --- What each step lost ------------------------------------------------------------------------------------------------
+# --- What each step lost ----------------------------------------------------------------------------------------------
 
 EVENTS = (
     "product_overflow",
@@ -256,7 +259,7 @@ def step_events(step: Step) -> dict[str, Mask]:
 
 
 def count_events(a: ArrayLike, b: ArrayLike, acc: Accumulator) -> dict[str, int]:
-    """Totals of every event over the steps of a·b and, as `merge_…`, over its merges; `steps` and `merges` are the totals."""
+    """How often each event happens in the steps of a·b and, as `merge_…`, in its merges, and the totals of both."""
     counts = {name: 0 for name in (*EVENTS, *(f"merge_{event}" for event in EVENTS), "steps", "merges")}
     for step in steps(a, b, acc):
         prefix, total = ("", "steps") if step.exact_product is not None else ("merge_", "merges")
@@ -266,7 +269,7 @@ def count_events(a: ArrayLike, b: ArrayLike, acc: Accumulator) -> dict[str, int]
     return counts
 
 
-# --- Gradients ----------------------------------------------------------------------------------------------------------
+# --- Gradients --------------------------------------------------------------------------------------------------------
 
 
 def estimator_masks(a: ArrayLike, b: ArrayLike, acc: Accumulator, estimator: str) -> Mask:
@@ -315,7 +318,7 @@ def gradients(
 
 
 def quantize_tensor(x: ArrayLike, format: FloatFormat) -> Array:
-    """Weights and activations in a float with a flexible bias: to the nearest (ties to even), saturating, with subnormals.
+    """Weights and activations in a float of flexible bias: to the nearest (ties to even), saturating, with subnormals.
 
     Without a bias in the format, b = 2^E − 1 − ⌊log2 max|x|⌋: the largest magnitude is just representable
     (arXiv 2401.14110, section 3). Normal numbers start at 2^(1−b); below, the step is 2^(1−b−M).
