@@ -1,4 +1,4 @@
-"""From an accumulator to machine code: products of finite float32 tensors, equal bit for bit to `numerics.reference`."""
+"""From an accumulator to machine code: products of float32 tensors, equal bit for bit to `numerics.reference`."""
 
 from fmaq.kernels.products import conv, matmul
 from fmaq.kernels.targets import available_targets, current_target, use_target

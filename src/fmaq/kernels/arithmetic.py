@@ -2,18 +2,20 @@
 
 Two ways, both exact:
 
-* `Scaled32` (toward-zero floats): float32 lanes with the processor rounding toward zero and flushing to zero. Operands are
-  scaled by powers of two so that the product's smallest magnitude is float32's smallest normal number; one fused
-  multiply-add by a power of two brings the product into the accumulator's scale, where the accumulator's smallest magnitude
-  is float32's. Truncation is then one AND, and underflow is free. Rounding toward zero twice is rounding once.
-* `General64`: float64 lanes to the nearest, for every format, rounding and operand. A product of two float32 is exact; a sum is, or
-  is rounded to odd by its exact error (see `numerics.reference.exact_sum`).
+* `Scaled32` (toward-zero floats): float32 lanes with the processor rounding toward zero and flushing to zero.
+  Operands are scaled by powers of two so that the product's smallest magnitude is float32's smallest normal number;
+  one fused multiply-add by a power of two brings the product into the accumulator's scale, where the accumulator's
+  smallest magnitude is float32's. Truncation is then one AND, and underflow is free. Rounding toward zero twice is
+  rounding once.
+* `General64`: float64 lanes to the nearest, for every format, rounding and operand. A product of two float32 is exact;
+  a sum is, or is rounded to odd by its exact error (see `numerics.reference.exact_sum`).
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import ClassVar
 
 from fmaq.kernels.ir_blocks import Value
 from fmaq.kernels.lanes import Lanes
@@ -23,37 +25,41 @@ from fmaq.numerics.reference import FLOAT32_TINY
 FLOAT32_EMIN = -126
 
 
-class Arithmetic(Protocol):
-    """How a kernel computes; hashable, since kernels are cached by it.
+class Arithmetic(ABC):
+    """How a kernel computes; immutable and hashable, since kernels are cached by it.
 
     Attributes:
         element_bytes: width of a lane.
         toward_zero: the processor rounds toward zero and flushes to zero meanwhile.
         needs_random: steps take random words.
-        by_chunk: a tile's chunk is computed without saturation (`unclamped`) where its bounds prove that none can occur.
+        by_chunk: a tile's chunk is computed `unclamped` where its bounds prove that nothing in it can saturate.
         output_exponent: a finished sum times 2^this is the result.
     """
 
-    element_bytes: int
-    toward_zero: bool
-    needs_random: bool
-    by_chunk: bool
+    element_bytes: ClassVar[int]
+    toward_zero: ClassVar[bool]
+    by_chunk: bool = False
+
+    @property
+    def needs_random(self) -> bool:
+        return False
+
+    @property
+    def output_exponent(self) -> int:
+        return 0
 
     @property
     def unclamped(self) -> Arithmetic:
         """The same without saturation in a chunk."""
-        ...
+        return self
 
-    @property
-    def output_exponent(self) -> int: ...
-
+    @abstractmethod
     def step(self, v: Lanes, x: Value, w: Value, s: Value, word: Value | None) -> Value:
         """FMAq(x, w, s)."""
-        ...
 
+    @abstractmethod
     def merge(self, v: Lanes, t: Value, s: Value, word: Value | None) -> Value:
         """Q_acc(t + s)."""
-        ...
 
 
 def smallest_exponent(format: FloatFormat, acc: Accumulator) -> int:
@@ -62,12 +68,13 @@ def smallest_exponent(format: FloatFormat, acc: Accumulator) -> int:
 
 
 @dataclass(frozen=True)
-class Scaled32:
+class Scaled32(Arithmetic):
     """Toward-zero float formats in float32 lanes; the checks that operands make needless are left out.
 
     Args:
         acc: toward_zero, float formats.
-        product_exact: no product needs rounding or flushing (or there is no product format): x·w goes into the sum unrounded.
+        product_exact: no product needs rounding or flushing, or there is no product format: x·w goes into the sum as it
+            is.
         product_masked: some product may have too many bits.
         product_clamped: some product may exceed the largest.
         sum_clamped: some sum in a chunk may exceed the largest.
@@ -83,7 +90,6 @@ class Scaled32:
 
     element_bytes = 4
     toward_zero = True
-    needs_random = False
 
     @property
     def unclamped(self) -> Scaled32:
@@ -139,19 +145,13 @@ def _float(format: Format | None) -> FloatFormat:
 
 
 @dataclass(frozen=True)
-class General64:
+class General64(Arithmetic):
     """Every format and rounding in float64 lanes, whatever the operands."""
 
     acc: Accumulator
 
     element_bytes = 8
     toward_zero = False
-    by_chunk = False
-    output_exponent = 0
-
-    @property
-    def unclamped(self) -> General64:
-        return self
 
     @property
     def needs_random(self) -> bool:

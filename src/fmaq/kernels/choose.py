@@ -1,4 +1,4 @@
-"""Which arithmetic computes a product of given operands: the fastest that is exact for them, and the scales it wants."""
+"""Which arithmetic computes a product of given operands: the fastest that is exact for them, and its scales."""
 
 from __future__ import annotations
 
@@ -85,8 +85,8 @@ def _constants_fit(arithmetic: Scaled32) -> bool:
 def _flushing_scales(total: int, a: Range, b: Range) -> tuple[int, int] | None:
     """Exponents that add up to `total` and bring both operands below 1.
 
-    An operand that becomes subnormal on the way is flushed; its product, with an operand below 1, is then below 2^−126 and is
-    flushed anyway, as it must be.
+    An operand that becomes subnormal on the way is flushed; its product, with an operand below 1, is then below 2^−126
+    and is flushed anyway, as it must be.
     """
     slack = -a.above - b.above - total
     if slack < 0:

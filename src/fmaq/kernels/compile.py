@@ -29,7 +29,7 @@ def _triple(target: Target) -> str:
 def optimize(module: ir.Module, target: Target) -> tuple[llvm.ModuleRef, llvm.TargetMachine]:
     """The module, optimized for a target, and the machine that writes its code.
 
-    Loops are neither vectorized nor unrolled by LLVM: they are written as vectors, and a step fills the machine's units.
+    LLVM neither vectorizes nor unrolls: loops are written as vectors, and a step keeps the machine's units busy.
     """
     _initialize()
     module.triple = _triple(target)
@@ -46,23 +46,25 @@ def optimize(module: ir.Module, target: Target) -> tuple[llvm.ModuleRef, llvm.Ta
 
 @dataclass(frozen=True)
 class Compiled:
-    """A function's machine code; `engine` keeps it alive."""
+    """Machine code in this process, while this object lives."""
 
-    function: Any
     engine: llvm.ExecutionEngine
 
+    def address(self, name: str) -> int:
+        """Where a function's code is."""
+        return int(self.engine.get_function_address(name))
 
-def compile_function(module: ir.Module, name: str, arguments: tuple[Any, ...], target: Target) -> Compiled:
-    """A module's function as a callable of ctypes; calls release Python's interpreter lock.
+    def function(self, name: str, *arguments: Any) -> Any:
+        """A function, that returns nothing, as a callable of ctypes; calls release the interpreter lock."""
+        return ctypes.CFUNCTYPE(None, *arguments)(self.address(name))
 
-    Args:
-        arguments: the ctypes of the function's arguments; it returns nothing.
-    """
+
+def compile_module(module: ir.Module, target: Target) -> Compiled:
+    """A module's machine code."""
     optimized, machine = optimize(module, target)
     engine = llvm.create_mcjit_compiler(optimized, machine)
     engine.finalize_object()
-    prototype = ctypes.CFUNCTYPE(None, *arguments)
-    return Compiled(prototype(engine.get_function_address(name)), engine)
+    return Compiled(engine)
 
 
 def assembly(module: ir.Module, target: Target) -> str:

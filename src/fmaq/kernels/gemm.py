@@ -2,10 +2,10 @@
 
     C[batch][row][column] = Σ_k A[batch][row][k]·B[batch][k][column],   lanes over the columns
 
-A column is an output position and k runs over (channel, kernel depth, row, column), so that B is read straight from the image and
-no im2col matrix exists; a matrix product is the convolution whose kernel is 1×1 and whose image is one line. A *task* is a
-panel of columns of a block of rows of a batch: it packs its panel of B (and, when the block changes, of A), then computes tile after
-tile in registers. Tasks are independent, which is all that threads need.
+A column is an output position and k runs over (channel, kernel depth, row, column), so that B is read straight from
+the image and no im2col matrix exists; a matrix product is the convolution whose kernel is 1×1 and whose image is one
+line. A *task* is a panel of columns of a block of rows of a batch: it packs its panel of B (and, when the block
+changes, of A), then computes tile after tile in registers. Tasks are independent, which is all that threads need.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from fmaq.kernels.ir_blocks import (
     Value,
     either,
     element,
+    for_chunks,
     for_range,
     i32,
     i64,
@@ -33,12 +34,11 @@ from fmaq.kernels.ir_blocks import (
     repeat,
 )
 from fmaq.kernels.lanes import Lanes
-from fmaq.kernels.packing import Packing
+from fmaq.kernels.packing import FLOAT32_BYTES, PACKING_TYPE
 from fmaq.kernels.parameters import Parameters, Tile
 from fmaq.kernels.targets import Target
 from fmaq.numerics import random
 
-FLOAT32_BYTES = 4
 CACHE_LINE = 64
 
 
@@ -59,8 +59,7 @@ class Gemm:
 
     def build(self) -> ir.Module:
         """The module, whose one public function is `run`."""
-        packing = Packing(self.module, self.target, self.tile, self.width, self.chunk, self.arithmetic.by_chunk)
-        self._run(packing.rows(), packing.columns())
+        self._run()
         return self.module
 
     def _function(self, name: str, arguments: list[ir.Type]) -> tuple[ir.Function, ir.IRBuilder]:
@@ -74,7 +73,7 @@ class Gemm:
     def _lanes(self, b: ir.IRBuilder) -> Lanes:
         return Lanes(b, self.target, self.arithmetic.element_bytes)
 
-    # --- The register tile ---------------------------------------------------------------------------------------------
+    # --- The register tile ------------------------------------------------------------------------------------------
 
     def _tile(self) -> ir.Function:
         """One tile over all of k, chunk by chunk, into a buffer [tile.rows][width].
@@ -88,13 +87,7 @@ class Gemm:
         zeros = [v.constant(0.0)] * len(cells)
         draw = self._drawing(v, words, cells)
 
-        def one_chunk(start: Value, carried: list[Value]) -> list[Value]:
-            index, *totals = carried
-            end = depth
-            if self.chunk is not None:
-                whole = b.add(start, i64(self.chunk))
-                end = b.select(b.icmp_signed("<", whole, depth), whole, depth)
-
+        def one_chunk(index: Value, start: Value, end: Value, totals: list[Value]) -> list[Value]:
             def steps(arithmetic: Arithmetic) -> list[Value]:
                 def one_step(k: Value, sums: list[Value]) -> list[Value]:
                     xs, ws = self._operands(v, a, packed, k)
@@ -112,11 +105,9 @@ class Gemm:
             else:
                 sums = steps(self.arithmetic)
             drawn = draw(b.sub(end, i64(1)), random.MERGE)
-            merged = [self.arithmetic.merge(v, t, s, word) for t, s, word in zip(totals, sums, drawn, strict=True)]
-            return [b.add(index, i64(1)), *merged]
+            return [self.arithmetic.merge(v, t, s, word) for t, s, word in zip(totals, sums, drawn, strict=True)]
 
-        length = self.chunk if self.chunk is not None else 2**62
-        _, *totals = for_range(b, i64(0), depth, [i64(0), *zeros], one_chunk, step=length)
+        totals = for_chunks(b, depth, self.chunk, zeros, one_chunk)
         back = v.constant(2.0**self.arithmetic.output_exponent)
         for (r, i), total in zip(cells, totals, strict=True):
             v.store(v.mul(total, back), element(b, buffer, i64(r * self.width + i * v.count), F32))
@@ -168,19 +159,20 @@ class Gemm:
         def one_row(r: Value) -> None:
             source = element(b, buffer, b.mul(r, i64(self.width)), F32)
             target = element(b, c, b.mul(r, row_stride), F32)
-            for i in range(self.width // v.count):
-                first, last = (load(b, table, i64(i * v.count + lane), I64) for lane in (0, v.count - 1))
+
+            def one_element(j: Value) -> None:
+                offset = load(b, table, j, I64)
+                with b.if_then(b.icmp_signed(">=", offset, i64(0))):
+                    b.store(load(b, source, j, F32), element(b, target, offset, F32))
+
+            for start in range(0, self.width, v.count):
+                first, last = (load(b, table, i64(start + lane), I64) for lane in (0, v.count - 1))
                 in_line = b.icmp_signed("==", b.sub(last, first), i64(v.count - 1))
                 with b.if_else(b.and_(in_line, b.icmp_signed(">=", last, i64(0)))) as (then, otherwise):
                     with then:
-                        v.store(v.load(element(b, source, i64(i * v.count), F32)), element(b, target, first, F32))
+                        v.store(v.load(element(b, source, i64(start), F32)), element(b, target, first, F32))
                     with otherwise:
-                        repeat(b, i64(v.count), lambda j, i=i: one_element(source, target, b.add(j, i64(i * v.count))))
-
-        def one_element(source: Value, target: Value, j: Value) -> None:
-            offset = load(b, table, j, I64)
-            with b.if_then(b.icmp_signed(">=", offset, i64(0))):
-                b.store(load(b, source, j, F32), element(b, target, offset, F32))
+                        repeat(b, i64(start + v.count), one_element, start=i64(start))
 
         repeat(b, valid_rows, one_row)
         b.ret_void()
@@ -210,7 +202,7 @@ class Gemm:
 
     # --- Tasks -------------------------------------------------------------------------------------------------------
 
-    def _run(self, pack_rows: ir.Function, pack_columns: ir.Function) -> None:
+    def _run(self) -> None:
         """Tasks first … last − 1: panels of columns, fastest, then blocks of rows, then batches."""
         tile, store = self._tile(), self._store()
         draw_words = self._draw_words() if self.arithmetic.needs_random else None
@@ -224,6 +216,7 @@ class Gemm:
         table, buffer, words, column_bounds, panel, row_bounds, block = (
             element(b, scratch, parameters[f"at_{part}"], I8) for part in parts
         )
+        pack_rows, pack_columns = (_function_at(b, parameters[name]) for name in ("pack_rows", "pack_columns"))
         height = i64(self.tile.rows)
         control = FloatControl(b, self.target)
         control.set(toward_zero=False)
@@ -279,6 +272,11 @@ class Gemm:
             offsets[name] = end
             end += -(-size // CACHE_LINE) * CACHE_LINE
         return offsets, end
+
+
+def _function_at(b: ir.IRBuilder, address: Value) -> Value:
+    """A packing function from its address."""
+    return b.inttoptr(address, ir.PointerType(PACKING_TYPE))
 
 
 def _smaller(b: ir.IRBuilder, x: Value, y: Value) -> Value:

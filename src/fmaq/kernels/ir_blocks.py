@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
 
 from llvmlite import ir
 
@@ -10,7 +11,7 @@ I1, I8, I32, I64 = ir.IntType(1), ir.IntType(8), ir.IntType(32), ir.IntType(64)
 F32, F64 = ir.FloatType(), ir.DoubleType()
 POINTER = ir.PointerType()
 
-Value = ir.Value
+Value: TypeAlias = Any  # an ir.Value; llvmlite has no types
 
 
 def i64(value: int) -> ir.Constant:
@@ -54,14 +55,34 @@ def for_range(
     return carried
 
 
-def repeat(b: ir.IRBuilder, count: Value, body: Callable[[Value], None]) -> None:
-    """`for i in range(count): body(i)`."""
+def repeat(b: ir.IRBuilder, stop: Value, body: Callable[[Value], None], start: Value | None = None) -> None:
+    """`for i in range(start, stop): body(i)`, from 0 unless a start is given."""
 
     def one(i: Value, values: list[Value]) -> list[Value]:
         body(i)
         return []
 
-    for_range(b, i64(0), count, [], one)
+    for_range(b, i64(0) if start is None else start, stop, [], one)
+
+
+def for_chunks(
+    b: ir.IRBuilder,
+    depth: Value,
+    chunk: int | None,
+    initial: Sequence[Value],
+    body: Callable[[Value, Value, Value, list[Value]], Sequence[Value]],
+) -> list[Value]:
+    """`values = body(index, start, end, values)` for every chunk of 0 … depth − 1; None is one chunk for all of it."""
+
+    def one(start: Value, carried: list[Value]) -> list[Value]:
+        index, *values = carried
+        end = depth
+        if chunk is not None:
+            whole = b.add(start, i64(chunk))
+            end = b.select(b.icmp_signed("<", whole, depth), whole, depth)
+        return [b.add(index, i64(1)), *body(index, start, end, values)]
+
+    return for_range(b, i64(0), depth, [i64(0), *initial], one, step=chunk or 2**62)[1:]
 
 
 def element(b: ir.IRBuilder, pointer: Value, index: Value, of: ir.Type) -> Value:

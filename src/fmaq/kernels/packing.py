@@ -1,4 +1,4 @@
-"""Packing: rows of A and columns of B into panels that the register tile reads in order, scaled, and bounded chunk by chunk.
+"""Packing: rows of A and columns of B into panels that the register tile reads in order, scaled, with bounds.
 
 Columns are read straight from the image (see `gemm`). Bounds of a panel are, for every chunk, the largest squared norm
 and the largest magnitude of its rows (or columns) there: by Cauchy and Schwarz no partial sum of a chunk exceeds the
@@ -11,59 +11,63 @@ from collections.abc import Callable
 
 from llvmlite import ir
 
-from fmaq.kernels.ir_blocks import F32, I32, I64, POINTER, Value, either, element, for_range, i32, i64, load, repeat
+from fmaq.kernels.ir_blocks import (
+    F32,
+    I32,
+    I64,
+    POINTER,
+    Value,
+    either,
+    element,
+    for_chunks,
+    for_range,
+    i32,
+    i64,
+    load,
+    repeat,
+)
 from fmaq.kernels.lanes import Lanes
-from fmaq.kernels.parameters import SPATIAL, Parameters, Tile
+from fmaq.kernels.parameters import SPATIAL, Parameters
 from fmaq.kernels.targets import Target
 
 OUTSIDE = -(1 << 30)  # a coordinate that is in no image
 FLOAT32_BYTES = 4
+PACKING_TYPE = ir.FunctionType(ir.VoidType(), [POINTER] * 4 + [I64, I64])
 
 
 class Packing:
-    """Generates `pack_rows` and `pack_columns` into a module.
+    """Generates `pack_rows` and `pack_columns`, which know no format and so serve many kernels.
 
     Args:
+        height: rows of a panel.
         width: columns of a panel.
-        chunk: steps that a bound covers, or None for all of them.
         is_bounded: bounds are wanted.
+        chunk: steps that a bound covers, or None for all of them.
     """
 
-    def __init__(
-        self, module: ir.Module, target: Target, tile: Tile, width: int, chunk: int | None, is_bounded: bool
-    ) -> None:
-        self.module = module
+    def __init__(self, target: Target, height: int, width: int, is_bounded: bool, chunk: int | None = None) -> None:
+        self.module = ir.Module("packing")
         self.target = target
-        self.height = tile.rows
+        self.height = height
         self.width = width
         self.chunk = chunk
         self.is_bounded = is_bounded
 
     def _start(self, name: str) -> tuple[ir.Function, Lanes, Parameters]:
-        """A function (parameters, packed, bounds or table …) that lies apart: it runs under another control register."""
-        function = ir.Function(self.module, ir.FunctionType(ir.VoidType(), [POINTER] * 4 + [I64, I64]), name)
-        function.linkage = "internal"
-        function.attributes.add("noinline")
+        """A function (parameters, packed, bounds, table, batch, first row or column)."""
+        function = ir.Function(self.module, PACKING_TYPE, name)
         b = ir.IRBuilder(function.append_basic_block("entry"))
         return function, Lanes(b, self.target, FLOAT32_BYTES), Parameters(b, function.args[0])
 
-    def _each_chunk(self, b: ir.IRBuilder, depth: Value, body: Callable[[Value, Value, Value], None]) -> None:
-        """`body(index, start, end)` for every chunk that a bound covers; one for all of k where none are wanted."""
-        length = self.chunk if self.is_bounded and self.chunk is not None else None
+    def build(self) -> ir.Module:
+        """The module."""
+        self._rows()
+        self._columns()
+        return self.module
 
-        def one(start: Value, carried: list[Value]) -> list[Value]:
-            end = depth
-            if length is not None:
-                whole = b.add(start, i64(length))
-                end = b.select(b.icmp_signed("<", whole, depth), whole, depth)
-            body(carried[0], start, end)
-            return [b.add(carried[0], i64(1))]
+    # --- Rows of A ---------------------------------------------------------------------------------------------------
 
-        for_range(b, i64(0), depth, [i64(0)], one, step=length or 2**62)
-
-    # --- Rows of A -----------------------------------------------------------------------------------------------------
-
-    def rows(self) -> ir.Function:
+    def _rows(self) -> None:
         """`pack_rows(parameters, packed, bounds, unused, batch, first row)`: a block of rows as panels [k][height].
 
         Rows beyond the last are zero. Bounds are [panel][chunk][norm², magnitude].
@@ -87,7 +91,7 @@ class Packing:
                 scales.append(b.select(is_inside, scale, ir.Constant(F32, 0.0)))
             target = element(b, packed, b.mul(b.mul(panel, depth), i64(self.height)), F32)
 
-            def one_chunk(index: Value, start: Value, end: Value) -> None:
+            def one_chunk(index: Value, start: Value, end: Value, _: list[Value]) -> list[Value]:
                 whole = b.and_(b.sub(end, start), i64(-v.count))
                 middle = b.select(is_line, b.add(start, whole), start)
                 lines = self._pack_lines(v, sources, scales, target, unit, start, middle)
@@ -95,17 +99,17 @@ class Packing:
                 if self.is_bounded:
                     at = b.mul(b.add(b.mul(panel, chunks), index), i64(2))
                     self._store_row_bounds(v, lines, single, element(b, bounds, at, F32))
+                return []
 
-            self._each_chunk(b, depth, one_chunk)
+            for_chunks(b, depth, self.chunk, [], one_chunk)
 
         repeat(b, b.sdiv(parameters["block_rows"], i64(self.height)), one_panel)
         b.ret_void()
-        return function
 
     def _pack_lines(
         self, v: Lanes, sources: list[Value], scales: list[Value], target: Value, unit: Value, start: Value, end: Value
     ) -> list[Value]:
-        """Vectors of neighbouring k, a row each, interleaved. Returns each row's squares and the magnitudes, by lane."""
+        """Vectors of neighbouring k, a row each, interleaved. Returns each row's squares, and magnitudes, by lane."""
         b = v.b
         units, factors = v.splat(unit), [v.splat(scale) for scale in scales]
 
@@ -163,9 +167,9 @@ class Packing:
         b.store(_largest(b, norms), target)
         b.store(largest, element(b, target, i64(1), F32))
 
-    # --- Columns of B --------------------------------------------------------------------------------------------------
+    # --- Columns of B ------------------------------------------------------------------------------------------------
 
-    def columns(self) -> ir.Function:
+    def _columns(self) -> None:
         """`pack_columns(parameters, packed, bounds, table, batch, first column)`: a panel of columns as [k][width].
 
         Positions outside the image, and columns beyond the last, are zero. Bounds are [chunk][norm², magnitude]. The
@@ -194,7 +198,6 @@ class Packing:
         if self.is_bounded:
             self._bound_columns(v, parameters, packed, bounds)
         b.ret_void()
-        return function
 
     def _locate_columns(
         self, b: ir.IRBuilder, parameters: Parameters, table: Value, starts: Value, corners: Value, first: Value
@@ -296,13 +299,14 @@ class Packing:
             values = [v.mul(v.load(element(b, row, i64(i * v.count), F32)), unit) for i in range(count)]
             return self._grow(v, found, values)
 
-        def one_chunk(index: Value, start: Value, end: Value) -> None:
+        def one_chunk(index: Value, start: Value, end: Value, _: list[Value]) -> list[Value]:
             *squares, largest = for_range(b, start, end, [v.constant(0.0)] * self._found(count), one_k)
             at = b.mul(index, i64(2))
             b.store(_largest(b, [_reduce_max(v, s) for s in squares]), element(b, bounds, at, F32))
             b.store(_reduce_max(v, largest), element(b, bounds, b.add(at, i64(1)), F32))
+            return []
 
-        self._each_chunk(b, parameters["depth"], one_chunk)
+        for_chunks(b, parameters["depth"], self.chunk, [], one_chunk)
 
 
 def _inside(v: Lanes, corner: list[Value], taps: list[Value], sizes: list[Value]) -> Value:

@@ -9,7 +9,8 @@ from llvmlite import ir
 from fmaq.kernels.ir_blocks import F32, I32, I64, POINTER, Value, i64, load
 
 FIELDS = (
-    # Pointers to float32.
+    # Addresses of the packing functions, and of float32.
+    *("pack_rows", "pack_columns"),
     *("a", "b", "c"),
     # Sizes of the product; `panels` counts the panels of columns, `row_blocks` the blocks of `block_rows` rows.
     *("rows", "columns", "depth", "panels", "block_rows", "row_blocks"),
@@ -25,7 +26,7 @@ FIELDS = (
     *("a_scale", "b_scale", "a_unit", "b_unit"),
     # Bits of a float32: up to these, products of squared norms, and of magnitudes, of operands below 1 cannot saturate.
     *("norm_limit", "product_limit"),
-    # Positions for stochastic rounding: m counts rows, or columns where `lanes_are_m`; m grows by `m_batch`, n by `n_batch`.
+    # Positions for stochastic rounding: m counts rows, or columns if `lanes_are_m`; a batch adds `m_batch`, `n_batch`.
     *("key", "lanes_are_m", "m_batch", "n_batch"),
     # Chunks in the sum, and offsets in bytes of the parts of a thread's scratch memory.
     *("chunks", "at_table", "at_buffer", "at_words", "at_column_bounds", "at_panel", "at_row_bounds", "at_block"),

@@ -1,4 +1,4 @@
-"""Matrix products and convolutions of finite float32 tensors: sizes and strides into parameters, and the kernel that takes them."""
+"""Matrix products and convolutions of finite float32 tensors: sizes and strides as parameters, and their kernel."""
 
 from __future__ import annotations
 
@@ -7,14 +7,16 @@ import functools
 import math
 import struct
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fmaq.kernels.arithmetic import Arithmetic
 from fmaq.kernels.choose import Choice, choose
-from fmaq.kernels.compile import Compiled, compile_function
+from fmaq.kernels.compile import Compiled, compile_module
 from fmaq.kernels.gemm import Gemm
+from fmaq.kernels.packing import Packing
 from fmaq.kernels.parameters import FIELD, FIELDS, SPATIAL, Tile
 from fmaq.kernels.ranges import measure
 from fmaq.kernels.targets import Target, current_target
@@ -28,18 +30,27 @@ SMALL = 1 << 16  # multiply-adds that are not worth a second thread
 
 @dataclass(frozen=True)
 class Kernel:
-    """A compiled product; `gemm` knows its tile and how much scratch memory it needs."""
+    """A compiled product. `gemm` knows its tile and its scratch memory; `code` is what keeps the functions alive."""
 
     gemm: Gemm
-    compiled: Compiled
+    run: Any
+    packing: dict[str, int]
+    code: tuple[Compiled, Compiled]
 
 
 @functools.cache
 def kernel(arithmetic: Arithmetic, chunk: int | None, target: Target, tile: Tile) -> Kernel:
     """The kernel of an arithmetic, compiled at its first use."""
     gemm = Gemm(arithmetic, chunk, target, tile)
-    arguments = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p)
-    return Kernel(gemm, compile_function(gemm.build(), "run", arguments, target))
+    packing = _packing(target, tile.rows, gemm.width, arithmetic.by_chunk, chunk if arithmetic.by_chunk else None)
+    code = compile_module(gemm.build(), target)
+    run = code.function("run", ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p)
+    return Kernel(gemm, run, {name: packing.address(name) for name in ("pack_rows", "pack_columns")}, (code, packing))
+
+
+@functools.cache
+def _packing(target: Target, height: int, width: int, is_bounded: bool, chunk: int | None) -> Compiled:
+    return compile_module(Packing(target, height, width, is_bounded, chunk).build(), target)
 
 
 @dataclass
@@ -89,11 +100,11 @@ class Problem:
         offsets, size = gemm.scratch_layout(self.depth, block_rows)
         chunks = 1 if acc.chunk is None else -(-self.depth // acc.chunk)
         sizes = {"panels": panels, "block_rows": block_rows, "row_blocks": blocks, "chunks": chunks}
-        for name, value in (sizes | offsets).items():
+        for name, value in (sizes | offsets | kernel.packing).items():
             parameters[FIELD[name]] = value
 
         def work(first: int, last: int) -> None:
-            kernel.compiled.function(parameters, first, last, scratch(size))
+            kernel.run(parameters, first, last, scratch(size))
 
         work_size = self.batches * self.rows * self.columns * self.depth
         run_tasks(self.batches * blocks * panels, work, is_small=work_size < SMALL)

@@ -8,13 +8,14 @@ from __future__ import annotations
 import ctypes
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from llvmlite import ir
 from torch import Tensor
 
-from fmaq.kernels.compile import Compiled, compile_function
+from fmaq.kernels.compile import Compiled, compile_module
 from fmaq.kernels.ir_blocks import F32, I32, I64, POINTER, Value, element, for_range, i32, i64
 from fmaq.kernels.lanes import Lanes
 from fmaq.kernels.targets import Target
@@ -82,9 +83,9 @@ def _module(target: Target) -> ir.Module:
 
 
 @functools.cache
-def _measure(target: Target) -> Compiled:
-    arguments = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p)
-    return compile_function(_module(target), "measure", arguments, target)
+def _measure(target: Target) -> tuple[Any, Compiled]:
+    compiled = compile_module(_module(target), target)
+    return compiled.function("measure", ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p), compiled
 
 
 def _in_memory_order(x: Tensor) -> Tensor:
@@ -99,7 +100,7 @@ def measure(x: Tensor, target: Target) -> Range:
     """The range of a float32 tensor of any strides, with at least one element and all of them finite."""
     flat = _in_memory_order(x)
     found = np.empty(3, np.uint32)
-    _measure(target).function(flat.data_ptr(), flat.numel(), found.ctypes.data)
+    _measure(target)[0](flat.data_ptr(), flat.numel(), found.ctypes.data)
     largest, smallest_less_one, union = (int(word) for word in found)
     if largest == 0:
         return Range(0.0, float("inf"), 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
 from collections.abc import Callable
@@ -39,7 +40,8 @@ def run_tasks(tasks: int, work: Callable[[int, int], None], is_small: bool) -> N
     if threads == 1:
         work(0, tasks)
         return
-    others = [_pool(threads).submit(work, *pair) for pair in zip(bounds[1:-1], bounds[2:], strict=True)]
-    work(bounds[0], bounds[1])
+    mine, *theirs = itertools.pairwise(bounds)
+    others = [_pool(threads).submit(work, *pair) for pair in theirs]
+    work(*mine)
     for other in others:
         other.result()
