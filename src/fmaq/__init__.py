@@ -1,7 +1,65 @@
-"""Neural networks whose dot products are summed in low bit-width accumulators (arXiv 2401.14110)."""
+"""Neural networks whose dot products are summed in low bit-width accumulators (arXiv 2401.14110).
+
+The names below load on first use, so that `import fmaq` is quick and nothing is compiled by it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from fmaq.numerics import Accumulator, FixedFormat, FloatFormat
 
+if TYPE_CHECKING:
+    from fmaq import hardware
+    from fmaq.emulation import Policy, attach, coverage, detach  # type: ignore[no-redef]
+    from fmaq.ops import (  # type: ignore[no-redef]
+        conv1d,
+        conv2d,
+        conv3d,
+        conv_transpose1d,
+        conv_transpose2d,
+        conv_transpose3d,
+        linear,
+        matmul,
+        quantize,
+        scaled_dot_product_attention,
+    )
+
 __version__ = "0.1.0"
 
-__all__ = ["Accumulator", "FixedFormat", "FloatFormat"]
+__all__ = [
+    "Accumulator",
+    "FixedFormat",
+    "FloatFormat",
+    "Policy",
+    "attach",
+    "conv1d",
+    "conv2d",
+    "conv3d",
+    "conv_transpose1d",
+    "conv_transpose2d",
+    "conv_transpose3d",
+    "coverage",
+    "detach",
+    "hardware",
+    "linear",
+    "matmul",
+    "quantize",
+    "scaled_dot_product_attention",
+]
+
+_EMULATION = ("Policy", "attach", "coverage", "detach")
+
+
+def __getattr__(name: str) -> Any:
+    if name == "hardware":
+        return importlib.import_module("fmaq.hardware")
+    if name not in __all__:
+        raise AttributeError(f"module 'fmaq' has no attribute {name!r}")
+    module = importlib.import_module("fmaq.emulation" if name in _EMULATION else "fmaq.ops")
+    return getattr(module, name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

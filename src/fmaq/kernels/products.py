@@ -1,4 +1,7 @@
-"""Matrix products and convolutions of finite float32 tensors: sizes and strides as parameters, and their kernel."""
+"""Matrix products and convolutions of float32 tensors: sizes and strides as parameters, and the kernel that takes them.
+
+A non-finite operand makes every output that depends on it NaN.
+"""
 
 from __future__ import annotations
 
@@ -66,20 +69,23 @@ class Problem:
     depth: int
     fields: dict[str, int] = field(default_factory=dict)
 
-    def run(self, acc: Accumulator) -> None:
-        """Fill `c`."""
+    def run(self, acc: Accumulator) -> bool:
+        """Fill `c`; False, and `c` is left as it is, if an operand is not finite."""
         target = current_target()
         if self.c.numel() == 0:
-            return
+            return True
         if self.depth == 0:
             self.c.zero_()
-            return
+            return True
         a, b = measure(self.a, target), measure(self.b, target)
+        if not (a.is_finite and b.is_finite):
+            return False
         if a.largest == 0 or b.largest == 0:
             self.c.zero_()
-            return
+            return True
         choice = choose(acc, target, a, b, self.depth, use_bounds=min(self.rows, self.columns) >= SHARED)
         self._launch(kernel(choice.arithmetic, acc.chunk, target, self._tile(choice, target)), choice, acc)
+        return True
 
     def _tile(self, choice: Choice, target: Target) -> Tile:
         rows, vectors = target.tile
@@ -129,7 +135,7 @@ def _bits(number: float) -> int:
 
 
 def matmul(a: Tensor, b: Tensor, acc: Accumulator) -> Tensor:
-    """(B, M, K) times (B, K, N), finite float32 of any strides, is (B, M, N) in float32.
+    """(B, M, K) times (B, K, N), float32 of any strides, is (B, M, N) in float32.
 
     Lanes run over the columns or, where that leaves fewer of them idle, over the rows.
     """
@@ -149,8 +155,16 @@ def matmul(a: Tensor, b: Tensor, acc: Accumulator) -> Tensor:
         **{"channels": depth, "size_2": columns, "out_2": columns},
         **{"lanes_are_m": int(swap), "m_batch": m},
     }
-    Problem(a, b, c, batches, rows, columns, depth, fields).run(acc)
-    return c
+    if Problem(a, b, c, batches, rows, columns, depth, fields).run(acc):
+        return c
+    if swap:
+        a, b = b.mT, a.mT
+    spoiled = ~torch.isfinite(a).all(-1)[:, :, None] | ~torch.isfinite(b).all(-2)[:, None, :]
+    return matmul(_finite_part(a), _finite_part(b), acc).masked_fill_(spoiled, torch.nan)
+
+
+def _finite_part(x: Tensor) -> Tensor:
+    return torch.where(torch.isfinite(x), x, 0.0)
 
 
 def _padded_cells(rows: int, columns: int) -> int:
@@ -167,7 +181,7 @@ def conv(
     dilation: tuple[int, ...],
     groups: int,
 ) -> Tensor:
-    """Convolution over 1 to 3 spatial dimensions of finite float32 tensors; no im2col matrix is made.
+    """Convolution over 1 to 3 spatial dimensions of float32 tensors; no im2col matrix is made.
 
     Args:
         x: (N, C, *spatial), any strides.
@@ -201,5 +215,25 @@ def conv(
             f"dilation_{at}": dilation[d],
             f"out_{at}": out[d],
         }
-    Problem(flat, x, c, groups, per_group, images * positions, flat.shape[1], fields).run(acc)
-    return c
+    if Problem(flat, x, c, groups, per_group, images * positions, flat.shape[1], fields).run(acc):
+        return c
+    return _spoiled_conv(x, weight, acc, stride, padding, dilation, groups)
+
+
+def _spoiled_conv(
+    x: Tensor,
+    weight: Tensor,
+    acc: Accumulator,
+    stride: tuple[int, ...],
+    padding: tuple[tuple[int, int], ...],
+    dilation: tuple[int, ...],
+    groups: int,
+) -> Tensor:
+    """A convolution whose operands are not all finite: NaN where a window holds such a value, or a filter does."""
+    y = conv(_finite_part(x), _finite_part(weight), acc, stride, padding, dilation, groups)
+    flat = [p for pair in reversed(padding) for p in pair]
+    marks = torch.nn.functional.pad((~torch.isfinite(x)).float(), flat)
+    convolution = (torch.conv1d, torch.conv2d, torch.conv3d)[x.dim() - 3]
+    in_window = convolution(marks, torch.ones_like(weight), None, stride, 0, dilation, groups) > 0
+    in_filter = ~torch.isfinite(weight).flatten(1).all(1)
+    return y.masked_fill_(in_window | in_filter.reshape(-1, *[1] * (x.dim() - 2)), torch.nan)

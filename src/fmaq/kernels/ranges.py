@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from llvmlite import ir
 from torch import Tensor
 
@@ -20,13 +20,15 @@ from fmaq.kernels.ir_blocks import F32, I32, I64, POINTER, Value, element, for_r
 from fmaq.kernels.lanes import Lanes
 from fmaq.kernels.targets import Target
 
+INFINITY_BITS = 0x7F800000
+
 
 @dataclass(frozen=True)
 class Range:
-    """Bounds on the finite float32 values of a tensor.
+    """Bounds on the float32 values of a tensor.
 
     Attributes:
-        largest: the largest magnitude; 0 where all are zero.
+        largest: the largest magnitude; 0 where all are zero, NaN where one is not finite.
         smallest: the smallest magnitude above zero; infinite where all are zero.
         significant: bits that suffice for every significand, 1 to 24.
     """
@@ -34,6 +36,11 @@ class Range:
     largest: float
     smallest: float
     significant: int
+
+    @property
+    def is_finite(self) -> bool:
+        """Every value is finite."""
+        return not math.isnan(self.largest)
 
     @property
     def above(self) -> int:
@@ -97,19 +104,16 @@ def _in_memory_order(x: Tensor) -> Tensor:
 
 
 def measure(x: Tensor, target: Target) -> Range:
-    """The range of a float32 tensor of any strides, with at least one element and all of them finite."""
+    """The range of a float32 tensor of any strides, with at least one element."""
     flat = _in_memory_order(x)
     found = np.empty(3, np.uint32)
     _measure(target)[0](flat.data_ptr(), flat.numel(), found.ctypes.data)
     largest, smallest_less_one, union = (int(word) for word in found)
+    if largest >= INFINITY_BITS:
+        return Range(math.nan, math.nan, 24)
     if largest == 0:
         return Range(0.0, float("inf"), 1)
     ends = np.array([largest, smallest_less_one + 1], np.uint32).view(np.float32)
     mantissa = union & 0x7FFFFF
     trailing = 23 if mantissa == 0 else (mantissa & -mantissa).bit_length() - 1
     return Range(float(ends[0]), float(ends[1]), 24 - trailing)
-
-
-def is_finite(x: Tensor) -> bool:
-    """Every value is finite. A NaN or infinity makes its product with zero NaN."""
-    return x.numel() == 0 or bool(torch.isfinite(x.sum() * 0)) or bool(torch.isfinite(x).all())

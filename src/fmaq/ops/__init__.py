@@ -1,0 +1,20 @@
+"""Differentiable products whose dot products are summed in low bit-width accumulators, and tensor quantization."""
+
+from fmaq.ops.attention import scaled_dot_product_attention
+from fmaq.ops.conv import conv1d, conv2d, conv3d, conv_transpose1d, conv_transpose2d, conv_transpose3d
+from fmaq.ops.matmul import linear, matmul
+from fmaq.ops.quantize import parse_tensor_format, quantize
+
+__all__ = [
+    "conv1d",
+    "conv2d",
+    "conv3d",
+    "conv_transpose1d",
+    "conv_transpose2d",
+    "conv_transpose3d",
+    "linear",
+    "matmul",
+    "parse_tensor_format",
+    "quantize",
+    "scaled_dot_product_attention",
+]

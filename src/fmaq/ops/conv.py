@@ -1,0 +1,313 @@
+"""Convolutions with a low bit-width accumulator, and their transposed forms.
+
+A dot product runs over (channel, kernel depth, row, column), the order of `weight.flatten(1)`; padding takes part as
+zeros.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fmaq import kernels
+from fmaq.numerics import Accumulator
+from fmaq.ops.operands import AccumulatorLike, check, full_precision, widen
+
+Size = int | Sequence[int]
+
+
+class _Convolution(torch.autograd.Function):
+    """(N, C, *spatial) with (O, C/groups, *kernel); the gradients are ordinary float32 products (`identity`)."""
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        weight: Tensor,
+        acc: Accumulator,
+        stride: tuple[int, ...],
+        padding: tuple[int, ...],
+        dilation: tuple[int, ...],
+        groups: int,
+    ) -> Tensor:
+        return kernels.conv(x, weight, acc, stride, tuple((p, p) for p in padding), dilation, groups)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, weight, _, *ctx.geometry = inputs
+        ctx.save_for_backward(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        stride, padding, dilation, groups = ctx.geometry
+        wanted = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], False]
+        with full_precision():
+            grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
+                grads[0], x, weight, None, stride, padding, dilation, False, [0] * len(stride), groups, wanted
+            )
+        return grad_x, grad_weight, None, None, None, None, None
+
+
+def _per_dimension(value: Size, name: str, dims: int, least: int) -> tuple[int, ...]:
+    """One integer a spatial dimension."""
+    values = (value,) * dims if isinstance(value, int) else tuple(value)
+    if len(values) == 1:
+        values *= dims
+    if len(values) != dims or any(not isinstance(v, int) or v < least for v in values):
+        raise ValueError(f"{name} must be an integer of at least {least}, or {dims} of them, got {value!r}")
+    return values
+
+
+def _padding(
+    padding: Size | str, kernel: Sequence[int], dilation: tuple[int, ...], stride: tuple[int, ...]
+) -> list[int]:
+    """Padding as F.pad takes it: (before, after) a dimension, the last one first."""
+    if isinstance(padding, str):
+        if padding not in ("same", "valid"):
+            raise ValueError(f'padding must be a number, "same" or "valid", got {padding!r}')
+        if padding == "same" and any(s != 1 for s in stride):
+            raise ValueError(f'padding="same" needs stride 1, got {stride}')
+        totals = [d * (k - 1) if padding == "same" else 0 for k, d in zip(kernel, dilation, strict=True)]
+        pairs = [(total // 2, total - total // 2) for total in totals]
+    else:
+        pairs = [(p, p) for p in _per_dimension(padding, "padding", len(kernel), 0)]
+    return [p for pair in reversed(pairs) for p in pair]
+
+
+def _check_shapes(x: Tensor, weight: Tensor, bias: Tensor | None, dims: int, groups: int) -> None:
+    if x.dim() not in (dims + 1, dims + 2) or weight.dim() != dims + 2:
+        raise ValueError(
+            f"conv{dims}d takes x of {dims + 1} or {dims + 2} dimensions and a weight of {dims + 2}, "
+            f"got x {tuple(x.shape)} and weight {tuple(weight.shape)}"
+        )
+    channels, outputs = x.shape[-dims - 1], weight.shape[0]
+    if groups < 1 or channels % groups or outputs % groups or weight.shape[1] != channels // groups:
+        raise ValueError(
+            f"weight {tuple(weight.shape)} does not fit x {tuple(x.shape)} in {groups} group(s): it must be "
+            f"(outputs, channels / groups, *kernel), outputs and channels multiples of groups"
+        )
+    if bias is not None and tuple(bias.shape) != (outputs,):
+        raise ValueError(f"bias must be ({outputs},), got {tuple(bias.shape)}")
+
+
+def _convolve(
+    x: Tensor,
+    weight: Tensor,
+    acc: Accumulator,
+    stride: tuple[int, ...],
+    pads: list[int],
+    dilation: tuple[int, ...],
+    groups: int,
+) -> Tensor:
+    """With padding as F.pad takes it; what is not the same on both sides is applied to the image first."""
+    if pads[::2] != pads[1::2] or min(pads) < 0:
+        x, pads = F.pad(x, pads), [0] * len(pads)
+    padding = tuple(reversed(pads[::2]))
+    for size, k, d, p in zip(x.shape[2:], weight.shape[2:], dilation, padding, strict=True):
+        if size + 2 * p < d * (k - 1) + 1:
+            raise ValueError(
+                f"kernel {tuple(weight.shape[2:])} with dilation {dilation} is larger than the padded input "
+                f"{tuple(s + 2 * q for s, q in zip(x.shape[2:], padding, strict=True))}"
+            )
+    return _Convolution.apply(x, weight, acc, stride, padding, dilation, groups)
+
+
+def _conv(
+    dims: int,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    acc: AccumulatorLike,
+    stride: Size,
+    padding: Size | str,
+    dilation: Size,
+    groups: int,
+    estimator: str,
+) -> Tensor:
+    acc = check(acc, estimator)
+    x, weight = widen(x, "x"), widen(weight, "weight")
+    _check_shapes(x, weight, bias, dims, groups)
+    stride, dilation = _per_dimension(stride, "stride", dims, 1), _per_dimension(dilation, "dilation", dims, 1)
+    pads = _padding(padding, weight.shape[2:], dilation, stride)
+    batched = x if x.dim() == dims + 2 else x[None]
+    y = _convolve(batched, weight, acc, stride, pads, dilation, groups)
+    return _finish(y, bias, is_batched=x.dim() == dims + 2)
+
+
+def _finish(y: Tensor, bias: Tensor | None, is_batched: bool) -> Tensor:
+    if bias is not None:
+        y = y + widen(bias, "bias").reshape(-1, *[1] * (y.dim() - 2))
+    return y if is_batched else y[0]
+
+
+def conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    acc: AccumulatorLike,
+    stride: Size = 1,
+    padding: Size | str = 0,
+    dilation: Size = 1,
+    groups: int = 1,
+    estimator: str = "identity",
+) -> Tensor:
+    """`torch.nn.functional.conv1d` whose dot products are summed in `acc`; see `conv2d`."""
+    return _conv(1, x, weight, bias, acc, stride, padding, dilation, groups, estimator)
+
+
+def conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    acc: AccumulatorLike,
+    stride: Size = 1,
+    padding: Size | str = 0,
+    dilation: Size = 1,
+    groups: int = 1,
+    estimator: str = "identity",
+) -> Tensor:
+    """`torch.nn.functional.conv2d` whose dot products are summed in `acc`; the bias is added afterwards in float32.
+
+    Args:
+        x: (N, C, H, W) or (C, H, W), float32, bfloat16, float16 or float8, any strides.
+        weight: (O, C/groups, kH, kW). bias: (O,), or None.
+        acc, estimator: see `matmul`.
+        stride, dilation, groups: as torch's. padding: a number a dimension, `"same"` or `"valid"`.
+
+    Returns:
+        (N, O, H', W') or (O, H', W') in float32. A non-finite operand makes every output that depends on it NaN.
+
+    Raises:
+        TypeError: an operand's dtype.
+        ValueError: shapes or sizes that do not fit; the message names them.
+    """
+    return _conv(2, x, weight, bias, acc, stride, padding, dilation, groups, estimator)
+
+
+def conv3d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    acc: AccumulatorLike,
+    stride: Size = 1,
+    padding: Size | str = 0,
+    dilation: Size = 1,
+    groups: int = 1,
+    estimator: str = "identity",
+) -> Tensor:
+    """`torch.nn.functional.conv3d` whose dot products are summed in `acc`; see `conv2d`."""
+    return _conv(3, x, weight, bias, acc, stride, padding, dilation, groups, estimator)
+
+
+def _conv_transpose(
+    dims: int,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    acc: AccumulatorLike,
+    stride: Size,
+    padding: Size,
+    output_padding: Size,
+    groups: int,
+    dilation: Size,
+    estimator: str,
+) -> Tensor:
+    acc = check(acc, estimator)
+    x, weight = widen(x, "x"), widen(weight, "weight")
+    stride, dilation = _per_dimension(stride, "stride", dims, 1), _per_dimension(dilation, "dilation", dims, 1)
+    padding = _per_dimension(padding, "padding", dims, 0)
+    extra = _per_dimension(output_padding, "output_padding", dims, 0)
+    if any(e >= max(s, d) for e, s, d in zip(extra, stride, dilation, strict=True)):
+        raise ValueError(f"output_padding {extra} must be smaller than stride {stride} or dilation {dilation}")
+    if weight.dim() != dims + 2 or groups < 1 or weight.shape[0] % groups:
+        raise ValueError(
+            f"weight must be (channels, outputs / groups, *kernel) of {dims + 2} dimensions, channels a multiple of "
+            f"{groups} group(s), got {tuple(weight.shape)}"
+        )
+    flipped = _flipped(weight, groups)
+    _check_shapes(x, flipped, bias, dims, groups)
+    stuffed = _zero_stuffed(x if x.dim() == dims + 2 else x[None], stride)
+    margins = [d * (k - 1) - p for k, d, p in zip(weight.shape[2:], dilation, padding, strict=True)]
+    pads = [q for m, e in zip(reversed(margins), reversed(extra), strict=True) for q in (m, m + e)]
+    y = _convolve(stuffed, flipped, acc, (1,) * dims, pads, dilation, groups)
+    return _finish(y, bias, is_batched=x.dim() == dims + 2)
+
+
+def _flipped(weight: Tensor, groups: int) -> Tensor:
+    """(C, O/groups, *kernel) as the weight (O, C/groups, *kernel) of the equivalent convolution."""
+    spatial = list(range(2, weight.dim()))
+    grouped = weight.flip(spatial).reshape(groups, weight.shape[0] // groups, *weight.shape[1:])
+    return grouped.transpose(1, 2).reshape(groups * weight.shape[1], weight.shape[0] // groups, *weight.shape[2:])
+
+
+def _zero_stuffed(x: Tensor, stride: tuple[int, ...]) -> Tensor:
+    """x with stride − 1 zeros between neighbours."""
+    if all(s == 1 for s in stride):
+        return x
+    sizes = [(n - 1) * s + 1 for n, s in zip(x.shape[2:], stride, strict=True)]
+    stuffed = x.new_zeros(*x.shape[:2], *sizes)
+    grid = (slice(None), slice(None), *(slice(None, None, s) for s in stride))
+    stuffed[grid] = x
+    return stuffed
+
+
+def conv_transpose1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    acc: AccumulatorLike,
+    stride: Size = 1,
+    padding: Size = 0,
+    output_padding: Size = 0,
+    groups: int = 1,
+    dilation: Size = 1,
+    estimator: str = "identity",
+) -> Tensor:
+    """`torch.nn.functional.conv_transpose1d` whose dot products are summed in `acc`; see `conv_transpose2d`."""
+    return _conv_transpose(1, x, weight, bias, acc, stride, padding, output_padding, groups, dilation, estimator)
+
+
+def conv_transpose2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    acc: AccumulatorLike,
+    stride: Size = 1,
+    padding: Size = 0,
+    output_padding: Size = 0,
+    groups: int = 1,
+    dilation: Size = 1,
+    estimator: str = "identity",
+) -> Tensor:
+    """`torch.nn.functional.conv_transpose2d` whose dot products are summed in `acc`.
+
+    It is the convolution of the zero-stuffed input with the flipped kernel, and its dot products run in that order.
+
+    Args:
+        x: (N, C, H, W) or (C, H, W). weight: (C, O/groups, kH, kW). bias: (O,), or None.
+        The others as in torch and `conv2d`.
+
+    Returns:
+        (N, O, H', W') or (O, H', W') in float32.
+    """
+    return _conv_transpose(2, x, weight, bias, acc, stride, padding, output_padding, groups, dilation, estimator)
+
+
+def conv_transpose3d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    acc: AccumulatorLike,
+    stride: Size = 1,
+    padding: Size = 0,
+    output_padding: Size = 0,
+    groups: int = 1,
+    dilation: Size = 1,
+    estimator: str = "identity",
+) -> Tensor:
+    """`torch.nn.functional.conv_transpose3d` whose dot products are summed in `acc`; see `conv_transpose2d`."""
+    return _conv_transpose(3, x, weight, bias, acc, stride, padding, output_padding, groups, dilation, estimator)

@@ -1,0 +1,66 @@
+"""What a product accepts: dtypes that widen to float32 exactly, CPU tensors, known estimators; all else is refused."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fmaq.numerics import Accumulator
+from fmaq.numerics.reference import ESTIMATORS
+
+AccumulatorLike = Accumulator | str | Mapping[str, Any]
+
+FLOAT8 = tuple(
+    getattr(torch, name)
+    for name in ("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz")
+    if hasattr(torch, name)
+)
+OPERAND_DTYPES = (torch.float32, torch.bfloat16, torch.float16, *FLOAT8)
+
+
+def widen(x: Tensor, name: str) -> Tensor:
+    """The operand in float32, exactly.
+
+    Raises:
+        TypeError: not a tensor, or of a dtype that float32 does not hold.
+        ValueError: not on the CPU.
+    """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+    if x.dtype not in OPERAND_DTYPES:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in OPERAND_DTYPES)
+        raise TypeError(f"{name} has dtype {x.dtype}; products take {names}. Convert it first, with {name}.float()")
+    if x.device.type != "cpu":
+        raise ValueError(
+            f"{name} is on {x.device}; kernels are generated for the CPU so far. Move it with {name}.cpu()"
+        )
+    return x.to(torch.float32)
+
+
+def check(acc: AccumulatorLike, estimator: str) -> Accumulator:
+    """The accumulator, fit for tensors, and an estimator that exists.
+
+    Raises:
+        ValueError: a template, a format that float32 cannot hold, or an unknown estimator.
+        NotImplementedError: an estimator other than identity.
+    """
+    if estimator not in ESTIMATORS:
+        near = difflib.get_close_matches(str(estimator), ESTIMATORS, 1, 0.4)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"estimator must be one of {', '.join(ESTIMATORS)}, got {estimator!r}{hint}")
+    if estimator != "identity":
+        raise NotImplementedError(
+            f'estimator "{estimator}" has no kernel yet; use "identity", or numerics.reference.gradients on small cases'
+        )
+    parsed = Accumulator.parse(acc)
+    parsed.check_float32()
+    return parsed
+
+
+def full_precision() -> torch.autocast:
+    """A context in which torch's own products stay in float32, whatever autocast says."""
+    return torch.autocast("cpu", enabled=False)

@@ -1,0 +1,180 @@
+"""Accumulators: their strings and mappings, the paper's biases, and error messages."""
+
+import copy
+import dataclasses
+import pickle
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fmaq.numerics import Accumulator, FixedFormat, FloatFormat, paper_bias
+
+formats = st.one_of(
+    st.builds(
+        FloatFormat,
+        st.integers(0, 23),
+        st.integers(1, 8),
+        st.none() | st.integers(-700, 700),
+        st.sampled_from(["flag", "exponent"]),
+    ),
+    st.builds(FixedFormat, st.integers(2, 32), st.integers(-64, 64), st.sampled_from(["saturate", "wrap"])),
+)
+accumulators = st.builds(
+    Accumulator,
+    formats,
+    product=st.none() | formats,
+    chunk=st.none() | st.integers(1, 2**31 - 1),
+    rounding=st.sampled_from(["toward_zero", "nearest_even", "stochastic"]),
+    underflow=st.booleans(),
+    random_bits=st.integers(1, 16),
+    seed=st.integers(0, 2**64 - 1),
+)
+
+
+@given(accumulators)
+def test_strings_and_mappings_read_back(acc):
+    for description in (str(acc), str(acc).replace(" ", ", "), acc.to_mapping(), acc):
+        assert Accumulator.parse(description) == acc
+    assert hash(Accumulator(str(acc))) == hash(acc)
+    assert yaml.safe_load(yaml.safe_dump(acc.to_mapping())) == acc.to_mapping()
+    assert eval(repr(acc), {"Accumulator": Accumulator}) == acc
+
+
+def test_defaults_are_those_of_the_design():
+    acc = Accumulator("M7E4b10", product="M7E4b12")
+    assert acc.format == FloatFormat(7, 4, 10)
+    assert acc.product == FloatFormat(7, 4, 12)
+    assert (acc.chunk, acc.rounding, acc.underflow) == (16, "toward_zero", True)
+    assert acc == Accumulator.paper12 == Accumulator("paper12") == Accumulator.parse(" paper12 ")
+    assert str(acc) == "M7E4b10 product=M7E4b12 chunk=16"
+    assert acc.to_mapping() == {"format": "M7E4b10", "product": "M7E4b12"}
+    assert acc.bits == 12
+    assert Accumulator("M7E4b10").product is None
+
+
+def test_every_way_to_write_one():
+    acc = Accumulator(FloatFormat(5, 4, 6), FixedFormat(8, 2), None, "stochastic", False, 7, 9)
+    words = "M5E4b6 product=I8f2 chunk=None rounding=stochastic underflow=False random_bits=7 seed=9"
+    assert str(acc) == words
+    assert Accumulator(words.replace(" ", ",").lower().replace("m5e4b6", "M5E4b6").replace("i8", "I8")) == acc
+    assert Accumulator("format=" + words) == acc
+    assert Accumulator({"format": "M5E4b6", "product": "I8f2", "chunk": None} | acc.to_mapping()) == acc
+    assert Accumulator("M5E4b6 product=exact").product is None
+    assert Accumulator("M5E4b6", product="none").product is None
+
+
+def test_an_accumulator_is_a_value():
+    acc = Accumulator.paper12
+    with pytest.raises(AttributeError):
+        acc.chunk = 8
+    assert dataclasses.replace(acc, chunk=8) == Accumulator("M7E4b10 product=M7E4b12 chunk=8")
+    assert copy.deepcopy(acc) == acc == pickle.loads(pickle.dumps(acc))
+    assert len({acc, Accumulator("paper12"), dataclasses.replace(acc, seed=1)}) == 2
+
+
+@pytest.mark.parametrize(
+    ("description", "error", "message"),
+    [
+        (
+            {"format": "M7E4b10", "chunks": 8},
+            ValueError,
+            "has no 'chunks'; did you mean 'chunk'\\? It has: format, product",
+        ),
+        ({"format": "M7E4b10", "zzz": 8}, ValueError, "an accumulator has no 'zzz'\\. It has: format"),
+        ({"product": "M7E4b10"}, ValueError, 'an accumulator needs a "format", like "M7E4b10"'),
+        ("product=M7E4b10", ValueError, 'an accumulator needs a "format"'),
+        ("M7E4b10 roundin=stochastic", ValueError, "no 'roundin'; did you mean 'rounding'\\?"),
+        ("M7E4b10 chunk=16 M7E4b12", ValueError, "'M7E4b12' in accumulator .* is not name=value, like product=M7E4b12"),
+        ("M7E4b10 chunk=3 chunk=4", ValueError, "chunk is given twice"),
+        ("M7E4b10 chunk=many", ValueError, "chunk must be an integer, got 'many'"),
+        ("M7E4b10 seed=none", ValueError, "seed must be an integer, got 'none'"),
+        ("M7E4b10 underflow=no", ValueError, "underflow must be True or False, got 'no'"),
+        (
+            "M7E4b10 rounding=nearest",
+            ValueError,
+            "rounding must be one of toward_zero.*; did you mean 'nearest_even'\\?",
+        ),
+        (
+            "M7E4b10 rounding=floor",
+            ValueError,
+            "rounding must be one of toward_zero, nearest_even, stochastic, got 'floor'",
+        ),
+        ("M7E4b10 chunk=0", ValueError, "chunk must be from 1 to 2147483647, got 0"),
+        ("M7E4b10 random_bits=17", ValueError, "random_bits must be from 1 to 16, got 17"),
+        ("M7E4b10 seed=-1", ValueError, "seed must be from 0 to 18446744073709551615, got -1"),
+        ("M7E4b10 product=M7", ValueError, "'M7' is not a format"),
+        ("paper13", ValueError, "'paper13' is not a format"),
+        ("", ValueError, "'' is not a format"),
+        ({"format": "M7E4b10", "chunk": "16"}, TypeError, "chunk must be an integer, got '16'"),
+        ({"format": "M7E4b10", "chunk": 16.0}, TypeError, "chunk must be an integer, got 16.0"),
+        ({"format": "M7E4b10", "underflow": "false"}, TypeError, "underflow must be True or False, got 'false'"),
+        ({"format": "M7E4b10", "product": 12}, TypeError, "a format is a name like.*got 12"),
+        (None, TypeError, "a format is a name like.*got None"),
+    ],
+)
+def test_wrong_descriptions(description, error, message):
+    with pytest.raises(error, match=message):
+        Accumulator.parse(description)
+
+
+@pytest.mark.parametrize("description", ["paper12", "M7E4b10 product=M7E4b12", {"format": "M7E4b10"}])
+def test_arguments_beside_a_whole_description_are_refused_not_ignored(description):
+    with pytest.raises(ValueError, match="chunk is given beside a whole description; write it inside"):
+        Accumulator(description, chunk=8)
+
+
+def test_templates_and_float32():
+    assert Accumulator("M7E4").is_template
+    assert Accumulator("M7E4b10", product="M7E4z").is_template
+    assert not Accumulator("I16f4").is_template
+    assert not Accumulator.paper12.is_template
+    with pytest.raises(ValueError, match='"M7E4" is a template'):
+        Accumulator("M7E4").check_float32()
+    with pytest.raises(ValueError, match='"M7E4z" is a template'):
+        Accumulator("M7E4b10", product="M7E4z").check_float32()
+
+
+@pytest.mark.parametrize(
+    "name", ["M7E4b10", "M23E7b126", "M23E7b127z", "M23E7b0", "M7E4b-112", "M7E4b126", "I32f64", "I32f-64w"]
+)
+def test_float32_holds(name):
+    Accumulator(name, product=name).check_float32()
+
+
+@pytest.mark.parametrize(
+    ("name", "exponents"),
+    [
+        ("M7E4b127", "-127 to -112"),
+        ("M7E4b-113", "113 to 128"),
+        ("M23E8b128z", "-127 to 127"),
+        ("M0E1b127", "-127 to -126"),
+    ],
+)
+def test_float32_does_not_hold(name, exponents):
+    for acc, role in ((Accumulator(name), "accumulator"), (Accumulator("I16", product=name), "product")):
+        with pytest.raises(
+            ValueError,
+            match=f"{role} format {name} does not fit in float32: its exponents are {exponents}, float32's -126 to 127",
+        ):
+            acc.check_float32()
+
+
+# --- The paper's bias rule --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("product", "chunk", "bias"), [(12, 16, 10), (12, 1, 12), (18, 16, 16), (12, 4, 11), (12, 8, 10), (12, 32, 9)]
+)
+def test_paper_bias(product, chunk, bias):
+    assert paper_bias(product, chunk) == bias
+    # b_acc ≤ b_prod − ½·log2(c) < b_acc + 1, without logarithms
+    assert 4 ** (product - bias) >= chunk > 4 ** (product - bias) / 4
+
+
+def test_paper_bias_needs_a_chunk():
+    with pytest.raises(ValueError, match="chunk must be from 1 to"):
+        paper_bias(12, 0)
+    with pytest.raises(TypeError, match="chunk must be an integer, got None"):
+        paper_bias(12, None)
