@@ -1,6 +1,6 @@
 """From an accumulator to machine code: products of float32 tensors, equal bit for bit to `numerics.reference`."""
 
-from fmaq.kernels.products import conv, matmul
+from fmaq.kernels.products import conv, count_events, matmul
 from fmaq.kernels.targets import available_targets, current_target, use_target
 
-__all__ = ["available_targets", "conv", "current_target", "matmul", "use_target"]
+__all__ = ["available_targets", "conv", "count_events", "current_target", "matmul", "use_target"]

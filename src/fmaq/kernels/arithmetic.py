@@ -17,7 +17,9 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from fmaq.kernels.ir_blocks import Value
+from llvmlite import ir
+
+from fmaq.kernels.ir_blocks import I1, Value
 from fmaq.kernels.lanes import Lanes
 from fmaq.numerics import Accumulator, FixedFormat, FloatFormat, Format
 from fmaq.numerics.reference import FLOAT32_TINY
@@ -160,24 +162,51 @@ class General64(Arithmetic):
     def step(self, v: Lanes, x: Value, w: Value, s: Value, word: Value | None) -> Value:
         p = v.mul(x, w)
         if self.acc.product is not None:
-            r = None
-            if word is not None:
-                low = v.b.and_(word, v.word(0xFFFF))
-                r = v.widen(v.b.lshr(low, v.word(16 - self.acc.random_bits)))
-            p = self._quantize(v, p, self.acc.product, r)
-        return self._add(v, s, p, word, sum_is_exact(self.acc))
+            p = self._keep(v, self._round(v, p, self.acc.product, self._product_bits(v, word)), self.acc.product)
+        return self._add(v, s, p, word, sum_is_exact(self.acc)).after
 
     def merge(self, v: Lanes, t: Value, s: Value, word: Value | None) -> Value:
-        return self._add(v, t, s, word, merge_is_exact(self.acc))
+        return self._add(v, t, s, word, merge_is_exact(self.acc)).after
 
-    def _add(self, v: Lanes, s: Value, p: Value, word: Value | None, is_exact: bool) -> Value:
+    def observed_step(self, v: Lanes, x: Value, w: Value, s: Value, word: Value | None) -> tuple[Value, list[Value]]:
+        """FMAq(x, w, s), and in which lanes it sees which of `numerics.reference.EVENTS`."""
+        x_w = p = v.mul(x, w)
+        overflows = underflows = ir.Constant(v.mask, [ir.Constant(I1, 0)] * v.count)
+        if self.acc.product is not None:
+            rounded = self._round(v, x_w, self.acc.product, self._product_bits(v, word))
+            p = self._keep(v, rounded, self.acc.product)
+            overflows = _is_beyond(v, rounded, self.acc.product)
+            underflows = v.b.and_(_differ(v, x_w, v.constant(0.0)), _are_equal(v, p, v.constant(0.0)))
+        total = self._add(v, s, p, word, sum_is_exact(self.acc))
+        return total.after, [overflows, underflows, *_sum_events(v, p, s, total, v.b.or_(overflows, underflows))]
+
+    def observed_merge(self, v: Lanes, t: Value, s: Value, word: Value | None) -> tuple[Value, list[Value]]:
+        """Q_acc(t + s), and its events."""
+        total = self._add(v, t, s, word, merge_is_exact(self.acc))
+        nowhere = ir.Constant(v.mask, [ir.Constant(I1, 0)] * v.count)
+        return total.after, [nowhere, nowhere, *_sum_events(v, s, t, total, nowhere)]
+
+    def _product_bits(self, v: Lanes, word: Value | None) -> Value | None:
+        if word is None:
+            return None
+        low = v.b.and_(word, v.word(0xFFFF))
+        return v.widen(v.b.lshr(low, v.word(16 - self.acc.random_bits)))
+
+    def _add(self, v: Lanes, s: Value, p: Value, word: Value | None, is_exact: bool) -> Sum:
+        format = self.acc.format
         r = None if word is None else v.widen(v.b.lshr(word, v.word(32 - self.acc.random_bits)))
-        p = _fold_huge(v, p, self.acc)
-        return self._quantize(v, v.add(s, p) if is_exact else _add_to_odd(v, s, p), self.acc.format, r)
+        is_huge = None
+        if _may_be_huge(self.acc):
+            is_huge = v.b.fcmp_ordered(">=", v.magnitude(p), v.constant(2.0**48 * format.tiny))
+            p = v.b.select(is_huge, _fold(v, p, 2.0**format.bits * format.tiny), p)
+        total = v.add(s, p) if is_exact else _add_to_odd(v, s, p)
+        rounded = self._round(v, total, format, r)
+        return Sum(total, rounded, self._keep(v, rounded, format), format, is_huge)
 
-    def _quantize(self, v: Lanes, x: Value, format: Format, r: Value | None) -> Value:
+    def _round(self, v: Lanes, x: Value, format: Format, r: Value | None) -> Value:
+        """To the format's grid, its range unbounded."""
         if isinstance(format, FixedFormat):
-            return self._quantize_fixed(v, x, format, r)
+            return v.mul(self._round_units(v, v.mul(x, v.constant(2.0**format.fraction)), r), v.constant(format.tiny))
         dropped = 52 - format.mantissa
         if self.acc.rounding == "nearest_even":
             bits = v.bits(x)
@@ -186,26 +215,63 @@ class General64(Arithmetic):
         elif r is not None:
             added = v.b.shl(r, v.bit_constant(dropped - self.acc.random_bits))
             x = v.from_bits(v.b.add(v.bits(x), added))
-        x = v.keep_bits(x, dropped)
-        x = v.zero_below(x, format.tiny if self.acc.underflow else FLOAT32_TINY)
-        return v.clamp(x, -format.max, format.max)
+        return v.keep_bits(x, dropped)
 
-    def _quantize_fixed(self, v: Lanes, x: Value, format: FixedFormat, r: Value | None) -> Value:
-        units = v.mul(x, v.constant(2.0**format.fraction))
+    def _round_units(self, v: Lanes, units: Value, r: Value | None) -> Value:
         if self.acc.rounding == "nearest_even":
-            units = v.round_even(units)
-        elif r is not None:
-            units = _round_units_stochastically(v, units, r, self.acc.random_bits)
-        else:
-            units = v.trunc(units)
-        half = 2.0 ** (format.width - 1)
-        if format.overflow == "wrap":
-            units = _fold(v, units, 2 * half)
-            turns = v.floor(v.add(v.mul(units, v.constant(0.5 / half)), v.constant(0.5)))
-            units = v.sub(units, v.mul(turns, v.constant(2 * half)))
-        else:
-            units = v.clamp(units, -half, half - 1)
-        return v.mul(units, v.constant(2.0**-format.fraction))
+            return v.round_even(units)
+        return v.trunc(units) if r is None else _round_units_stochastically(v, units, r, self.acc.random_bits)
+
+    def _keep(self, v: Lanes, rounded: Value, format: Format) -> Value:
+        """What a register keeps: flushed below the smallest, saturated or wrapped above the largest."""
+        if isinstance(format, FloatFormat):
+            rounded = v.zero_below(rounded, format.tiny if self.acc.underflow else FLOAT32_TINY)
+        elif format.overflow == "wrap":
+            return _wrap(v, rounded, format)
+        return v.clamp(rounded, format.min, format.max)
+
+
+@dataclass(frozen=True)
+class Sum:
+    """s + p on the way into its register: exact (or rounded to odd), on the grid, in range.
+
+    `is_huge` marks lanes whose product was folded into the range of a wrapping sum.
+    """
+
+    total: Value
+    rounded: Value
+    after: Value
+    format: Format
+    is_huge: Value | None
+
+
+def _are_equal(v: Lanes, x: Value, y: Value) -> Value:
+    return v.b.fcmp_ordered("==", x, y)
+
+
+def _differ(v: Lanes, x: Value, y: Value) -> Value:
+    return v.b.fcmp_unordered("!=", x, y)
+
+
+def _is_beyond(v: Lanes, rounded: Value, format: Format) -> Value:
+    above = v.b.fcmp_ordered(">", rounded, v.constant(format.max))
+    return v.b.or_(above, v.b.fcmp_ordered("<", rounded, v.constant(format.min)))
+
+
+def _sum_events(v: Lanes, p: Value, before: Value, total: Sum, others: Value) -> list[Value]:
+    """Overflow, underflow, full and partial swamping of a sum; `others` are lanes with an event of the product."""
+    b, zero = v.b, v.constant(0.0)
+    overflows = _is_beyond(v, total.rounded, total.format)
+    if total.is_huge is not None:
+        overflows = b.or_(overflows, total.is_huge)
+    underflows = b.and_(_differ(v, total.total, zero), _are_equal(v, total.after, zero))
+    if total.is_huge is not None:
+        underflows = b.or_(underflows, b.and_(total.is_huge, _are_equal(v, total.after, zero)))
+    none_of_these = b.and_(_differ(v, p, zero), b.not_(b.or_(others, b.or_(overflows, underflows))))
+    unchanged = _are_equal(v, total.after, before)
+    inexact = _differ(v, total.after, total.total)
+    full = b.and_(none_of_these, unchanged)
+    return [overflows, underflows, full, b.and_(none_of_these, b.and_(b.not_(unchanged), inexact))]
 
 
 def _round_units_stochastically(v: Lanes, units: Value, r: Value, random_bits: int) -> Value:
@@ -222,13 +288,19 @@ def _fold(v: Lanes, x: Value, span: float) -> Value:
     return v.sub(x, v.mul(v.trunc(v.mul(x, v.constant(1 / span))), v.constant(span)))
 
 
-def _fold_huge(v: Lanes, p: Value, acc: Accumulator) -> Value:
-    """See `numerics.reference._fold_for_wrap`."""
+def _wrap(v: Lanes, x: Value, format: FixedFormat) -> Value:
+    """x on the grid, modulo the format's span, from its smallest to its largest."""
+    span = 2.0**format.width * format.tiny
+    x = _fold(v, x, span)
+    turns = v.floor(v.add(v.mul(x, v.constant(1 / span)), v.constant(0.5)))
+    return v.sub(x, v.mul(turns, v.constant(span)))
+
+
+def _may_be_huge(acc: Accumulator) -> bool:
+    """Products may lose bits against a wrapping sum; see `numerics.reference._fold_for_wrap`."""
     format = acc.format
-    if not isinstance(format, FixedFormat) or format.overflow != "wrap" or isinstance(acc.product, FixedFormat):
-        return p
-    is_huge = v.b.fcmp_ordered(">=", v.magnitude(p), v.constant(2.0 ** (48 - format.fraction)))
-    return v.b.select(is_huge, _fold(v, p, 2.0 ** (format.width - format.fraction)), p)
+    wraps = isinstance(format, FixedFormat) and format.overflow == "wrap"
+    return wraps and not isinstance(acc.product, FixedFormat)
 
 
 def _add_to_odd(v: Lanes, s: Value, p: Value) -> Value:

@@ -39,6 +39,8 @@ def choose(acc: Accumulator, target: Target, a: Range, b: Range, depth: int, use
     Args:
         use_bounds: bounds of tiles and chunks pay for themselves (many rows and columns share them).
     """
+    if acc.seed:
+        acc = replace(acc, seed=0)  # a kernel is told its seed at run time, and serves them all
     arithmetic = _scaled32(acc, target, a, b, depth)
     if arithmetic is None:
         return Choice(General64(acc))

@@ -38,8 +38,10 @@ from fmaq.kernels.packing import FLOAT32_BYTES, PACKING_TYPE
 from fmaq.kernels.parameters import Parameters, Tile
 from fmaq.kernels.targets import Target
 from fmaq.numerics import random
+from fmaq.numerics.reference import EVENTS
 
 CACHE_LINE = 64
+COUNTERS = 2 * len(EVENTS)  # of steps, then of merges
 
 
 class Gemm:
@@ -78,41 +80,66 @@ class Gemm:
     def _tile(self) -> ir.Function:
         """One tile over all of k, chunk by chunk, into a buffer [tile.rows][width].
 
-        `tile(a, b, buffer, words, depth, row bounds, column bounds, norm limit, product limit)`
+        `tile(a, b, buffer, words, counters, depth, row bounds, column bounds, norm limit, product limit)`
         """
-        function, b = self._function("tile", [POINTER] * 4 + [I64, POINTER, POINTER, F32, F32])
-        a, packed, buffer, words, depth, *bounds = function.args
+        function, b = self._function("tile", [POINTER] * 5 + [I64, POINTER, POINTER, F32, F32])
+        a, packed, buffer, words, counters, depth, *bounds = function.args
         v = self._lanes(b)
         cells = [(r, i) for r in range(self.tile.rows) for i in range(self.tile.vectors)]
         zeros = [v.constant(0.0)] * len(cells)
         draw = self._drawing(v, words, cells)
 
-        def one_chunk(index: Value, start: Value, end: Value, totals: list[Value]) -> list[Value]:
-            def steps(arithmetic: Arithmetic) -> list[Value]:
-                def one_step(k: Value, sums: list[Value]) -> list[Value]:
-                    xs, ws = self._operands(v, a, packed, k)
-                    drawn = draw(k, 0)
-                    return [
-                        arithmetic.step(v, xs[r], ws[i], s, word)
-                        for (r, i), s, word in zip(cells, sums, drawn, strict=True)
-                    ]
+        def one_chunk(index: Value, start: Value, end: Value, carried: list[Value]) -> list[Value]:
+            totals, counted = carried[: len(cells)], carried[len(cells) :]
 
-                return for_range(b, start, end, zeros, one_step)
+            def steps(arithmetic: Arithmetic) -> list[Value]:
+                def one_step(k: Value, carried: list[Value]) -> list[Value]:
+                    xs, ws = self._operands(v, a, packed, k)
+                    pairs = [(xs[r], ws[i]) for r, i in cells]
+                    return self._step(v, arithmetic, pairs, carried[: len(cells)], draw(k, 0), carried[len(cells) :])
+
+                return for_range(b, start, end, [*zeros, *counted], one_step)
 
             if self.arithmetic.by_chunk:
                 is_safe = self._cannot_saturate(b, index, *bounds)
-                sums = either(b, is_safe, lambda: steps(self.arithmetic.unclamped), lambda: steps(self.arithmetic))
+                carried = either(b, is_safe, lambda: steps(self.arithmetic.unclamped), lambda: steps(self.arithmetic))
             else:
-                sums = steps(self.arithmetic)
+                carried = steps(self.arithmetic)
             drawn = draw(b.sub(end, i64(1)), random.MERGE)
-            return [self.arithmetic.merge(v, t, s, word) for t, s, word in zip(totals, sums, drawn, strict=True)]
+            return self._merge(v, totals, carried[: len(cells)], drawn, carried[len(cells) :])
 
-        totals = for_chunks(b, depth, self.chunk, zeros, one_chunk)
+        carried = for_chunks(b, depth, self.chunk, [*zeros, *self._counters(v)], one_chunk)
+        totals = carried[: len(cells)]
+        self._store_counters(v, carried[len(cells) :], counters)
         back = v.constant(2.0**self.arithmetic.output_exponent)
         for (r, i), total in zip(cells, totals, strict=True):
             v.store(v.mul(total, back), element(b, buffer, i64(r * self.width + i * v.count), F32))
         b.ret_void()
         return function
+
+    # What a step and a merge do to all cells; `events.CountingGemm` carries counters along.
+
+    def _counters(self, v: Lanes) -> list[Value]:
+        return []
+
+    def _step(
+        self,
+        v: Lanes,
+        arithmetic: Arithmetic,
+        pairs: list[tuple[Value, Value]],
+        sums: list[Value],
+        words: list[Value | None],
+        counted: list[Value],
+    ) -> list[Value]:
+        return [arithmetic.step(v, x, w, s, word) for (x, w), s, word in zip(pairs, sums, words, strict=True)]
+
+    def _merge(
+        self, v: Lanes, totals: list[Value], sums: list[Value], words: list[Value | None], counted: list[Value]
+    ) -> list[Value]:
+        return [self.arithmetic.merge(v, t, s, word) for t, s, word in zip(totals, sums, words, strict=True)]
+
+    def _store_counters(self, v: Lanes, counted: list[Value], counters: Value) -> None:
+        pass
 
     def _operands(self, v: Lanes, a: Value, packed: Value, k: Value) -> tuple[list[Value], list[Value]]:
         """Of step k: an element of A for each row, in every lane, and the vectors of B's row."""
@@ -212,8 +239,8 @@ class Gemm:
         names = ("depth", "rows", "panels", "block_rows", "row_blocks", "c_row")
         depth, rows, panels, block_rows, row_blocks, c_row = (parameters[name] for name in names)
         limits = [parameters.number("norm_limit"), parameters.number("product_limit")]
-        parts = ("table", "buffer", "words", "column_bounds", "panel", "row_bounds", "block")
-        table, buffer, words, column_bounds, panel, row_bounds, block = (
+        parts = ("counters", "table", "buffer", "words", "column_bounds", "panel", "row_bounds", "block")
+        counters, table, buffer, words, column_bounds, panel, row_bounds, block = (
             element(b, scratch, parameters[f"at_{part}"], I8) for part in parts
         )
         pack_rows, pack_columns = (_function_at(b, parameters[name]) for name in ("pack_rows", "pack_columns"))
@@ -239,7 +266,7 @@ class Gemm:
                     b.call(draw_words, [array, words, batch, b.add(row, at), column])
                 a = element(b, block, b.mul(at, depth), F32)
                 bounds = element(b, row_bounds, b.mul(b.mul(i, parameters["chunks"]), i64(2)), F32)
-                b.call(tile, [a, panel, buffer, words, depth, bounds, column_bounds, *limits])
+                b.call(tile, [a, panel, buffer, words, counters, depth, bounds, column_bounds, *limits])
                 target = element(b, c, b.mul(b.add(row, at), c_row), F32)
                 b.call(store, [buffer, target, table, c_row, _smaller(b, b.sub(left, at), height)])
 
@@ -259,6 +286,7 @@ class Gemm:
         chunks = 1 if self.chunk is None else -(-depth // self.chunk)
         cell = self.tile.rows * self.width * FLOAT32_BYTES
         sizes = {
+            "at_counters": 8 * COUNTERS,
             "at_table": 28 * self.width,
             "at_buffer": cell,
             "at_words": cell,

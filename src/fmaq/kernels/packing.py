@@ -13,6 +13,7 @@ from llvmlite import ir
 
 from fmaq.kernels.ir_blocks import (
     F32,
+    I1,
     I32,
     I64,
     POINTER,
@@ -241,9 +242,12 @@ class Packing:
         corner = [
             b.load(element(b, corners, i64(d * self.width + i * v.count), I32), typ=v.words, align=4) for d in SPATIAL
         ]
-        ends = [b.extract_element(offsets, i32(lane)) for lane in (0, v.count - 1)]
         last = load(b, table, i64(i * v.count + v.count - 1), I64)
-        in_line = b.icmp_signed("==", b.sub(ends[1], ends[0]), i64(v.count - 1))
+        counting = ir.Constant(offsets.type, [i64(lane) for lane in range(v.count)])
+        first = v.splat(b.extract_element(offsets, i32(0)))
+        every = v.declare(f"llvm.vector.reduce.and.v{v.count}i1", I1, [v.mask])
+        # Both ends do not tell: with padding and channels last, a step to the next row may lead back.
+        in_line = b.call(every, [b.icmp_signed("==", b.sub(offsets, first), counting)])
         return offsets, corner, b.and_(in_line, b.icmp_signed(">=", last, i64(0)))
 
     def _each_k(

@@ -29,7 +29,17 @@ FIELDS = (
     # Positions for stochastic rounding: m counts rows, or columns if `lanes_are_m`; a batch adds `m_batch`, `n_batch`.
     *("key", "lanes_are_m", "m_batch", "n_batch"),
     # Chunks in the sum, and offsets in bytes of the parts of a thread's scratch memory.
-    *("chunks", "at_table", "at_buffer", "at_words", "at_column_bounds", "at_panel", "at_row_bounds", "at_block"),
+    *(
+        "chunks",
+        "at_counters",
+        "at_table",
+        "at_buffer",
+        "at_words",
+        "at_column_bounds",
+        "at_panel",
+        "at_row_bounds",
+        "at_block",
+    ),
 )
 FIELD = {name: index for index, name in enumerate(FIELDS)}
 SPATIAL = (0, 1, 2)

@@ -9,16 +9,17 @@ import ctypes
 import functools
 import math
 import struct
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fmaq.kernels.arithmetic import Arithmetic
+from fmaq.kernels.arithmetic import Arithmetic, General64
 from fmaq.kernels.choose import Choice, choose
 from fmaq.kernels.compile import Compiled, compile_module
-from fmaq.kernels.gemm import Gemm
+from fmaq.kernels.events import CountingGemm
+from fmaq.kernels.gemm import COUNTERS, Gemm
 from fmaq.kernels.packing import Packing
 from fmaq.kernels.parameters import FIELD, FIELDS, SPATIAL, Tile
 from fmaq.kernels.ranges import measure
@@ -42,9 +43,12 @@ class Kernel:
 
 
 @functools.cache
-def kernel(arithmetic: Arithmetic, chunk: int | None, target: Target, tile: Tile) -> Kernel:
+def kernel(arithmetic: Arithmetic, chunk: int | None, target: Target, tile: Tile, is_counting: bool) -> Kernel:
     """The kernel of an arithmetic, compiled at its first use."""
-    gemm = Gemm(arithmetic, chunk, target, tile)
+    if is_counting:
+        gemm: Gemm = CountingGemm(arithmetic, chunk, target, tile)
+    else:
+        gemm = Gemm(arithmetic, chunk, target, tile)
     packing = _packing(target, tile.rows, gemm.width, arithmetic.by_chunk, chunk if arithmetic.by_chunk else None)
     code = compile_module(gemm.build(), target)
     run = code.function("run", ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p)
@@ -84,14 +88,23 @@ class Problem:
             self.c.zero_()
             return True
         choice = choose(acc, target, a, b, self.depth, use_bounds=min(self.rows, self.columns) >= SHARED)
-        self._launch(kernel(choice.arithmetic, acc.chunk, target, self._tile(choice, target)), choice, acc)
+        self._launch(self._kernel(choice, acc, target, is_counting=False), choice, acc)
         return True
 
-    def _tile(self, choice: Choice, target: Target) -> Tile:
-        rows, vectors = target.tile
-        return Tile(min(rows, self.rows), vectors)
+    def count(self, acc: Accumulator) -> list[int]:
+        """Fill `c`, of finite operands, and count `gemm.COUNTERS` events."""
+        if self.c.numel() == 0 or self.depth == 0:
+            return [0] * COUNTERS
+        choice = Choice(General64(replace(acc, seed=0)))
+        return self._launch(self._kernel(choice, acc, current_target(), is_counting=True), choice, acc)
 
-    def _launch(self, kernel: Kernel, choice: Choice, acc: Accumulator) -> None:
+    def _kernel(self, choice: Choice, acc: Accumulator, target: Target, is_counting: bool) -> Kernel:
+        rows, vectors = target.tile
+        tile = Tile(min(rows, self.rows), vectors)
+        return kernel(choice.arithmetic, acc.chunk, target, tile, is_counting)
+
+    def _launch(self, kernel: Kernel, choice: Choice, acc: Accumulator) -> list[int]:
+        """Run all tasks; returns the sums of the threads' counters."""
         gemm = kernel.gemm
         panels = -(-self.columns // gemm.width)
         height = gemm.tile.rows
@@ -109,11 +122,16 @@ class Problem:
         for name, value in (sizes | offsets | kernel.packing).items():
             parameters[FIELD[name]] = value
 
-        def work(first: int, last: int) -> None:
-            kernel.run(parameters, first, last, scratch(size))
+        def work(first: int, last: int) -> list[int]:
+            memory = scratch(size)
+            counters = (ctypes.c_int64 * COUNTERS).from_address(memory + offsets["at_counters"])
+            counters[:] = [0] * COUNTERS
+            kernel.run(parameters, first, last, memory)
+            return list(counters)
 
         work_size = self.batches * self.rows * self.columns * self.depth
-        run_tasks(self.batches * blocks * panels, work, is_small=work_size < SMALL)
+        counted = run_tasks(self.batches * blocks * panels, work, is_small=work_size < SMALL)
+        return [sum(column) for column in zip(*counted, strict=True)]
 
     def _parameters(self, choice: Choice, acc: Accumulator) -> ctypes.Array[ctypes.c_int64]:
         values = {f"{name}_{d}": 1 for name in ("size", "kernel", "stride", "dilation", "out") for d in SPATIAL}
@@ -135,10 +153,21 @@ def _bits(number: float) -> int:
 
 
 def matmul(a: Tensor, b: Tensor, acc: Accumulator) -> Tensor:
-    """(B, M, K) times (B, K, N), float32 of any strides, is (B, M, N) in float32.
+    """(B, M, K) times (B, K, N), float32 of any strides, is (B, M, N) in float32."""
+    problem = _matrix_problem(a, b)
+    if problem.run(acc):
+        return problem.c
+    spoiled = ~torch.isfinite(a).all(-1)[:, :, None] | ~torch.isfinite(b).all(-2)[:, None, :]
+    return matmul(_finite_part(a), _finite_part(b), acc).masked_fill_(spoiled, torch.nan)
 
-    Lanes run over the columns or, where that leaves fewer of them idle, over the rows.
-    """
+
+def count_events(a: Tensor, b: Tensor, acc: Accumulator) -> list[int]:
+    """How often each of `numerics.reference.EVENTS` happens in the steps, then in the merges, of `matmul` (finite)."""
+    return _matrix_problem(a, b).count(acc)
+
+
+def _matrix_problem(a: Tensor, b: Tensor) -> Problem:
+    """Lanes run over the columns or, where that leaves fewer of them idle, over the rows."""
     batches, m, depth = a.shape
     n = b.shape[2]
     c = torch.empty(batches, m, n)
@@ -155,12 +184,7 @@ def matmul(a: Tensor, b: Tensor, acc: Accumulator) -> Tensor:
         **{"channels": depth, "size_2": columns, "out_2": columns},
         **{"lanes_are_m": int(swap), "m_batch": m},
     }
-    if Problem(a, b, c, batches, rows, columns, depth, fields).run(acc):
-        return c
-    if swap:
-        a, b = b.mT, a.mT
-    spoiled = ~torch.isfinite(a).all(-1)[:, :, None] | ~torch.isfinite(b).all(-2)[:, None, :]
-    return matmul(_finite_part(a), _finite_part(b), acc).masked_fill_(spoiled, torch.nan)
+    return Problem(a, b, c, batches, rows, columns, depth, fields)
 
 
 def _finite_part(x: Tensor) -> Tensor:

@@ -113,7 +113,12 @@ def measure(x: Tensor, target: Target) -> Range:
         return Range(math.nan, math.nan, 24)
     if largest == 0:
         return Range(0.0, float("inf"), 1)
-    ends = np.array([largest, smallest_less_one + 1], np.uint32).view(np.float32)
     mantissa = union & 0x7FFFFF
     trailing = 23 if mantissa == 0 else (mantissa & -mantissa).bit_length() - 1
-    return Range(float(ends[0]), float(ends[1]), 24 - trailing)
+    return Range(_magnitude(largest), _magnitude(smallest_less_one + 1), 24 - trailing)
+
+
+def _magnitude(bits: int) -> float:
+    """The number that a float32's bits stand for. The processor, told to flush, would make zero of a subnormal one."""
+    exponent, mantissa = bits >> 23, bits & 0x7FFFFF
+    return math.ldexp(mantissa + (0x800000 if exponent else 0), max(exponent, 1) - 150)

@@ -7,10 +7,12 @@ import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import numpy as np
 import torch
 
+T = TypeVar("T")
 _local = threading.local()
 _pools: dict[tuple[int, int], ThreadPoolExecutor] = {}
 _lock = threading.Lock()
@@ -33,15 +35,12 @@ def _pool(threads: int) -> ThreadPoolExecutor:
         return _pools[key]
 
 
-def run_tasks(tasks: int, work: Callable[[int, int], None], is_small: bool) -> None:
-    """`work(first, last)` over ranges that cover 0 … tasks − 1, one a thread; a small job stays on this thread."""
+def run_tasks(tasks: int, work: Callable[[int, int], T], is_small: bool) -> list[T]:
+    """The results of `work(first, last)` over ranges that cover 0 … tasks − 1, one a thread, or one for a small job."""
     threads = 1 if is_small else max(1, min(torch.get_num_threads(), tasks))
     bounds = [tasks * i // threads for i in range(threads + 1)]
     if threads == 1:
-        work(0, tasks)
-        return
+        return [work(0, tasks)]
     mine, *theirs = itertools.pairwise(bounds)
     others = [_pool(threads).submit(work, *pair) for pair in theirs]
-    work(*mine)
-    for other in others:
-        other.result()
+    return [work(*mine), *(other.result() for other in others)]

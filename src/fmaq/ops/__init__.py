@@ -2,16 +2,19 @@
 
 from fmaq.ops.attention import scaled_dot_product_attention
 from fmaq.ops.conv import conv1d, conv2d, conv3d, conv_transpose1d, conv_transpose2d, conv_transpose3d
+from fmaq.ops.events import Events, count_events
 from fmaq.ops.matmul import linear, matmul
 from fmaq.ops.quantize import parse_tensor_format, quantize
 
 __all__ = [
+    "Events",
     "conv1d",
     "conv2d",
     "conv3d",
     "conv_transpose1d",
     "conv_transpose2d",
     "conv_transpose3d",
+    "count_events",
     "linear",
     "matmul",
     "parse_tensor_format",

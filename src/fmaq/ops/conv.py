@@ -51,13 +51,33 @@ class _Convolution(torch.autograd.Function):
             )
         return grad_x, grad_weight, None, None, None, None, None
 
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[int | None, ...], x: Tensor, weight: Tensor, *options: Any
+    ) -> tuple[Tensor, int]:
+        """More images where the weight is shared, else one convolution after the other."""
+        at_x, at_weight = in_dims[:2]
+        if at_weight is None and at_x is not None:
+            x = x.movedim(at_x, 0)
+            y = _Convolution.apply(x.flatten(0, 1), weight, *options)
+            return y.unflatten(0, x.shape[:2]), 0
+        single = [
+            _Convolution.apply(
+                x if at_x is None else x.select(at_x, i),
+                weight if at_weight is None else weight.select(at_weight, i),
+                *options,
+            )
+            for i in range(info.batch_size)
+        ]
+        return torch.stack(single), 0
+
 
 def _per_dimension(value: Size, name: str, dims: int, least: int) -> tuple[int, ...]:
     """One integer a spatial dimension."""
     values = (value,) * dims if isinstance(value, int) else tuple(value)
     if len(values) == 1:
         values *= dims
-    if len(values) != dims or any(not isinstance(v, int) or v < least for v in values):
+    if len(values) != dims or any(not isinstance(v, int) or isinstance(v, bool) or v < least for v in values):
         raise ValueError(f"{name} must be an integer of at least {least}, or {dims} of them, got {value!r}")
     return values
 
@@ -78,19 +98,25 @@ def _padding(
     return [p for pair in reversed(pairs) for p in pair]
 
 
-def _check_shapes(x: Tensor, weight: Tensor, bias: Tensor | None, dims: int, groups: int) -> None:
+def _check_dimensions(x: Tensor, weight: Tensor, dims: int) -> None:
     if x.dim() not in (dims + 1, dims + 2) or weight.dim() != dims + 2:
         raise ValueError(
-            f"conv{dims}d takes x of {dims + 1} or {dims + 2} dimensions and a weight of {dims + 2}, "
+            f"a convolution over {dims} dimension(s) takes x of {dims + 1} or {dims + 2} and a weight of {dims + 2}, "
             f"got x {tuple(x.shape)} and weight {tuple(weight.shape)}"
         )
+
+
+def _check_shapes(x: Tensor, weight: Tensor, bias: Tensor | None, dims: int, groups: int) -> None:
+    _check_dimensions(x, weight, dims)
     channels, outputs = x.shape[-dims - 1], weight.shape[0]
     if groups < 1 or channels % groups or outputs % groups or weight.shape[1] != channels // groups:
         raise ValueError(
             f"weight {tuple(weight.shape)} does not fit x {tuple(x.shape)} in {groups} group(s): it must be "
             f"(outputs, channels / groups, *kernel), outputs and channels multiples of groups"
         )
-    if bias is not None and tuple(bias.shape) != (outputs,):
+    if weight.numel() == 0 and weight.shape[1]:
+        raise ValueError(f"weight {tuple(weight.shape)} has no outputs or an empty kernel")
+    if bias is not None and widen(bias, "bias").shape != (outputs,):
         raise ValueError(f"bias must be ({outputs},), got {tuple(bias.shape)}")
 
 
@@ -223,10 +249,18 @@ def _conv_transpose(
     extra = _per_dimension(output_padding, "output_padding", dims, 0)
     if any(e >= max(s, d) for e, s, d in zip(extra, stride, dilation, strict=True)):
         raise ValueError(f"output_padding {extra} must be smaller than stride {stride} or dilation {dilation}")
-    if weight.dim() != dims + 2 or groups < 1 or weight.shape[0] % groups:
+    _check_dimensions(x, weight, dims)
+    if groups < 1 or weight.shape[0] % groups or weight.shape[0] != x.shape[-dims - 1]:
         raise ValueError(
-            f"weight must be (channels, outputs / groups, *kernel) of {dims + 2} dimensions, channels a multiple of "
-            f"{groups} group(s), got {tuple(weight.shape)}"
+            f"weight {tuple(weight.shape)} does not fit x {tuple(x.shape)} in {groups} group(s): it must be "
+            f"(channels, outputs / groups, *kernel), channels a multiple of groups"
+        )
+    sizes = zip(x.shape[-dims:], weight.shape[2:], stride, padding, dilation, extra, strict=True)
+    out = tuple((n - 1) * s - 2 * p + d * (k - 1) + e + 1 for n, k, s, p, d, e in sizes)
+    if min(out) < 1 or x.shape[-dims:].numel() == 0:
+        raise ValueError(
+            f"x {tuple(x.shape)} and weight {tuple(weight.shape)} with stride {stride}, padding {padding} and dilation "
+            f"{dilation} leave no output: its size would be {out}"
         )
     flipped = _flipped(weight, groups)
     _check_shapes(x, flipped, bias, dims, groups)

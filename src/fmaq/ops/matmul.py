@@ -21,7 +21,9 @@ class _BatchedProduct(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[:2])
+        a, b, _ = inputs
+        wants_a, wants_b, _ = ctx.needs_input_grad
+        ctx.save_for_backward(a if wants_b else None, b if wants_a else None)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
@@ -30,6 +32,16 @@ class _BatchedProduct(torch.autograd.Function):
             grad_a = torch.matmul(grads[0], b.mT) if ctx.needs_input_grad[0] else None
             grad_b = torch.matmul(a.mT, grads[0]) if ctx.needs_input_grad[1] else None
         return grad_a, grad_b, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], a: Tensor, b: Tensor, acc: Accumulator) -> tuple[Tensor, int]:
+        """One more dimension of the batch."""
+        a, b = (
+            x.expand(info.batch_size, *x.shape) if at is None else x.movedim(at, 0)
+            for x, at in ((a, in_dims[0]), (b, in_dims[1]))
+        )
+        y = _BatchedProduct.apply(a.flatten(0, 1), b.flatten(0, 1), acc)
+        return y.unflatten(0, a.shape[:2]), 0
 
 
 def matmul(a: Tensor, b: Tensor, acc: AccumulatorLike, estimator: str = "identity") -> Tensor:
@@ -50,32 +62,34 @@ def matmul(a: Tensor, b: Tensor, acc: AccumulatorLike, estimator: str = "identit
         NotImplementedError: an estimator that has no kernel yet.
     """
     acc = check(acc, estimator)
-    shapes = f"a {tuple(a.shape)} and b {tuple(b.shape)}"
+    left, right, shape = as_batches(a, b)
+    return _BatchedProduct.apply(left, right, acc).reshape(shape)
+
+
+def as_batches(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, tuple[int, ...]]:
+    """The operands as (B, M, K) and (B, K, N) in float32, and the shape of the product; see `matmul`.
+
+    A single b takes all of a's rows at once. A row's position for stochastic rounding, counted over the whole batch, is
+    the same either way.
+    """
     a, b = widen(a, "a"), widen(b, "b")
+    shapes = f"a {tuple(a.shape)} and b {tuple(b.shape)}"
     if a.dim() == 0 or b.dim() == 0:
         raise ValueError(f"matmul takes tensors of at least one dimension, got {shapes}")
     left, right = (a[None] if a.dim() == 1 else a), (b[:, None] if b.dim() == 1 else b)
-    if left.shape[-1] != right.shape[-2]:
+    (m, depth), n = left.shape[-2:], right.shape[-1]
+    if depth != right.shape[-2]:
         raise ValueError(f"cannot multiply {shapes}: a's last dimension and b's last but one must be equal")
-    y = _batched(left, right, acc, shapes)
-    if a.dim() == 1:
-        y = y.squeeze(-2)
-    return y.squeeze(-1) if b.dim() == 1 else y
-
-
-def _batched(a: Tensor, b: Tensor, acc: Accumulator, shapes: str) -> Tensor:
-    """Two matrices, or stacks of them; a single b takes all of a's rows at once."""
-    (m, depth), n = a.shape[-2:], b.shape[-1]
-    if b.dim() == 2:
-        rows = a.reshape(1, a.shape[:-1].numel(), depth)
-        return _BatchedProduct.apply(rows, b[None], acc).reshape(*a.shape[:-1], n)
     try:
-        batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+        batch = torch.broadcast_shapes(left.shape[:-2], right.shape[:-2])
     except RuntimeError:
         raise ValueError(f"cannot multiply {shapes}: their leading dimensions do not broadcast") from None
-    a = a.expand(*batch, m, depth).reshape(batch.numel(), m, depth)
-    b = b.expand(*batch, depth, n).reshape(batch.numel(), depth, n)
-    return _BatchedProduct.apply(a, b, acc).reshape(*batch, m, n)
+    shape = (*batch, *((m,) if a.dim() > 1 else ()), *((n,) if b.dim() > 1 else ()))
+    is_single = right.shape[:-2].numel() == 1
+    count, rows = (1, batch.numel() * m) if is_single else (batch.numel(), m)
+    left = left.expand(*batch, m, depth).reshape(count, rows, depth)
+    right = right.reshape(1, depth, n) if is_single else right.expand(*batch, depth, n).reshape(count, depth, n)
+    return left, right, shape
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, acc: AccumulatorLike, estimator: str = "identity") -> Tensor:
@@ -86,13 +100,21 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, acc: AccumulatorLike,
         acc, estimator: see `matmul`.
 
     Returns:
-        (…, N) in float32.
+        (…, N) in float32, or (…) with a weight of (K,).
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: as `matmul`; and for a bias of another shape.
     """
-    if not isinstance(weight, Tensor) or weight.dim() not in (1, 2):
-        raise ValueError(f"weight must be (N, K) or (K,), got {tuple(getattr(weight, 'shape', ()))}")
+    x, weight = widen(x, "x"), widen(weight, "weight")
+    if weight.dim() not in (1, 2):
+        raise ValueError(f"weight must be (N, K) or (K,), got {tuple(weight.shape)}")
     if x.dim() == 0 or x.shape[-1] != weight.shape[-1]:
         raise ValueError(
             f"cannot apply weight {tuple(weight.shape)} to x {tuple(x.shape)}: their last dimensions must be equal"
         )
+    if bias is not None:
+        bias = widen(bias, "bias")
+        if bias.shape != weight.shape[:-1]:
+            raise ValueError(f"bias must be {tuple(weight.shape[:-1])}, got {tuple(bias.shape)}")
     y = matmul(x, weight.t(), acc, estimator)
-    return y if bias is None else y + widen(bias, "bias")
+    return y if bias is None else y + bias

@@ -23,22 +23,25 @@ OPERAND_DTYPES = (torch.float32, torch.bfloat16, torch.float16, *FLOAT8)
 
 
 def widen(x: Tensor, name: str) -> Tensor:
-    """The operand in float32, exactly.
+    """The operand in float32, exactly; differentiable, the gradient in the operand's own dtype.
 
     Raises:
         TypeError: not a tensor, or of a dtype that float32 does not hold.
-        ValueError: not on the CPU.
+        ValueError: not dense, or not on the CPU.
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
     if x.dtype not in OPERAND_DTYPES:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in OPERAND_DTYPES)
         raise TypeError(f"{name} has dtype {x.dtype}; products take {names}. Convert it first, with {name}.float()")
+    if x.layout != torch.strided or x.is_nested:
+        kind = "nested" if x.is_nested else str(x.layout).removeprefix("torch.")
+        raise ValueError(f"{name} is a {kind} tensor; products take dense ones. Convert it with {name}.to_dense()")
     if x.device.type != "cpu":
         raise ValueError(
             f"{name} is on {x.device}; kernels are generated for the CPU so far. Move it with {name}.cpu()"
         )
-    return x.to(torch.float32)
+    return x.to(torch.float32).resolve_neg()  # the imaginary part of a conjugate is negated only when it is read
 
 
 def check(acc: AccumulatorLike, estimator: str) -> Accumulator:

@@ -36,7 +36,7 @@ def parse_tensor_format(name: str | FloatFormat) -> FloatFormat | int:
     """A tensor's format: a float such as `"M4E3"` (a bias in the name fixes it), or the bits of `"int8"`.
 
     Raises:
-        TypeError, ValueError: neither.
+        TypeError, ValueError: neither, or a float with values above float32's.
     """
     if isinstance(name, str) and (match := INTEGER_NAME.fullmatch(name.strip())):
         bits = int(match[1])
@@ -49,6 +49,11 @@ def parse_tensor_format(name: str | FloatFormat) -> FloatFormat | int:
         format = None
     if not isinstance(format, FloatFormat) or format.zero != "flag":
         raise ValueError(f'{name!r} is not a tensor format; write a float like "M4E3" or "M4E3b5", or "int8"')
+    if format.bias is not None and format.emax > 127:
+        raise ValueError(
+            f"{format} has values above float32's: its largest exponent is {format.emax}, float32's 127; "
+            f"its bias must be at least {2**format.exponent - 128}"
+        )
     return format
 
 
@@ -63,6 +68,10 @@ def quantize(x: Tensor, format: str | FloatFormat, channel: int | None = None) -
 
     Returns:
         float32 of x's shape. Non-finite values stay what they are and do not count for the largest.
+
+    Raises:
+        TypeError: x is not a tensor of a supported dtype, or `format` no name and no FloatFormat.
+        ValueError: `format` names none, or has values above float32's; or x has no dimension `channel`.
     """
     parsed = parse_tensor_format(format)
     x = widen(x, "x")
