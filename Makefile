@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test quality style bench
+.PHONY: help setup demo fetch test quality style bench
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -28,6 +28,9 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: setup ## Train, quantize and fine-tune a small CNN on scikit-learn's digits, and print the table
 	@$(BIN)/fmaq demo
+
+fetch: setup ## Download the pretrained networks and data that examples/ needs (200 MB)
+	@$(BIN)/python examples/fetch.py
 
 test: setup ## Run the tests (PYTEST_ARGS="-k formats" picks some)
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)

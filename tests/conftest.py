@@ -1,6 +1,13 @@
-"""What all tests share: hypothesis draws the same examples every time, and a slow machine is no failure."""
+"""What all tests share: hypothesis draws the same examples every time, and a slow machine is no failure.
+
+With `FMAQ_HYPOTHESIS=thorough` in the environment the tests of kernels draw many more, and other ones in every run;
+`pytest --timeout 0` lets them take their time.
+"""
+
+import os
 
 from hypothesis import settings
 
 settings.register_profile("deterministic", derandomize=True, deadline=None, database=None)
-settings.load_profile("deterministic")
+settings.register_profile("thorough", deadline=None, database=None, print_blob=True)
+settings.load_profile(os.environ.get("FMAQ_HYPOTHESIS", "deterministic"))

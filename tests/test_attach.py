@@ -141,7 +141,10 @@ PRODUCTS = {
         lambda: START + fm(A3.transpose(0, 1).flatten(1), B3.flatten(0, 1)),
     ),
     "inner": (lambda: torch.inner(A3, A), lambda: fm(A3, A.mT)),
-    "tensordot": (lambda: torch.tensordot(A3, B3, ([0, 2], [0, 1])), lambda: fm(A3.transpose(0, 1).flatten(1), B3.flatten(0, 1))),
+    "tensordot": (
+        lambda: torch.tensordot(A3, B3, ([0, 2], [0, 1])),
+        lambda: fm(A3.transpose(0, 1).flatten(1), B3.flatten(0, 1)),
+    ),
     "tensordot 1": (lambda: torch.tensordot(A3, B, 1), lambda: fm(A3, B)),
     "vecdot": (lambda: torch.linalg.vecdot(A, V), lambda: fm(A, V)),
     "einsum": (lambda: torch.einsum("ik,kj->ij", A, B), lambda: fm(A, B)),
@@ -369,10 +372,12 @@ def test_parameters_and_what_comes_of_them_alone_are_weights(function, weights) 
 
 @pytest.mark.parametrize("wrap", [nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.orthogonal])
 def test_a_parametrized_weight_is_a_weight(wrap) -> None:
+    """The products that compute it, as of an orthogonal one, can be left alone by name."""
     layer = wrap(nn.Linear(5, 4))
     x = torch.randn(3, 5)
     expected = ops.linear(ops.quantize(x, "M2E3"), ops.quantize(layer.weight, "M4E3"), layer.bias, ACC)
-    assert torch.equal(attach(layer, QUANTIZED)(x), expected)
+    attach(layer, Policy(accumulator=ACC, weight="M4E3", activation="M2E3", layers={"parametrizations": None}))
+    assert torch.equal(layer(x), expected)
 
 
 def test_tied_weights_are_emulated_in_both_places() -> None:
@@ -537,6 +542,28 @@ def test_gradients_inside_a_forward_are_not_emulated() -> None:
     assert torch.equal(attach(model, POLICY)(x), expected)
 
 
+def test_products_in_an_autograd_function_are_emulated_forward_alone() -> None:
+    class Product(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, a, b):
+            ctx.save_for_backward(a, b)
+            return a @ b
+
+        @staticmethod
+        def backward(ctx, grad):
+            a, b = ctx.saved_tensors
+            return grad @ b.mT, a.mT @ grad
+
+    def both(module, x):
+        y = Product.apply(x, module.w)
+        return y, torch.autograd.grad(y.sum(), x)[0]
+
+    model, x = attach(Called(both, w=torch.randn(4, 3)), POLICY), torch.randn(2, 4, requires_grad=True)
+    y, grad = model(x)
+    assert torch.equal(y, fm(x, model.w))
+    assert torch.equal(grad, torch.ones(2, 3) @ model.w.mT)
+
+
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["copy", "pickle"])
 def test_a_copy_is_attached_by_itself(duplicate) -> None:
     model, x = attach(Attention(), POLICY), torch.randn(2, 3, 6)
@@ -634,7 +661,6 @@ def test_an_error_leaves_nothing_behind(error, where) -> None:
         assert no_mode_is_left()
     a, b = torch.randn(3, 5), torch.randn(5, 2)
     plain = torch.empty(3, 2)
-    torch._C._nn.linear  # noqa: B018
     with torch._C.DisableTorchFunction():
         plain = a @ b
     assert torch.equal(a @ b, plain)
@@ -679,6 +705,20 @@ def test_threads_do_not_meet() -> None:
 def test_tracing_is_refused() -> None:
     with pytest.raises(RuntimeError, match=r"cannot be traced by torch.jit or exported: call fmaq.detach"):
         torch.jit.trace(attach(nn.Linear(3, 2), POLICY), torch.randn(1, 3))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_compilation_is_refused() -> None:
+    layer, x = attach(nn.Linear(3, 2), POLICY), torch.randn(1, 3)
+    with pytest.raises(RuntimeError, match=r"cannot run inside torch.compile: call fmaq.detach\(model\) before"):
+        torch.compile(layer, backend="eager")(x)
+    assert no_mode_is_left()
+    assert torch.equal(layer(x), ops.linear(x, layer.weight, layer.bias, ACC))
+    assert torch.equal(torch.compile(detach(layer), backend="eager")(x), layer(x))
+    inside = torch.compile(lambda a: (a @ a).relu(), backend="eager")
+    with pytest.raises(RuntimeError, match=r"cannot run inside torch.compile"):
+        attach(Called(lambda _: inside(x.mT @ x)), POLICY)()
+    assert no_mode_is_left()
 
 
 # --- what cannot be covered ---

@@ -100,3 +100,13 @@ def test_plots_of_other_metrics(metric: str, value: float, tmp_path: Path) -> No
     assert axes.get_ylabel() == metric
     assert len(axes.get_legend().get_texts()) == 2
     assert (axes.get_yscale() == "log") == (metric == "perplexity")
+
+
+def test_columns_of_the_plot_are_told_apart() -> None:
+    accumulators = ["fp32", "M5E4b10", "M5E4b9 chunk=16", "M5E4b9 chunk=8"]
+    rows = [Row("M4E3", a, {"accuracy": 0.5}, 1.0) for a in accumulators]
+    made = Record("evaluate", "n", "t", 0, rows[0], rows)
+    for count, expected in ((2, "M5E4\n10 bits"), (3, "M5E4b10\n10 bits"), (4, "M5E4b10\nchunk=16\n10 bits")):
+        made.rows = rows[:count]
+        labels = [label.get_text() for label in draw(made).axes[0].get_xticklabels()]
+        assert labels[1] == expected and len(set(labels)) == count

@@ -210,7 +210,9 @@ class General64(Arithmetic):
         dropped = 52 - format.mantissa
         if self.acc.rounding == "nearest_even":
             bits = v.bits(x)
-            last = v.b.and_(v.b.lshr(bits, v.bit_constant(dropped)), v.bit_constant(1))
+            last = v.bit_constant(1)  # of a significand without a mantissa; the bit there is the exponent's
+            if format.mantissa > 0:
+                last = v.b.and_(v.b.lshr(bits, v.bit_constant(dropped)), last)
             x = v.from_bits(v.b.add(v.b.add(bits, v.bit_constant(2 ** (dropped - 1) - 1)), last))
         elif r is not None:
             added = v.b.shl(r, v.bit_constant(dropped - self.acc.random_bits))

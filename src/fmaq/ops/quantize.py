@@ -12,16 +12,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fmaq import kernels
 from fmaq.numerics import FloatFormat, parse_format
 from fmaq.ops.operands import widen
 
 INTEGER_NAME = re.compile(r"int(\d+)")
+LAYOUT = {torch.float32: (torch.int32, 23, 127), torch.float64: (torch.int64, 52, 1023)}
+"""Of a floating-point number: integers of its size, bits behind the point, bias of the exponent."""
 
 
 class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, format: FloatFormat | int, channel: int | None) -> Tensor:
-        return _to_integers(x, format, channel) if isinstance(format, int) else _to_float(x, format, channel)
+        largest = _largest(x, channel)
+        if not bool(torch.isfinite(largest).all()):
+            finite = torch.isfinite(x)
+            cleared = torch.where(finite, x, 0.0)
+            return torch.where(finite, _nearest(cleared, format, _largest(cleared, channel)), x)
+        return _nearest(x, format, largest)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -80,52 +88,58 @@ def quantize(x: Tensor, format: str | FloatFormat, channel: int | None = None) -
     return x if x.numel() == 0 else _StraightThrough.apply(x, parsed, channel)
 
 
+def _nearest(x: Tensor, format: FloatFormat | int, largest: Tensor) -> Tensor:
+    return _to_integers(x, format, largest) if isinstance(format, int) else _to_float(x, format, largest)
+
+
 def _largest(x: Tensor, channel: int | None) -> Tensor:
-    """The largest finite magnitude, of the tensor or of each slice along `channel`, broadcastable to x."""
-    magnitude = x.abs()
-    if not bool(torch.isfinite(magnitude.amax())):
-        magnitude = torch.where(torch.isfinite(magnitude), magnitude, 0.0)
+    """The largest magnitude, of the tensor or of each slice along `channel`, broadcastable to x."""
     if channel is None:
-        return magnitude.amax()
+        low, high = torch.aminmax(x)
+        return torch.maximum(-low, high)
     others = [d for d in range(x.dim()) if d != channel % x.dim()]
-    return magnitude.amax(others, keepdim=True) if others else magnitude
+    if not others:
+        return x.abs()
+    return torch.maximum(-x.amin(others, keepdim=True), x.amax(others, keepdim=True))
 
 
-def _power(exponent: Tensor) -> Tensor:
-    """2^exponent, exactly, from −126 to 127."""
-    return ((exponent.to(torch.int32) + 127) << 23).view(torch.float32)
-
-
-def _to_float(x: Tensor, format: FloatFormat, channel: int | None) -> Tensor:
-    top = torch.frexp(_largest(x, channel))[1] - 1  # ⌊log2 max|x|⌋
+def _to_float(x: Tensor, format: FloatFormat, largest: Tensor) -> Tensor:
+    """x to the nearest value of the format, whose bias fits `largest` unless it has one. Finite numbers only."""
+    top = torch.frexp(largest)[1] - 1  # ⌊log2 max|x|⌋
     if format.bias is not None:
         top = torch.full_like(top, 2**format.exponent - 1 - format.bias)
-    lowest = top + 2 - 2**format.exponent - format.mantissa
-    if int(lowest.min()) < -126 or int(top.max()) > 126:
-        return _to_float_in_double(x, format.mantissa, top, lowest)
-    first_normal, step = _power(top + 2 - 2**format.exponent), _power(lowest)
-    limit = _power(top) * (2 - 2.0**-format.mantissa)
-    dropped = 23 - format.mantissa
-    bits = x.view(torch.int32)
-    if dropped:
-        bits = (bits + (2 ** (dropped - 1) - 1) + ((bits >> dropped) & 1)) & (-1 << dropped)
-    subnormal = torch.round(x / step) * step
-    rounded = torch.where(x.abs() < first_normal, subnormal, bits.view(torch.float32))
-    return torch.where(torch.isfinite(x), rounded.clamp(-limit, limit), x)
+    smallest = top + 2 - 2**format.exponent  # exponent of the smallest normal number
+    # float64 only where a unit in the last place is no normal float32, or a limit none at all: formats of a huge range.
+    is_small = int(smallest.min()) - format.mantissa >= -126 and int(top.max()) <= 127
+    if is_small and largest.dim() == 0 and int(smallest) <= 100:
+        return kernels.round_to_float(x, format.mantissa, int(smallest), int(top))
+    dtype = torch.float32 if is_small else torch.float64
+    wide = x.to(dtype)
+    lowest = _number(_power(smallest, dtype))
+    limit = _number(_power(top, dtype) * (2 - 2.0**-format.mantissa))
+    unit = _power_below(wide).clamp_(min=lowest).mul_(2.0**-format.mantissa)
+    return torch.div(wide, unit).round_().mul_(unit).clamp_(min=-limit, max=limit).float()
 
 
-def _to_float_in_double(x: Tensor, mantissa: int, top: Tensor, lowest: Tensor) -> Tensor:
-    """The same where a step or a limit is not a normal float32: slower."""
-    wide = x.double()
-    exponent = torch.maximum(torch.frexp(wide)[1] - 1 - mantissa, lowest)
-    step = torch.ldexp(torch.ones_like(wide), exponent)
-    limit = torch.ldexp(torch.full_like(top, 2 - 2.0**-mantissa, dtype=torch.float64), top)
-    rounded = (torch.round(wide / step) * step).clamp(-limit, limit)
-    return torch.where(torch.isfinite(x), rounded, wide).float()
+def _number(x: Tensor) -> Any:
+    """x, as a plain number if it has no dimensions: torch clamps by numbers several times as fast as by tensors."""
+    return x.item() if x.dim() == 0 else x
 
 
-def _to_integers(x: Tensor, bits: int, channel: int | None) -> Tensor:
-    scale = _largest(x, channel).double() / (2 ** (bits - 1) - 1)
+def _power(exponent: Tensor, dtype: torch.dtype) -> Tensor:
+    """2^exponent, exactly."""
+    integer, bits, bias = LAYOUT[dtype]
+    return ((exponent.to(integer) + bias) << bits).view(dtype)
+
+
+def _power_below(x: Tensor) -> Tensor:
+    """2^⌊log2|x|⌋; zero of a zero or a subnormal number."""
+    integer, bits, bias = LAYOUT[x.dtype]
+    return (x.view(integer) & ((2 * bias + 1) << bits)).view(x.dtype)
+
+
+def _to_integers(x: Tensor, bits: int, largest: Tensor) -> Tensor:
+    """x to the nearest multiple of largest / (2^(bits−1) − 1): in float64 up to the last rounding, as the reference."""
+    scale = largest.double() / (2 ** (bits - 1) - 1)
     scale = torch.where(scale == 0, 1.0, scale)
-    rounded = torch.round(x.double() / scale) * scale
-    return torch.where(torch.isfinite(x), rounded, x).float()
+    return x.double().div_(scale).round_().mul_(scale).float()

@@ -13,19 +13,18 @@ from types import ModuleType
 from typing import Any
 
 
-def load_callable(name: str, base: str | Path = ".") -> Callable[..., Any]:
+def load_callable(name: str) -> Callable[..., Any]:
     """Import the function that `name` says.
 
     Args:
-        name: `module:function`, or `file.py:function` with the file relative to `base`; a file may import its neighbours.
-        base: folder that relative files start at.
+        name: `module:function`, or `file.py:function`; a file may import its neighbours.
     Raises:
         ValueError: the name is malformed, or the module, file or function does not exist or cannot be imported.
     """
     source, separator, attribute = name.rpartition(":")
     if not separator or not source or not attribute:
         raise ValueError(f"{name!r} does not name a function; write module:function or file.py:function")
-    path = Path(base) / source
+    path = Path(source)
     if source.endswith(".py") and not path.is_file():
         raise ValueError(f"the file {path} does not exist")
     try:
@@ -41,7 +40,13 @@ def load_callable(name: str, base: str | Path = ".") -> Callable[..., Any]:
         raise ValueError(f"{source} has no function {attribute!r}{hint}")
     if not callable(function):
         raise ValueError(f"{name} is not a function but a {type(function).__name__}")
-    return function  # type: ignore[no-any-return]
+    return function
+
+
+def resolve(name: str, base: str | Path) -> str:
+    """The same name, its file made absolute from `base` if it has one; whether it exists is for `load_callable`."""
+    source, separator, attribute = name.rpartition(":")
+    return f"{(Path(base) / source).resolve()}:{attribute}" if separator and source.endswith(".py") else name
 
 
 def _from_file(path: Path) -> ModuleType:

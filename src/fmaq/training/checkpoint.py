@@ -58,10 +58,14 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         with safe_open(path, "pt") as file:
             header = file.metadata() or {}
             if header.get("format") != FORMAT:
-                raise CheckpointError(f"{path} is not a checkpoint of this version of fmaq; delete it, or choose another output")
+                raise CheckpointError(
+                    f"{path} is not a checkpoint of this version of fmaq; delete it, or choose another output"
+                )
             return {name: file.get_tensor(name) for name in file.keys()}, json.loads(header["state"])  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"cannot read the checkpoint {path}: {error}; delete it, or choose another output") from None
+        raise CheckpointError(
+            f"cannot read the checkpoint {path}: {error}; delete it, or choose another output"
+        ) from None
 
 
 def check_identity(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

@@ -20,19 +20,18 @@ from fmaq.training.recipe import CallableData, DigitsData, HuggingFaceData, Imag
 IMAGES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 
 
-def load_data(recipe: Any, task: str = "classification", tokenizer: Any = None, base: str | Path = ".") -> tuple[Any, Any]:
+def load_data(recipe: Any, task: str = "classification", tokenizer: Any = None) -> tuple[Any, Any]:
     """Training and test data of a recipe's `data`; training data are None where the recipe names none.
 
     Args:
         recipe: one of the data classes of `fmaq.training.recipe`.
         task: decides the form: classes, windows of tokens, or pairs.
         tokenizer: the model's, for texts.
-        base: folder that a callable's file is relative to.
     Raises:
         RecipeError: the data are not as the recipe says; names the file and the key.
     """
     if isinstance(recipe, CallableData):
-        train, test = _from_callable(recipe, tokenizer, base)
+        train, test = _from_callable(recipe, tokenizer)
     elif isinstance(recipe, HuggingFaceData):
         train = None if recipe.train is None else _huggingface(recipe, recipe.train, task, tokenizer)
         test = _huggingface(recipe, recipe.test, task, tokenizer)
@@ -115,7 +114,9 @@ def image_tensor(image: Any, resize: int | None = None, crop: int | None = None)
 def _stack(images: Sequence[Tensor], where: str) -> Tensor:
     shapes = {tuple(image.shape[1:]) for image in images}
     if len(shapes) > 1:
-        raise RecipeError(f"the images of {where} differ in size, {sorted(shapes)[:3]} ...; give data.resize and data.crop")
+        raise RecipeError(
+            f"the images of {where} differ in size, {sorted(shapes)[:3]} ...; give data.resize and data.crop"
+        )
     return torch.stack(list(images))
 
 
@@ -123,7 +124,12 @@ def _image_folder(recipe: ImageFolderData, folder: Path) -> Examples:
     from PIL import Image
 
     classes = sorted(p.name for p in folder.iterdir() if p.is_dir())
-    files = [(p, i) for i, name in enumerate(classes) for p in sorted((folder / name).iterdir()) if p.suffix.lower() in IMAGES]
+    files = [
+        (p, i)
+        for i, name in enumerate(classes)
+        for p in sorted((folder / name).iterdir())
+        if p.suffix.lower() in IMAGES
+    ]
     if not files:
         raise RecipeError(f"{folder} has no images; it should have a folder of images for each class")
     images = []
@@ -137,8 +143,8 @@ def _image_folder(recipe: ImageFolderData, folder: Path) -> Examples:
     return Examples(x, torch.tensor([label for _, label in files]))
 
 
-def _from_callable(recipe: CallableData, tokenizer: Any, base: str | Path) -> tuple[Any, Any]:
-    function = load_callable(recipe.callable, base)
+def _from_callable(recipe: CallableData, tokenizer: Any) -> tuple[Any, Any]:
+    function = load_callable(recipe.callable)
     takes = "tokenizer" in inspect.signature(function).parameters
     extra = {"tokenizer": tokenizer} if takes and "tokenizer" not in recipe.arguments else {}
     made = function(**recipe.arguments, **extra)
@@ -159,10 +165,12 @@ def _huggingface(recipe: HuggingFaceData, split: str, task: str, tokenizer: Any)
         raise RecipeError(f"data.id: cannot load {recipe.id} ({split}): {error}") from error
     if recipe.limit is not None and task != "perplexity":
         table = table.select(range(min(recipe.limit, len(table))))
-    columns = {role: recipe.columns.get(role, role) for role in ("text", "second", "image", "label", "score")}  # type: ignore[call-overload]
+    columns = {role: recipe.columns.get(role, role) for role in ("text", "second", "image", "label", "score")}
     for role, name in recipe.columns.items():
         if name not in table.column_names:
-            raise RecipeError(f"data.columns.{role}: {recipe.id} has no column {name!r}; it has {', '.join(table.column_names)}")
+            raise RecipeError(
+                f"data.columns.{role}: {recipe.id} has no column {name!r}; it has {', '.join(table.column_names)}"
+            )
     has = {role for role, name in columns.items() if name in table.column_names}
     if task == "perplexity":
         return _windows(recipe, _column(table, columns, has, "text"), tokenizer)
@@ -189,10 +197,14 @@ def _column(table: Any, columns: dict[str, str], has: set[str], role: str) -> li
 
 def _need_tokenizer(tokenizer: Any) -> None:
     if tokenizer is None:
-        raise RecipeError("these data are texts, and the model has no tokenizer; let model.callable return (module, tokenizer)")
+        raise RecipeError(
+            "these data are texts, and the model has no tokenizer; let model.callable return (module, tokenizer)"
+        )
 
 
-def _tokenised(texts: list[str], second: list[str] | None, recipe: HuggingFaceData, tokenizer: Any) -> dict[str, Tensor]:
+def _tokenised(
+    texts: list[str], second: list[str] | None, recipe: HuggingFaceData, tokenizer: Any
+) -> dict[str, Tensor]:
     _need_tokenizer(tokenizer)
     made = tokenizer(texts, second, padding=True, truncation=True, max_length=recipe.max_length, return_tensors="pt")
     return dict(made)

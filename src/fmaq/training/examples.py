@@ -103,7 +103,7 @@ class Pairs:
 
 
 def as_examples(data: Any) -> Any:
-    """Data in one of this module's forms, from a pair (inputs, classes) of tensors, or from a torch data set of such pairs.
+    """Data in one of this module's forms, from a pair (inputs, classes) of tensors or a torch data set of such pairs.
 
     Anything else comes back as it is: a task of the user's own may take anything.
     """

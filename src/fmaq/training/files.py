@@ -9,7 +9,7 @@ from typing import Any
 
 
 def write_bytes(path: str | Path, content: bytes) -> None:
-    """Write a file atomically, making its folder if need be: after a crash the old content or the new is there, never a part."""
+    """Write a file atomically, making its folder: a crash leaves the old content or the new, never a part."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")

@@ -18,18 +18,17 @@ HEADS = {
 }
 
 
-def build_model(recipe: ModelRecipe, task: str = "classification", base: str | Path = ".") -> tuple[nn.Module, Any]:
+def build_model(recipe: ModelRecipe, task: str = "classification") -> tuple[nn.Module, Any]:
     """The module, in eval mode, and its tokenizer or None.
 
     Args:
         recipe: the model's part of a recipe.
         task: the recipe's task, which says which head a transformers checkpoint gets if the recipe does not.
-        base: folder that a callable's file is relative to.
     Raises:
         RecipeError: the function returned something else, or the weights are not this model's; says which.
     """
     if recipe.callable is not None:
-        model, tokenizer = _from_callable(recipe, recipe.callable, base)
+        model, tokenizer = _from_callable(recipe, recipe.callable)
     else:
         model, tokenizer = _from_transformers(recipe, task)
     if recipe.weights is not None:
@@ -37,8 +36,8 @@ def build_model(recipe: ModelRecipe, task: str = "classification", base: str | P
     return model.eval(), tokenizer
 
 
-def _from_callable(recipe: ModelRecipe, name: str, base: str | Path) -> tuple[nn.Module, Any]:
-    made = load_callable(name, base)(**recipe.arguments)
+def _from_callable(recipe: ModelRecipe, name: str) -> tuple[nn.Module, Any]:
+    made = load_callable(name)(**recipe.arguments)
     model, tokenizer = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     if not isinstance(model, nn.Module):
         raise RecipeError(f"model.callable: {name} returned a {type(model).__name__}, not a torch.nn.Module")

@@ -15,7 +15,7 @@ def _quiet(step: float = 1, note: str | None = None) -> None:
 
 
 class Bars:
-    """A stack of bars, which may be entered again inside; `with Bars(True) as bars, bars.bar("Evaluating", 100) as advance: advance(10)`."""
+    """A stack of bars, `with Bars() as bars, bars.bar("Evaluating", 9) as advance: advance(3)`; may be nested."""
 
     def __init__(self, enabled: bool = True) -> None:
         self._progress: Any = None

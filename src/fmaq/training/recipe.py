@@ -1,10 +1,10 @@
-"""Recipes: one YAML file that names the model, the data, the policy and the schedule of a run, checked before it starts.
+"""Recipes: one YAML file that names a run's model, data, policy and schedule, checked before anything starts.
 
 A recipe with every key it may have:
 
     name: resnet20-12bit                     # names the output folder, runs/<name>
     seed: 0
-    task: classification                     # classification | similarity | perplexity | module:function | file.py:function
+    task: classification                     # classification | similarity | perplexity | file.py:function
     model:                                   # either callable or transformers
       callable: model.py:resnet20            # a function that returns a module, or (module, tokenizer)
       arguments: {classes: 10}
@@ -12,7 +12,7 @@ A recipe with every key it may have:
       # transformers: some/checkpoint        # a hub id or a folder
       # head: AutoModelForSequenceClassification       # default by task
       # gguf_file: model-q4.gguf
-    data: {kind: npz, test: test.npz, ...}   # digits | npz | image_folder | huggingface | callable: see the classes below
+    data: {kind: npz, test: test.npz, ...}   # digits | npz | image_folder | huggingface | callable: see below
     policy: {accumulator: paper12, weight: M4E3, activation: M4E3}    # or a file; see fmaq.Policy
     accumulators: [M10E5b16, fp32]           # those that `fmaq evaluate` tries, in place of the policy's
     operands: [float32, M4E3]                # formats of weights and activations it tries with each
@@ -31,7 +31,7 @@ import difflib
 import inspect
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -50,7 +50,7 @@ from pydantic_core import PydanticCustomError
 
 from fmaq.emulation import Policy
 from fmaq.numerics import Accumulator
-from fmaq.training.callables import load_callable
+from fmaq.training.callables import load_callable, resolve
 from fmaq.training.explain import RecipeError, explain, read_yaml
 from fmaq.training.schedule import Schedule, Stage
 from fmaq.training.tasks import TASKS
@@ -83,20 +83,26 @@ def _exists(path: Path) -> Path:
 
 
 def _is_callable(value: str, info: ValidationInfo) -> str:
-    base = (info.context or {}).get("base", Path("."))
-    load_callable(expand(value), base)
-    return expand(value)
+    name = resolve(expand(value), (info.context or {}).get("base", Path(".")))
+    load_callable(name)
+    return name
 
 
 def _policy_source(value: Any, info: ValidationInfo) -> Any:
     if isinstance(value, str):
         value = _exists(_located(value, info))
         Policy.load(value)
-    elif isinstance(value, Mapping):
-        Policy.parse(dict(value))
     else:
-        raise ValueError(f"a policy is a mapping, or the path of a policy file; got {value!r}")
+        _try(Policy.parse, value)
     return value
+
+
+def _try(make: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+    """Call it; a TypeError becomes the ValueError that pydantic reports."""
+    try:
+        return make(*arguments, **named)
+    except TypeError as error:
+        raise ValueError(str(error)) from error
 
 
 AnyPath = Annotated[Path, BeforeValidator(_located)]
@@ -119,13 +125,15 @@ class Strict(BaseModel):
                     hint = f"did you mean {near[0]!r}? " if near else ""
                     known = ", ".join(cls.model_fields)
                     raise PydanticCustomError(
-                        "unknown_key", "unknown key; {hint}It may be: {known}", {"key": str(key), "hint": hint, "known": known}
+                        "unknown_key",
+                        "unknown key; {hint}It may be: {known}",
+                        {"key": str(key), "hint": hint, "known": known},
                     )
         return values
 
 
-def _check_arguments(name: str, arguments: Mapping[str, Any], base: Path, given: tuple[str, ...] = ()) -> None:
-    function = load_callable(name, base)
+def _check_arguments(name: str, arguments: Mapping[str, Any], given: tuple[str, ...] = ()) -> None:
+    function = load_callable(name)
     try:
         signature = inspect.signature(function)
     except ValueError:  # some C functions have none
@@ -157,15 +165,17 @@ class ModelRecipe(Strict):
     gguf_file: str | None = None
 
     @model_validator(mode="after")
-    def _one_source(self, info: ValidationInfo) -> ModelRecipe:
+    def _one_source(self) -> ModelRecipe:
         if (self.callable is None) == (self.transformers is None):
-            raise ValueError("give exactly one of callable (a function that returns a module) and transformers (a checkpoint)")
+            raise ValueError(
+                "give exactly one of callable (a function that returns a module) and transformers (a checkpoint)"
+            )
         if self.callable is not None and (self.head or self.gguf_file):
             raise ValueError("head and gguf_file belong to transformers checkpoints; leave them out with callable")
         if self.weights is not None and self.weights.suffix != ".safetensors":
             raise ValueError(f"weights must be a .safetensors file, got {self.weights.name}")
         if self.callable is not None:
-            _check_arguments(self.callable, self.arguments, (info.context or {}).get("base", Path(".")))
+            _check_arguments(self.callable, self.arguments)
         return self
 
     @field_validator("transformers")
@@ -198,7 +208,7 @@ class DigitsData(_Data):
 
 
 class NpzData(_Data):
-    """Arrays in .npz files: images or vectors `x`, classes `y`; x is divided by `scale`, then normalised per channel."""
+    """Arrays in .npz files: images or vectors `x`, classes `y`; x / scale, then (x − mean) / std by channel."""
 
     kind: Literal["npz"]
     test: ExistingPath
@@ -212,7 +222,7 @@ class NpzData(_Data):
 
 
 class ImageFolderData(_Data):
-    """Folders of images, a folder a class (classes in the order of their names); resized, centre-cropped, normalised."""
+    """Folders of images, a folder a class, numbered in their names' order; resized, centre-cropped, normalised."""
 
     kind: Literal["image_folder"]
     test: ExistingPath
@@ -227,8 +237,8 @@ class ImageFolderData(_Data):
 class HuggingFaceData(_Data):
     """A data set through `datasets`: a hub id, or a builder (csv, json, parquet, text, imagefolder) with local `files`.
 
-    Columns by task: classification wants `text` (and perhaps `second`) or `image`, and `label`; similarity `text`, `second`
-    and `score`; perplexity `text`, which is joined, tokenised and cut into `windows` windows of `window` tokens.
+    Columns by task: classification wants `text` (and perhaps `second`) or `image`, and `label`; similarity `text`,
+    `second` and `score`; perplexity `text`, which is joined, tokenised and cut into `windows` of `window` tokens.
     """
 
     kind: Literal["huggingface"]
@@ -249,8 +259,10 @@ class HuggingFaceData(_Data):
 
 
 class CallableData(_Data):
-    """A function that returns `(train, test)` (train may be None), each `Examples`, `Pairs`, `Windows`, a pair of tensors
-    (inputs, classes), or, for a task of your own, anything. It is also given `tokenizer` if it has such a parameter.
+    """A function that returns `(train, test)`; train may be None.
+
+    Each is `Examples`, `Pairs`, `Windows`, a pair of tensors (inputs, classes), or, for a task of your own, anything.
+    The function is also given `tokenizer`, the model's, if it has such a parameter.
     """
 
     kind: Literal["callable"]
@@ -258,8 +270,8 @@ class CallableData(_Data):
     arguments: dict[str, Any] = {}
 
     @model_validator(mode="after")
-    def _can_be_called(self, info: ValidationInfo) -> CallableData:
-        _check_arguments(self.callable, self.arguments, (info.context or {}).get("base", Path(".")), ("tokenizer",))
+    def _can_be_called(self) -> CallableData:
+        _check_arguments(self.callable, self.arguments, ("tokenizer",))
         return self
 
 
@@ -288,7 +300,7 @@ class Augmentation(Strict):
 
 
 class FinetuneRecipe(Strict):
-    """The schedule: `stages` in order, or the dual stages of arXiv 2401.14110, `without_underflow` then `with_underflow`."""
+    """The schedule: `stages`, or the dual stages of arXiv 2401.14110, `without_underflow` then `with_underflow`."""
 
     stages: list[StageRecipe] | None = None
     without_underflow: StageRecipe | None = None
@@ -298,7 +310,7 @@ class FinetuneRecipe(Strict):
     weight_decay: float = Field(0.0, ge=0)
     momentum: float = Field(0.9, ge=0, lt=1)
     clip_norm: float | None = Field(None, gt=0)
-    augmentation: Augmentation = Augmentation()
+    augmentation: Augmentation = Field(default_factory=lambda: Augmentation(flip=False, crop=0))
     checkpoint_seconds: float = Field(60.0, ge=0)
 
     @model_validator(mode="after")
@@ -354,7 +366,7 @@ class Recipe(Strict):
     def _readable_accumulators(cls, value: list[Any]) -> list[Any]:
         for item in value:
             if item != "fp32":
-                Accumulator.parse(item).check_float32()
+                _try(Accumulator.parse, item).check_float32()
         return value
 
     @field_validator("operands")
@@ -362,12 +374,16 @@ class Recipe(Strict):
     def _readable_operands(cls, value: list[str]) -> list[str]:
         for item in value:
             if item != "float32":
-                Policy(weight=item, activation=item)
+                _try(Policy, weight=item, activation=item)
         return value
 
     @classmethod
-    def load(cls, path: str | Path) -> Recipe:
+    def load(cls, path: str | Path, changes: Mapping[str, Any] | None = None) -> Recipe:
         """Read and check a recipe file.
+
+        Args:
+            path: of the YAML file.
+            changes: values in place of the file's, by key; a dot goes inside, as in `policy.accumulator`.
 
         Raises:
             RecipeError: the file is missing, is not YAML, or a key or value in it is wrong.
@@ -379,10 +395,16 @@ class Recipe(Strict):
             raise RecipeError(f"cannot read the recipe {path}: {error.strerror}") from None
         except UnicodeDecodeError as error:
             raise RecipeError(f"cannot read the recipe {path}: it is not UTF-8 text ({error.reason})") from None
-        return cls.parse(text, base=path.parent, source=str(path))
+        return cls.parse(text, path.parent, str(path), changes)
 
     @classmethod
-    def parse(cls, text: str | Mapping[str, Any], base: str | Path = ".", source: str = "recipe") -> Recipe:
+    def parse(
+        cls,
+        text: str | Mapping[str, Any],
+        base: str | Path = ".",
+        source: str = "recipe",
+        changes: Mapping[str, Any] | None = None,
+    ) -> Recipe:
         """A checked recipe from YAML text or a mapping; relative paths start at `base`.
 
         Raises:
@@ -391,6 +413,7 @@ class Recipe(Strict):
         values, node = read_yaml(text, source) if isinstance(text, str) else (text, None)
         if not isinstance(values, Mapping):
             raise RecipeError(f"{source}: a recipe is a mapping with the keys {', '.join(cls.model_fields)}")
+        values = _changed(values, changes or {}, Path(base))
         try:
             return cls.model_validate(values, context={"base": Path(base)})
         except ValidationError as error:
@@ -399,3 +422,17 @@ class Recipe(Strict):
     def load_policy(self) -> Policy:
         """The policy, from the recipe or from its file."""
         return Policy.load(self.policy) if isinstance(self.policy, Path) else Policy.parse(self.policy)
+
+
+def _changed(values: Mapping[str, Any], changes: Mapping[str, Any], base: Path) -> dict[str, Any]:
+    new = dict(values)
+    for key, value in changes.items():
+        outer, dot, inner = key.partition(".")
+        if not dot:
+            new[key] = value
+            continue
+        part = new.get(outer, {})
+        if isinstance(part, str):  # the path of a file
+            part = read_yaml((base / expand(part)).read_text(encoding="utf-8"), part)[0]
+        new[outer] = {**part, inner: value}
+    return new

@@ -14,7 +14,7 @@ class Stage:
     Args:
         epochs: passes over the training examples.
         learning_rate: at the first step.
-        underflow: False keeps magnitudes below the accumulator's smallest, the paper's first stage (arXiv 2401.14110, section 3).
+        underflow: False keeps magnitudes below the accumulator's smallest, the first stage of arXiv 2401.14110.
         cosine: fall to `final_learning_rate` along half a cosine over the stage; otherwise the rate is constant.
         final_learning_rate: at the end of the cosine.
     """
@@ -49,7 +49,7 @@ class Schedule:
         optimizer: `"adamw"` or `"sgd"` (with `momentum`).
         weight_decay: of matrices and kernels only; biases and normalisation have none.
         clip_norm: largest norm of the gradient of all parameters; None does not clip.
-        flip, crop: augmentation of images (N, C, H, W): mirror one in two; shift by up to `crop` pixels, zeros coming in.
+        flip, crop: augmentation of images (N, C, H, W): mirror one in two; shift by up to `crop` pixels over zeros.
         checkpoint_seconds: time between checkpoints inside an epoch; every epoch's end makes one too.
     """
 
@@ -77,7 +77,7 @@ class Schedule:
         learning_rates: tuple[float, float] = (1e-3, 1e-4),
         **shared: Any,
     ) -> Schedule:
-        """The paper's dual stages: first without underflow, then with it, each with a cosine (arXiv 2401.14110, section 3)."""
+        """The paper's dual stages: first without underflow, then with it, each with a cosine (arXiv 2401.14110)."""
         first, second = (
             Stage(n, rate, underflow=underflow)
             for n, rate, underflow in zip(epochs, learning_rates, (False, True), strict=True)

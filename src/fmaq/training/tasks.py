@@ -57,7 +57,7 @@ def classification(model: nn.Module, data: Any, device: str, batch_size: int, ad
 
 
 def perplexity(model: nn.Module, data: Any, device: str, batch_size: int, advance: Advance) -> Metrics:
-    """`perplexity`, the exponential of the mean cross-entropy (`loss`, in nats) of every token but each window's first."""
+    """`perplexity`, the exponential of `loss`, the mean cross-entropy in nats of all tokens but each window's first."""
     data = _form(data, Windows, "perplexity")
     total, count = 0.0, 0
     for start in range(0, len(data), batch_size):
@@ -76,16 +76,21 @@ def similarity(model: nn.Module, data: Any, device: str, batch_size: int, advanc
     data = _form(data, Pairs, "similarity")
     pooled = []
     for start in range(0, len(data), batch_size):
-        inputs = to_device({k: v[start : start + batch_size] for k, v in data.inputs.items()}, device)
+        inputs = {k: v[start : start + batch_size].to(device) for k, v in data.inputs.items()}
         states = forward(model, inputs).float()
         if states.dim() == 3:
-            mask = inputs["attention_mask"][..., None] if "attention_mask" in inputs else torch.ones_like(states[..., :1])
+            mask = (
+                inputs["attention_mask"][..., None] if "attention_mask" in inputs else torch.ones_like(states[..., :1])
+            )
             states = (states * mask).sum(1) / mask.sum(1)
         pooled.append(nn.functional.normalize(states, dim=1).cpu())
         advance(len(states))
     embedded = torch.cat(pooled)
     cosines = (embedded[data.first] * embedded[data.second]).sum(1)
-    return {"pearson": _correlation(cosines, data.scores), "spearman": _correlation(_ranks(cosines), _ranks(data.scores))}
+    return {
+        "pearson": _correlation(cosines, data.scores),
+        "spearman": _correlation(_ranks(cosines), _ranks(data.scores)),
+    }
 
 
 def _correlation(a: Tensor, b: Tensor) -> float:

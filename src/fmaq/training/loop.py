@@ -10,7 +10,7 @@ import json
 import math
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,10 +32,10 @@ from fmaq.training.tasks import Metrics, Task, evaluate, loss
 
 @dataclass
 class StageResult:
-    """What a stage reached: `metrics` under the policy itself, `own_metrics` as the stage ran (perhaps without underflow)."""
+    """What a stage reached: `metrics` under the policy, `own_metrics` as the stage ran, perhaps without underflow."""
 
     stage: Stage
-    loss: float
+    loss: float | None
     metrics: Metrics
     own_metrics: Metrics
 
@@ -83,7 +83,7 @@ def finetune(
         test: the same (or what `task` takes), measured after every epoch; None measures nothing.
         schedule: stages and optimizer; `Schedule.dual()` is the paper's.
         output: folder for `checkpoint.safetensors`, `log.jsonl` and, in the end, `model.safetensors` and `result.json`.
-        resume: go on from the folder's checkpoint, if it is there, with the same bits as if never stopped; False starts over.
+        resume: go on from the folder's checkpoint, if any, to the bits of a run never stopped; False starts over.
         seed: of the order of the examples, of augmentation and of dropout.
         progress: draw bars when standard error is a terminal.
         log: file for the JSON lines (one a step, epoch and stage) in place of the folder's.
@@ -137,6 +137,7 @@ class _Run:
         self.loss_sum = 0.0
         self.result = FinetuneResult()
         self.own_metrics: Metrics = {}
+        self.mean_loss: float | None = None
         self.optimizer: torch.optim.Optimizer | None = None
         self.restored: dict[str, Tensor] | None = None
         self.path: Path | None = None
@@ -168,7 +169,7 @@ class _Run:
         if log is not None:
             log.parent.mkdir(parents=True, exist_ok=True)
             self.log = open(log, "ab")  # noqa: SIM115  (closed by `close`)
-            self.log.truncate(offset)
+            self.log.truncate(min(offset, log.stat().st_size))
         if offset:
             self._write_log("resume")
         else:
@@ -190,7 +191,7 @@ class _Run:
         checkpoint.restore_model(self.model, tensors)
         checkpoint.restore_generators(tensors, state)
         self.stage, self.epoch, self.step = state["stage"], state["epoch"], state["step"]
-        self.loss_sum, self.own_metrics = state["loss_sum"], state["own_metrics"]
+        self.loss_sum = state["loss_sum"]
         stages = [StageResult(**(s | {"stage": Stage(**s["stage"])})) for s in state["result"]["stages"]]
         self.result = FinetuneResult(stages, state["result"]["seconds"])
         self.restored = tensors
@@ -204,7 +205,6 @@ class _Run:
         place = {"stage": self.stage, "epoch": self.epoch, "step": self.step, "loss_sum": self.loss_sum}
         state = place | {
             "identity": self.identity,
-            "own_metrics": self.own_metrics,
             "result": self.result.to_mapping(),
             "log_bytes": self.log.tell() if self.log is not None else 0,
         }
@@ -224,7 +224,9 @@ class _Run:
             self._begin_stage()
             total = stage.epochs * self.steps_an_epoch
             done = self.epoch * self.steps_an_epoch + self.step
-            title = f"Stage {self.stage + 1} of {len(self.schedule.stages)}{'' if stage.underflow else ', no underflow'}"
+            title = (
+                f"Stage {self.stage + 1} of {len(self.schedule.stages)}{'' if stage.underflow else ', no underflow'}"
+            )
             with bars.bar(title, total, done) as advance:
                 while self.epoch < stage.epochs:
                     self._train_epoch(stage, bars, flag, advance)
@@ -264,7 +266,7 @@ class _Run:
         self._write_log("epoch", loss=mean, metrics=self.own_metrics)
         shown = ", ".join(f"{name} {value:.4f}" for name, value in self.own_metrics.items() if name != "loss")
         self.say(f"stage {self.stage + 1}, epoch {self.epoch + 1} of {stage.epochs}: training loss {mean:.4f}, {shown}")
-        self.last_loss = mean
+        self.mean_loss = mean
         self.epoch, self.step, self.loss_sum = self.epoch + 1, 0, 0.0
         if self.epoch < stage.epochs:
             self._save()
@@ -302,17 +304,22 @@ class _Run:
         if not stage.underflow:
             _attach(self.model, self.policy)
             metrics = self._measure(bars)
-        mean = getattr(self, "last_loss", math.nan)
-        self.result.stages.append(StageResult(stage, mean, metrics, own))
+        self.result.stages.append(StageResult(stage, self.mean_loss, metrics, own))
         self._write_log("stage", metrics=metrics)
         self.stage, self.epoch, self.step = self.stage + 1, 0, 0
-        self.optimizer = None
+        self.optimizer, self.mean_loss = None, None
 
     def _measure(self, bars: Bars) -> Metrics:
         if self.test is None:
             return {}
         return evaluate(
-            self.model, self.test, self.task, device=self.device, batch_size=self.batch_size, progress=bars, label="  testing"
+            self.model,
+            self.test,
+            self.task,
+            device=self.device,
+            batch_size=self.batch_size,
+            progress=bars,
+            label="  testing",
         )
 
     def _generator(self, step: int = 0) -> torch.Generator:
@@ -322,7 +329,11 @@ class _Run:
 
     def _stop(self) -> None:
         self._save()
-        how = f"saved {self.path}: run the same again to go on from there" if self.path else "nothing was saved: give an output folder"
+        how = (
+            f"saved {self.path}: run the same again to go on from there"
+            if self.path
+            else "nothing was saved: give an output folder"
+        )
         raise Interrupted(f"interrupted in stage {self.stage + 1}, epoch {self.epoch + 1}, step {self.step}; {how}")
 
     def _write_results(self) -> None:

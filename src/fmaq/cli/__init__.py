@@ -1,0 +1,21 @@
+"""The command line: `fmaq demo | evaluate | finetune | hardware`, driven by YAML recipes."""
+
+from __future__ import annotations
+
+import sys
+
+
+def main() -> None:
+    """Run the command line: exit code 2 and one line for bad input; `--debug` shows tracebacks."""
+    debug = "--debug" in sys.argv[1:]
+    sys.argv = [argument for argument in sys.argv if argument != "--debug"]
+    from fmaq.cli.app import app
+    from fmaq.cli.errors import BAD_INPUT, print_error
+
+    try:
+        app(prog_name="fmaq")
+    except (ValueError, TypeError, OSError, FloatingPointError, ImportError) as error:
+        if debug:
+            raise
+        print_error(str(error) or type(error).__name__)
+        sys.exit(BAD_INPUT)

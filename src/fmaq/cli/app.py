@@ -1,0 +1,217 @@
+"""The application and its commands; what a command needs is imported when it runs, so that `--help` is quick."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fmaq.cli.errors import INTERRUPTED, print_error
+
+if TYPE_CHECKING:
+    from fmaq.training.recipe import Recipe
+    from fmaq.training.record import Record
+
+app = typer.Typer(
+    name="fmaq",
+    help="Neural networks whose dot products are summed in low bit-width accumulators.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Errors are one line and exit code 2; add --debug for the traceback.",
+)
+
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe, a YAML file.", show_default=False)]
+Output = Annotated[
+    Path | None, typer.Option("--output", "-o", help="Folder for the results, in place of the recipe's.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print the record as JSON, and nothing else, on standard output.")]
+Device = Annotated[str, typer.Option(help="Where the model runs, a torch device.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="Threads; all cores by default.")]
+Seed = Annotated[int | None, typer.Option(min=0, help="In place of the recipe's seed.")]
+Accumulators = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--accumulator", "-a", help='In place of the recipe\'s, like "M7E4b10 product=M7E4b12". May be repeated.'
+    ),
+]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        import fmaq
+
+        typer.echo(f"fmaq {fmaq.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command(
+    epilog="[bold]Examples[/bold]\n\n  fmaq demo\n\n  fmaq demo --seed 1 -o demo-1\n\n  fmaq demo --json | jq .rows"
+)
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")] = Path("runs/demo"),
+    seed: Annotated[int, typer.Option(min=0, help="Of the weights and of the order of the examples.")] = 0,
+    threads: Annotated[
+        int, typer.Option(min=1, help="Threads; the network is so small that more than one gain little.")
+    ] = 1,
+    as_json: Json = False,
+) -> None:
+    """Train a small CNN on digits, try ever smaller accumulators, fine-tune the two that suffer.
+
+    It takes a minute or two, needs no network, and writes nothing outside its output folder.
+    """
+    _use_threads(threads)
+    from fmaq.training.demo import run_demo
+    from fmaq.training.progress import Bars
+
+    with _interruptible("interrupted; the demo starts over when it is run again"):
+        record = run_demo(output, seed, Bars(), _say(as_json))
+    _finish(record, output, "demo", as_json)
+
+
+@app.command(
+    epilog="[bold]Examples[/bold]\n\n  fmaq evaluate examples/resnet20/evaluate.yaml\n\n"
+    '  fmaq evaluate recipe.yaml -a fp32 -a paper12 -a "M5E4b10 product=M5E4b12"'
+)
+def evaluate(
+    recipe: RecipePath,
+    accumulators: Accumulators = None,
+    output: Output = None,
+    device: Device = "cpu",
+    threads: Threads = None,
+    seed: Seed = None,
+    as_json: Json = False,
+) -> None:
+    """Measure a network as it is, in float32 and under each of a recipe's accumulators.
+
+    Writes evaluate.json, evaluate.csv, a plot and a page into the output folder, runs/<name> by default.
+    """
+    _use_threads(threads)
+    from fmaq.training.progress import Bars
+    from fmaq.training.run import run_evaluate
+
+    changes = {} if not accumulators else {"accumulators": accumulators}
+    loaded, folder = _load(recipe, output, seed, changes)
+    _finish(run_evaluate(loaded, folder, device, Bars(), _say(as_json)), folder, "evaluate", as_json)
+
+
+@app.command(
+    epilog="[bold]Examples[/bold]\n\n  fmaq finetune examples/resnet20/finetune-12bit.yaml\n\n"
+    '  fmaq finetune recipe.yaml -a "M5E4b10 product=M5E4b12" -o runs/10-bit\n\n  fmaq finetune recipe.yaml --fresh'
+)
+def finetune(
+    recipe: RecipePath,
+    accumulator: Annotated[
+        str | None, typer.Option("--accumulator", "-a", help="In place of the policy's, like paper12 or M7E4b10.")
+    ] = None,
+    output: Output = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start over, overwriting the folder's checkpoint.")] = False,
+    device: Device = "cpu",
+    threads: Threads = None,
+    seed: Seed = None,
+    as_json: Json = False,
+) -> None:
+    """Fine-tune a network under a recipe's accumulator, by its stages.
+
+    An interrupted run goes on from its last checkpoint when the same command is given again, to the same bits.
+    The output folder, runs/<name> by default, gets the model, a log, finetune.json, a plot and a page.
+    """
+    _use_threads(threads)
+    from fmaq.training.progress import Bars
+    from fmaq.training.run import run_finetune
+
+    loaded, folder = _load(recipe, output, seed, {} if accumulator is None else {"policy.accumulator": accumulator})
+    with _interruptible():
+        record = run_finetune(loaded, folder, device, Bars(), _say(as_json), resume=not fresh)
+    _finish(record, folder, "finetune", as_json)
+
+
+def _load(path: Path, output: Path | None, seed: int | None, changes: dict[str, Any]) -> tuple[Recipe, Path]:
+    """The checked recipe, with the command line's changes, and the folder for its results."""
+    from fmaq.training.recipe import Recipe
+
+    if seed is not None:
+        changes["seed"] = seed
+    recipe = Recipe.load(path, changes)
+    return recipe, output or recipe.output or Path("runs") / recipe.name
+
+
+@contextmanager
+def _interruptible(message: str | None = None) -> Iterator[None]:
+    """End with exit code 130 and a line about how to go on, when a run is interrupted."""
+    from fmaq.training.interrupts import Interrupted
+
+    try:
+        yield
+    except Interrupted as error:
+        print_error(message or str(error))
+        raise typer.Exit(INTERRUPTED) from None
+
+
+def _use_threads(threads: int | None) -> None:
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+
+
+def _say(as_json: bool) -> Any:
+    """Where a run's lines go: standard error if JSON has standard output to itself."""
+
+    def say(line: str) -> None:
+        typer.echo(line, err=as_json)
+
+    return say
+
+
+def _finish(record: Record, folder: Path, name: str, as_json: bool) -> None:
+    """Write the report, and print the table and where everything is."""
+    from dataclasses import asdict
+
+    from rich.console import Console
+
+    from fmaq.report import rich_table, write_report
+
+    written = write_report(record, folder, name)
+    if as_json:
+        typer.echo(json.dumps(asdict(record), ensure_ascii=False))
+        return
+    console = Console()
+    # A pipe or a file has no width of its own: let the table be as wide as it is.
+    table = rich_table(record)
+    width = None if console.is_terminal else max(console.width, Console(width=1000).measure(table).maximum)
+    Console(width=width).print(table)
+    for what, path in (("plot", written.plot), ("report", written.page), ("record", folder / f"{name}.json")):
+        typer.echo(f"{what + ':':<8}{path}")
+
+
+def _add_hardware() -> None:
+    """The `hardware` commands, where that part is installed; else only the bits of formats."""
+    if importlib.util.find_spec("fmaq.cli.hardware") is None:
+        from fmaq.cli.formats import hardware
+
+        app.command(
+            epilog='[bold]Examples[/bold]\n\n  fmaq hardware paper12\n\n  fmaq hardware "M5E4b10 product=M5E4b12"'
+        )(hardware)
+        return
+    app.add_typer(importlib.import_module("fmaq.cli.hardware").app, name="hardware")
+
+
+_add_hardware()

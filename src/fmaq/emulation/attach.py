@@ -1,0 +1,135 @@
+"""Attaching a policy to a model: hooks before and after every module, and nothing else: a model stays what it is.
+
+The hooks are functions of this module and what they need is kept on the module they are called with. So copies, pickles
+and replicas of an attached model are attached, and a submodule called on its own is emulated just the same.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import nn
+
+from fmaq.emulation import calls
+from fmaq.emulation.calls import Attachment
+from fmaq.emulation.mode import EmulationMode
+from fmaq.emulation.policy import Policy
+from fmaq.emulation.products import RECURRENT, FmaqCoverageWarning
+from fmaq.numerics import Accumulator
+
+STATE = "_fmaq"
+QUANTIZED_MODULES = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torch.ao.nn.sparse")
+
+
+def attach(model: nn.Module, policy: Policy) -> nn.Module:
+    """Emulate the matrix products of a model as a policy says, wherever in the model they are called; in place.
+
+    No module is replaced, and parameters, `state_dict`, class and others' hooks stay as they are. Attaching again
+    replaces the policy, also of a part of an attached model: the last `attach` counts for every module inside, and
+    names are then relative to that part. A module that is added later has the rule of the module that calls it.
+
+    Products are met while a module is *called*: `model(x)`, not `model.forward(x)`, runs the hooks.
+
+    What cannot be emulated (a recurrent layer, TorchScript, quantized modules) is named in one `FmaqCoverageWarning`.
+
+    Args:
+        model: any module.
+        policy: a `Policy`, or a mapping that `Policy.parse` takes.
+
+    Returns:
+        The same model.
+
+    Raises:
+        TypeError: `model` is no module.
+        ValueError: an entry of the policy matches no module, or a format in it still needs a bias.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"attach takes a torch.nn.Module, got {type(model).__name__}")
+    policy = Policy.parse(policy)
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(module, []).append(name)
+    policy.check_names(name for aliases in names.values() for name in aliases)
+    attachments = {module: Attachment(policy, alias[0], policy.for_layer(*alias)) for module, alias in names.items()}
+    for attachment in attachments.values():
+        _check_biases(attachment)
+    for module, attachment in attachments.items():
+        if isinstance(module, torch.jit.ScriptModule):
+            continue
+        if STATE in module.__dict__:
+            module.__dict__[STATE] = (attachment, module.__dict__[STATE][1])
+        else:
+            handles = (
+                module.register_forward_pre_hook(_before, prepend=True),
+                module.register_forward_hook(_after, always_call=True),
+            )
+            module.__dict__[STATE] = (attachment, handles)
+    _warn(attachments)
+    return model
+
+
+def detach(model: nn.Module) -> nn.Module:
+    """Undo `attach`: the model computes what it did before, bit for bit. A model that is not attached stays as it is.
+
+    Returns:
+        The same model.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"detach takes a torch.nn.Module, got {type(model).__name__}")
+    for module in model.modules():
+        _, handles = module.__dict__.pop(STATE, (None, ()))
+        for handle in handles:
+            handle.remove()
+    return model
+
+
+def policy_of(model: nn.Module) -> Policy | None:
+    """The policy that a model is attached to, or None."""
+    state = model.__dict__.get(STATE)
+    return None if state is None else state[0].policy
+
+
+def _before(module: nn.Module, args: Any) -> None:
+    if torch._C._get_tracing_state() is not None:
+        raise RuntimeError(
+            "an attached model cannot be traced by torch.jit or exported: call fmaq.detach(model) before"
+        )
+    calls.refuse_compilation()
+    calls.enter(module, module.__dict__[STATE][0], EmulationMode)
+
+
+def _after(module: nn.Module, args: Any, output: Any) -> None:
+    calls.leave()
+
+
+def _check_biases(attachment: Attachment) -> None:
+    accumulator = None if attachment.rule is None else attachment.rule.accumulator
+    if isinstance(accumulator, Accumulator) and accumulator.is_template:
+        raise ValueError(
+            f"accumulator {accumulator} of {attachment.name or 'the model itself'} is a template: it has no bias. "
+            'Write one, like "M7E4b10", or let fmaq.calibrate choose'
+        )
+
+
+def _warn(attachments: dict[nn.Module, Attachment]) -> None:
+    found = []
+    for module, attachment in attachments.items():
+        what = _not_coverable(module)
+        if what is not None and attachment.rule is not None and not attachment.rule.is_plain:
+            found.append(f"{attachment.name or 'the model itself'} ({what})")
+    if found:
+        message = f"the products inside these modules cannot be emulated and stay torch's own: {', '.join(found)}"
+        warnings.warn(message, FmaqCoverageWarning, stacklevel=3)
+
+
+def _not_coverable(module: nn.Module) -> str | None:
+    """What a module is whose products are out of reach, or None."""
+    if isinstance(module, RECURRENT):
+        return f"{type(module).__name__}, a recurrent layer"
+    if isinstance(module, torch.jit.ScriptModule):
+        return "TorchScript"
+    if type(module).__module__.startswith(QUANTIZED_MODULES):
+        return f"{type(module).__name__}, a quantized module"
+    return None

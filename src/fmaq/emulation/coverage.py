@@ -1,0 +1,228 @@
+"""Which products of a model are emulated, by what, and why not: a table from one forward pass."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch._ops import OpOverload
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fmaq.emulation import calls
+from fmaq.emulation.attach import policy_of
+from fmaq.emulation.policy import FP32
+from fmaq.emulation.products import IN_FP32, ONE_STEP, FmaqCoverageWarning, Product, listening, why_not
+
+Shapes = tuple[tuple[int, ...], ...]
+
+PRODUCT_KERNELS = {
+    *(
+        "mm",
+        "bmm",
+        "addmm",
+        "addmm_",
+        "baddbmm",
+        "baddbmm_",
+        "addbmm",
+        "addbmm_",
+        "mv",
+        "addmv",
+        "addmv_",
+        "dot",
+        "vdot",
+    ),
+    *(
+        "convolution",
+        "convolution_overrideable",
+        "mkldnn_convolution",
+        "_trilinear",
+        "_grouped_mm",
+        "_scaled_mm",
+        "_int_mm",
+    ),
+    *("mkldnn_rnn_layer", "_cudnn_rnn", "miopen_rnn", "_native_multi_head_attention", "_transformer_encoder_layer_fwd"),
+    *("_scaled_dot_product_flash_attention", "_scaled_dot_product_flash_attention_for_cpu"),
+    *("_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention", "_cdist_forward", "linear"),
+}
+"""Names in `torch.ops.aten` of the kernels that hold matrix products."""
+
+
+@dataclass(frozen=True)
+class CoverageRow:
+    """Products of one layer that are alike.
+
+    Attributes:
+        layer: full name of the module whose forward calls them; "" is the model itself.
+        product: "linear", "conv2d", "matmul", "attention_scores" ...
+        shapes: of the operands.
+        calls: how many there were.
+        macs: multiply-accumulates of all of them; None where unknown.
+        accumulator: that sums them, or "fp32".
+        weight, activation: formats that weights and activations are quantized to, or None.
+        covered: the sums are emulated.
+        reason: why not; "" where they are.
+    """
+
+    layer: str
+    product: str
+    shapes: Shapes
+    calls: int
+    macs: int | None
+    accumulator: str
+    weight: str | None
+    activation: str | None
+    covered: bool
+    reason: str
+
+
+class Coverage:
+    """A table of the products of one forward pass, in the order of their first calls. It prints itself."""
+
+    def __init__(self, rows: list[CoverageRow]) -> None:
+        self.rows = rows
+
+    def __iter__(self) -> Iterator[CoverageRow]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def to_dicts(self) -> list[dict[str, Any]]:
+        """The rows as plain mappings."""
+        return [asdict(row) for row in self.rows]
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates of the forward pass, as far as they are known."""
+        return sum(row.macs or 0 for row in self.rows)
+
+    @property
+    def share(self) -> float:
+        """The part of the multiply-accumulates that is emulated, 0 to 1; products of one step do not count."""
+        counted = [row for row in self.rows if row.reason != ONE_STEP]
+        total = sum(row.macs or 0 for row in counted)
+        return sum(row.macs or 0 for row in counted if row.covered) / total if total else 0.0
+
+    def __str__(self) -> str:
+        heads = ("layer", "product", "operands", "calls", "MACs", "accumulator", "weight", "activation", "not covered")
+        lines = [heads, *(_cells(row) for row in self.rows)]
+        widths = [max(len(line[column]) for line in lines) for column in range(len(heads))]
+        text = [
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
+        ]
+        text.insert(1, "  ".join("-" * width for width in widths))
+        unknown = sum(row.macs is None for row in self.rows)
+        beside = f", and {unknown} rows of unknown size" if unknown else ""
+        return "\n".join([*text, f"{self.macs:,} MACs{beside}; {self.share:.1%} of them emulated"])
+
+    __repr__ = __str__
+
+
+def coverage(model: nn.Module, *inputs: Any, **kwargs: Any) -> Coverage:
+    """Run an attached model once, and tell which of its products are emulated, by what, and why not.
+
+    The model, its buffers and torch's random state are afterwards as they were; nothing is recorded for gradients.
+
+    Args:
+        model: attached.
+        inputs, kwargs: of its forward.
+
+    Raises:
+        ValueError: the model is not attached.
+    """
+    if all(policy_of(module) is None for module in model.modules()):
+        raise ValueError("the model is attached to no policy; call fmaq.attach(model, policy) before fmaq.coverage")
+    rows: list[CoverageRow] = []
+    with _undisturbed(model), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FmaqCoverageWarning)
+        with listening(lambda product: rows.append(_row(product))), _Unmet(rows):
+            model(*inputs, **kwargs)
+    return Coverage(_merged(rows))
+
+
+class _Unmet(TorchDispatchMode):
+    """Finds products that reached torch's kernels without any handler having met them."""
+
+    def __init__(self, rows: list[CoverageRow]) -> None:
+        super().__init__()
+        self._rows = rows
+
+    def __torch_dispatch__(self, func: OpOverload, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name in PRODUCT_KERNELS and not calls.is_handling():
+            call = calls.innermost_call()
+            shapes = tuple(tuple(x.shape) for x in args if isinstance(x, torch.Tensor))
+            layer, reason = "", "outside of every attached module"
+            if call is not None:
+                layer, rule = call.attachment.name, call.attachment.rule
+                is_wanted = rule is not None and not rule.is_plain
+                reason = "called where no handler meets it" if is_wanted else why_not(rule, (), None) or ""
+            self._rows.append(CoverageRow(layer, name, shapes, 1, None, FP32, None, None, False, reason))
+        with torch._C.DisableTorchFunction():
+            return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def _undisturbed(model: nn.Module) -> Iterator[None]:
+    """Without gradients; buffers and random state are put back."""
+    buffers = [
+        (module, name, buffer, buffer.clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with torch.random.fork_rng(devices), torch.no_grad():
+        try:
+            yield
+        finally:
+            for module, name, buffer, content in buffers:
+                module._buffers[name] = buffer.copy_(content)
+
+
+def _row(product: Product) -> CoverageRow:
+    rule = product.rule
+    covered = product.reason is None
+    untouched = rule is None or product.reason not in (None, IN_FP32)
+    return CoverageRow(
+        layer=product.layer,
+        product=product.kind,
+        shapes=tuple(tuple(x.shape) for x in product.operands),
+        calls=1,
+        macs=product.macs,
+        accumulator=str(rule.accumulator) if covered and rule is not None else FP32,
+        weight=None if untouched or rule is None else rule.weight,
+        activation=None if untouched or rule is None else rule.activation,
+        covered=covered,
+        reason=product.reason or "",
+    )
+
+
+def _merged(rows: list[CoverageRow]) -> list[CoverageRow]:
+    """Rows that are alike as one, their calls and multiply-accumulates added."""
+    alike: dict[CoverageRow, list[CoverageRow]] = {}
+    for row in rows:
+        alike.setdefault(replace(row, calls=0, macs=None), []).append(row)
+    return [
+        replace(group[0], calls=len(group), macs=None if group[0].macs is None else sum(row.macs or 0 for row in group))
+        for group in alike.values()
+    ]
+
+
+def _cells(row: CoverageRow) -> tuple[str, ...]:
+    return (
+        row.layer or "(model)",
+        row.product,
+        " · ".join("×".join(str(size) for size in shape) or "scalar" for shape in row.shapes),
+        str(row.calls),
+        "?" if row.macs is None else f"{row.macs:,}",
+        row.accumulator,
+        row.weight or "",
+        row.activation or "",
+        row.reason,
+    )

@@ -1,0 +1,410 @@
+"""How each torch function that holds matrix products is emulated: a handler a family, and a table of all."""
+
+from __future__ import annotations
+
+import functools
+import math
+import string
+import types
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from fmaq import ops
+from fmaq.emulation import contractions
+from fmaq.emulation.calls import Call
+from fmaq.emulation.contractions import BatchedProduct, CannotContract
+from fmaq.emulation.products import Request, announce, autocast_dtype, compute, why_not, why_untouched
+from fmaq.numerics import Accumulator
+from fmaq.ops.attention import attend
+
+
+@dataclass
+class Met:
+    """A function that an attached module calls.
+
+    Attributes:
+        call: the module's.
+        func, args, kwargs: what it calls.
+        is_weight: tells weights from activations.
+        mode: to be entered again around functions that call others.
+    """
+
+    call: Call
+    func: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    is_weight: Callable[[Tensor], bool]
+    mode: TorchFunctionMode
+
+    def by_torch(self) -> Any:
+        """The call as it is."""
+        return self.func(*self.args, **self.kwargs)
+
+    def bind(self, *names: str, **defaults: Any) -> tuple[dict[str, Any], Callable[..., Any]]:
+        """The arguments by name (those in `names` are required), and the call again with some of them replaced."""
+        bound = {**defaults, **dict(zip((*names, *defaults), self.args, strict=False)), **self.kwargs}
+        if "self" in bound:
+            bound["input"] = bound.pop("self")
+
+        def again(**replaced: Any) -> Any:
+            order = (*names, *defaults)[: len(self.args)]
+            args = [replaced.get(name, value) for name, value in zip(order, self.args, strict=True)]
+            kwargs = {name: replaced.get("input" if name == "self" else name, v) for name, v in self.kwargs.items()}
+            return self.func(*args, **kwargs)
+
+        return bound, again
+
+    def not_covered(self, kind: str, reason: str, macs: int | None = None) -> Any:
+        """The call as it is, with the reason announced: the policy's, where that wants nothing else."""
+        given = (*self.args, *self.kwargs.values())
+        found = [x for arg in given for x in (arg if isinstance(arg, (tuple, list)) else (arg,))]
+        tensors = tuple(x for x in found if isinstance(x, Tensor))
+        result = self.by_torch()
+        rule = self.call.attachment.rule
+        reason = reason if rule is not None and not rule.is_plain else why_not(rule, (), None) or reason
+        announce(self.call, kind, tensors, reason, macs=macs)
+        return result
+
+    def product(self, kind: str, a: Tensor, b: Tensor, **changes: Any) -> Tensor:
+        """The product of two tensors as `torch.matmul` has it."""
+        request = Request(
+            kind,
+            (a, b),
+            (self.is_weight(a), self.is_weight(b)),
+            steps=a.shape[-1] if a.dim() else 1,
+            torch_product=torch.matmul,
+            emulated_product=ops.matmul,
+        )
+        for name, value in changes.items():
+            setattr(request, name, value)
+        return compute(self.call, request)
+
+
+Handler = Callable[[Met], Any]
+
+
+def _into(out: Tensor | None, result: Tensor) -> Tensor:
+    """The result, in the tensor given as `out` where there is one."""
+    if out is None:
+        return result
+    if out.shape != result.shape:
+        out.resize_(result.shape)
+    return out.copy_(result)
+
+
+def _product(met: Met, second: str) -> Tensor:
+    """matmul, mm, bmm, mv, dot, @."""
+    bound, again = met.bind("input", second)
+    a, b = bound["input"], bound[second]
+    if not isinstance(a, Tensor) or not isinstance(b, Tensor):
+        return met.by_torch()
+    out = bound.get("out")
+    result = met.product("matmul", a, b, torch_product=lambda a, b: again(**{"input": a, second: b}))
+    return result if result is out else _into(out, result)
+
+
+def _reversed_product(met: Met) -> Tensor:
+    """b.__rmatmul__(a) is a @ b."""
+    b, a = met.args
+    return met.product("matmul", a, b)
+
+
+def _sum_and_product(met: Met, first: str, second: str, in_place: bool, over_batch: bool = False) -> Tensor:
+    """addmm, addmv, baddbmm, addbmm: beta·input + alpha·(first · second), the sum in float32."""
+    bound, again = met.bind("input", first, second, beta=1, alpha=1)
+    start, out = bound["input"], bound.get("out")
+
+    def emulated(a: Tensor, b: Tensor, accumulator: Accumulator, estimator: str) -> Tensor:
+        if over_batch:
+            a, b = a.transpose(0, 1).flatten(1), b.flatten(0, 1)
+        product = ops.matmul(a, b, accumulator, estimator)
+        product = product if bound["alpha"] == 1 else bound["alpha"] * product
+        return product if bound["beta"] == 0 else bound["beta"] * start + product
+
+    a, b = bound[first], bound[second]
+    steps = a.shape[-1] * (a.shape[0] if over_batch else 1)
+    result = met.product(
+        "matmul",
+        a,
+        b,
+        steps=steps,
+        torch_product=lambda a, b: again(**{first: a, second: b}),
+        emulated_product=emulated,
+    )
+    out = start if in_place else out
+    return result if result is out else _into(out, result)
+
+
+def _linear(met: Met) -> Tensor:
+    bound, again = met.bind("input", "weight", bias=None)
+    x, weight = bound["input"], bound["weight"]
+    return met.product(
+        "linear",
+        x,
+        weight,
+        is_weight=(False, True),
+        torch_product=lambda x, weight: again(input=x, weight=weight),
+        emulated_product=lambda x, weight, acc, estimator: ops.linear(
+            x, weight, bound["bias"], acc, estimator=estimator
+        ),
+    )
+
+
+def _convolution(met: Met, kind: str, operation: Callable[..., Tensor], defaults: dict[str, Any]) -> Tensor:
+    """conv1d … conv3d and their transposed forms; `operation` is ours."""
+    bound, again = met.bind("input", "weight", bias=None, **defaults)
+    x, weight = bound["input"], bound["weight"]
+    options = {name: bound[name] for name in defaults}
+    transposed = "output_padding" in defaults
+    spatial = math.prod(weight.shape[2:])
+    in_group = weight.shape[0] // options["groups"] if transposed else weight.shape[1]
+    return met.product(
+        kind,
+        x,
+        weight,
+        is_weight=(False, True),
+        steps=in_group * spatial,
+        macs=x.numel() * weight.shape[1] * spatial if transposed else None,
+        options=options,
+        torch_product=lambda x, weight: again(input=x, weight=weight),
+        emulated_product=lambda x, weight, acc, estimator: operation(
+            x, weight, bound["bias"], acc, **options, estimator=estimator
+        ),
+    )
+
+
+def _general_convolution(met: Met) -> Tensor:
+    """torch.convolution: the arguments say which."""
+    names = ("input", "weight", "bias", "stride", "padding", "dilation", "transposed", "output_padding", "groups")
+    bound, _ = met.bind(*names)
+    kind = f"conv{'_transpose' if bound['transposed'] else ''}{bound['input'].dim() - 2}d"
+    keep = [name for name in names if name != "transposed" and (bound["transposed"] or name != "output_padding")]
+    function = getattr(F, kind)
+    return HANDLERS[function](Met(met.call, function, (), {k: bound[k] for k in keep}, met.is_weight, met.mode))
+
+
+def _attention(met: Met) -> Tensor:
+    """Two products, float32 between them; the probabilities are an activation, and quantized as such."""
+    bound, again = met.bind(
+        "query", "key", "value", attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
+    )
+    query, key, value = (bound.pop(name) for name in ("query", "key", "value"))
+    reason = why_untouched(met.call.attachment.rule, (query, key, value))
+    if reason is None:
+        dtype = autocast_dtype(query) or query.dtype
+        score = functools.partial(met.product, "attention_scores")
+        mix = functools.partial(met.product, "attention_values")
+        with torch.autocast(query.device.type, enabled=False):
+            query, key, value = (x.to(dtype).float() for x in (query, key, value))
+            return attend(query, key, value, score, mix, **bound).to(dtype)
+    result = again()
+    width = query.shape[-1]
+    scores = query.shape[:-1].numel() * key.shape[-2]
+    announce(met.call, "attention_scores", (query, key), reason, width, scores * width)
+    announce(met.call, "attention_values", (query, value), reason, key.shape[-2], scores * value.shape[-1])
+    return result
+
+
+def _multi_head_attention(met: Met) -> Any:
+    """Opened: torch's own definition, with every product in it met in its turn."""
+    with met.mode:
+        return _opened_multi_head_attention()(*met.args, **met.kwargs)
+
+
+@functools.cache
+def _opened_multi_head_attention() -> Callable[..., Any]:
+    """`F.multi_head_attention_forward` without its first step, which would hand it to the mode as a whole again."""
+    original = F.multi_head_attention_forward
+    names = {**original.__globals__, "has_torch_function": lambda _: False}
+    opened = types.FunctionType(
+        original.__code__, names, original.__name__, original.__defaults__, original.__closure__
+    )
+    opened.__kwdefaults__ = original.__kwdefaults__
+    return opened
+
+
+def _contraction(
+    met: Met, kind: str, tensors: Sequence[Tensor], run: Callable[[BatchedProduct], Tensor], macs: int | None = None
+) -> Tensor:
+    """einsum and its relatives, through batched products; `macs` where they stay torch's own."""
+    reason = why_untouched(met.call.attachment.rule, tensors)
+    if reason is not None:
+        return met.not_covered(kind, reason, macs)
+
+    def product(left: Tensor, right: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return met.product(kind, left, right, is_weight=(met.is_weight(a), met.is_weight(b)))
+
+    try:
+        return run(product)
+    except CannotContract as why:
+        return met.not_covered(kind, str(why))
+
+
+def _einsum(met: Met) -> Tensor:
+    equation, *operands = met.args
+    if len(operands) == 1 and isinstance(operands[0], (tuple, list)):
+        operands = list(operands[0])
+    if not isinstance(equation, str):
+        return met.not_covered("einsum", "an equation in sublist form")
+    if len(operands) < 2:
+        return met.by_torch()
+    macs = contractions.macs(equation, operands) if len(operands) == 2 else None
+    return _contraction(met, "einsum", operands, lambda product: contractions.einsum(equation, operands, product), macs)
+
+
+def _tensordot(met: Met) -> Tensor:
+    bound, _ = met.bind("a", "b", dims=2, out=None)
+    a, b, dims = bound["a"], bound["b"], bound["dims"]
+    if isinstance(dims, Tensor):
+        dims = dims.tolist()
+    if isinstance(dims, int):
+        dims = (range(a.dim() - dims, a.dim()), range(dims))
+    pairs = [(i % a.dim(), j % b.dim()) for i, j in zip(*dims, strict=True)]
+    a_labels, b_labels = list(LETTERS[: a.dim()]), list(LETTERS[a.dim() : a.dim() + b.dim()])
+    for i, j in pairs:
+        b_labels[j] = a_labels[i]
+    output = "".join(c for c in a_labels + b_labels if not (c in a_labels and c in b_labels))
+    labels = "".join(a_labels), "".join(b_labels)
+    result = _contraction(
+        met, "tensordot", (a, b), lambda product: contractions.contract(labels[0], a, labels[1], b, output, product)
+    )
+    return result if result is bound["out"] else _into(bound["out"], result)
+
+
+def _inner(met: Met) -> Tensor:
+    bound, _ = met.bind("input", "other")
+    a, b = bound["input"], bound["other"]
+    if a.dim() == 0 or b.dim() == 0:
+        return met.by_torch()
+    rows, columns = LETTERS[1 : a.dim()], LETTERS[a.dim() : a.dim() + b.dim() - 1]
+    run = functools.partial(contractions.contract, f"{rows}z", a, f"{columns}z", b, rows + columns)
+    result = _contraction(met, "inner", (a, b), run)
+    out = bound.get("out")
+    return result if result is out else _into(out, result)
+
+
+def _vecdot(met: Met) -> Tensor:
+    bound, _ = met.bind("x", "y", dim=-1)
+    a, b = (x.movedim(bound["dim"], -1) for x in torch.broadcast_tensors(bound["x"], bound["y"]))
+    labels = LETTERS[1 : a.dim()]
+    run = functools.partial(contractions.contract, f"{labels}z", a, f"{labels}z", b, labels)
+    result = _contraction(met, "vecdot", (a, b), run)
+    out = bound.get("out")
+    return result if result is out else _into(out, result)
+
+
+def _bilinear(met: Met) -> Tensor:
+    """y_o = Σ_j (Σ_i x1_i W_oij) x2_j + bias_o: two products."""
+    bound, _ = met.bind("input1", "input2", "weight", bias=None)
+    operands = (bound["input1"], bound["weight"], bound["input2"])
+    covered = why_untouched(met.call.attachment.rule, operands) is None
+    result = _contraction(
+        met, "bilinear", operands, lambda product: contractions.einsum("...i,oij,...j->...o", operands, product)
+    )
+    return result + bound["bias"] if covered and bound["bias"] is not None else result
+
+
+def _grouped(met: Met) -> Tensor:
+    """grouped_mm of rows: those up to each offset with that group's matrix, as mixtures of experts do."""
+    bound, _ = met.bind("mat_a", "mat_b", offs=None, bias=None, out_dtype=None)
+    a, b, offsets = bound["mat_a"], bound["mat_b"], bound["offs"]
+    reason = why_untouched(met.call.attachment.rule, (a, b))
+    if reason is not None:
+        return met.not_covered("grouped_mm", reason)
+    if a.dim() != 2 or b.dim() != 3 or offsets is None or bound["bias"] is not None:
+        return met.not_covered("grouped_mm", "only rows in groups, without a bias, are known")
+    ends = offsets.tolist()
+    flags = (met.is_weight(a), met.is_weight(b))
+    parts = [
+        met.product("grouped_mm", a[start:end], b[group], is_weight=flags)
+        for group, (start, end) in enumerate(zip([0, *ends], ends, strict=False))
+    ]
+    rest = a.new_zeros(a.shape[0] - ends[-1], b.shape[2])
+    return torch.cat([*parts, rest.to(parts[0].dtype)]).to(bound["out_dtype"] or parts[0].dtype)
+
+
+def _not_covered(met: Met, kind: str, reason: str) -> Any:
+    return met.not_covered(kind, reason)
+
+
+def _table() -> tuple[dict[Callable[..., Any], Handler], dict[str, Handler]]:
+    """Handlers by torch function, and by name for `torch.ops.aten`."""
+    named: dict[str, Handler] = {}
+    for name, second in {
+        "matmul": "other",
+        "mm": "mat2",
+        "bmm": "mat2",
+        "mv": "vec",
+        "dot": "tensor",
+        "vdot": "other",
+    }.items():
+        named[name] = functools.partial(_product, second=second)
+    for name, (first, second) in {
+        "addmm": ("mat1", "mat2"),
+        "addmv": ("mat", "vec"),
+        "baddbmm": ("batch1", "batch2"),
+        "addbmm": ("batch1", "batch2"),
+    }.items():
+        sums = functools.partial(_sum_and_product, first=first, second=second, over_batch=name == "addbmm")
+        named[name] = functools.partial(sums, in_place=False)
+        named[f"{name}_"] = functools.partial(sums, in_place=True)
+    for d in (1, 2, 3):
+        convolution = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1}
+        transposed = {"stride": 1, "padding": 0, "output_padding": 0, "groups": 1, "dilation": 1}
+        for kind, defaults in ((f"conv{d}d", convolution), (f"conv_transpose{d}d", transposed)):
+            operation = getattr(ops, kind)
+            named[kind] = functools.partial(_convolution, kind=kind, operation=operation, defaults=defaults)
+    named |= {
+        "linear": _linear,
+        "convolution": _general_convolution,
+        "scaled_dot_product_attention": _attention,
+        "multi_head_attention_forward": _multi_head_attention,
+        "einsum": _einsum,
+        "tensordot": _tensordot,
+        "inner": _inner,
+        "vecdot": _vecdot,
+        "linalg_vecdot": _vecdot,
+        "bilinear": _bilinear,
+        "grouped_mm": _grouped,
+        "_grouped_mm": _grouped,
+    }
+    for reason, names in NOT_COVERED.items():
+        named |= {name: functools.partial(_not_covered, kind=name, reason=reason) for name in names}
+    by_function: dict[Callable[..., Any], Handler] = {torch.Tensor.__rmatmul__: _reversed_product}
+    for name, handler in named.items():
+        for place in (torch, torch.Tensor, torch.linalg, torch.sparse, F, torch._C._nn):
+            function = getattr(place, name, None)
+            if callable(function):
+                by_function[function] = handler
+    return by_function, named
+
+
+LETTERS = string.ascii_letters[:25] + string.ascii_letters[26:]
+
+NOT_COVERED = {
+    "a recurrent layer is computed as a whole": (
+        *("lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"),
+        *("quantized_lstm_cell", "quantized_gru_cell", "quantized_rnn_tanh_cell", "quantized_rnn_relu_cell"),
+    ),
+    "a fused kernel computes it as a whole": (
+        *(
+            "_native_multi_head_attention",
+            "_transformer_encoder_layer_fwd",
+            "linear_cross_entropy",
+            "_addmm_activation",
+        ),
+        *("conv_tbc", "cdist", "multi_dot", "chain_matmul", "matrix_power", "matrix_exp", "_convolution", "_trilinear"),
+        *("scaled_mm", "_scaled_mm", "scaled_grouped_mm", "_scaled_grouped_mm", "_int_mm", "_foreach_mm"),
+        *("_weight_int4pack_mm", "_weight_int8pack_mm", "_scaled_dot_product_flash_attention_for_cpu"),
+        *("_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention"),
+    ),
+    "a sparse product": ("smm", "hspmm", "sspaddmm", "_sparse_mm", "sampled_addmm", "_sparse_semi_structured_linear"),
+}
+
+HANDLERS, ATEN = _table()

@@ -1,0 +1,283 @@
+"""Which layers of a model use which accumulator and which formats: an immutable value, written in Python or in YAML.
+
+A layer's rule comes from the policy's own fields, or from one entry of `layers` laid over them. An entry's key is a
+module's full name or a glob over names (`*`, `?`, `[...]`; `*` crosses dots). It speaks for the modules that it matches
+and for everything inside them. Where several entries speak for a layer, the most specific alone counts:
+
+1. the layer's own exact name,
+2. then the key with the most literal characters,
+3. then the later one.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from fmaq.numerics import Accumulator
+from fmaq.numerics.reference import ESTIMATORS
+from fmaq.ops import parse_tensor_format
+
+FP32 = "fp32"
+RULE_FIELDS = ("accumulator", "weight", "activation", "estimator")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What happens to the products of one layer.
+
+    Attributes:
+        accumulator: of the products; `"fp32"` is torch's own product.
+        weight: format that weights are quantized to, or None.
+        activation: format that activations are quantized to, or None.
+        estimator: of the gradients, see `fmaq.matmul`.
+    """
+
+    accumulator: Accumulator | str = FP32
+    weight: str | None = None
+    activation: str | None = None
+    estimator: str = "identity"
+
+    @property
+    def is_plain(self) -> bool:
+        """Nothing is emulated and nothing quantized: torch's own product."""
+        return self.accumulator == FP32 and self.weight is None and self.activation is None
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Which products use which accumulator; see the module's text for how an entry of `layers` is chosen.
+
+    Args:
+        accumulator: an `Accumulator`, anything that `Accumulator.parse` takes, or `"fp32"` for torch's own product.
+        weight: format that weights are quantized to, such as `"M4E3"` or `"int8"`; None leaves them float32.
+        activation: the same for activations.
+        estimator: of the gradients, see `fmaq.matmul`.
+        layers: module name or glob → a mapping of any of the four fields above, laid over them, or None: torch's own
+            product on operands as they are.
+
+    Raises:
+        TypeError, ValueError: a key or value is wrong; the message names it and what it may be.
+    """
+
+    accumulator: Accumulator | str = FP32
+    weight: str | None = None
+    activation: str | None = None
+    estimator: str = "identity"
+    layers: Mapping[str, Mapping[str, Any] | None] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in RULE_FIELDS:
+            object.__setattr__(self, name, _checked(name, getattr(self, name)))
+        if not isinstance(self.layers, Mapping):
+            raise TypeError(f"layers must map module names to overrides or None, got {self.layers!r}")
+        object.__setattr__(self, "layers", {key: _checked_entry(key, entry) for key, entry in self.layers.items()})
+
+    def __hash__(self) -> int:
+        entries = tuple((key, entry and tuple(entry.items())) for key, entry in self.layers.items())
+        return hash((*(getattr(self, name) for name in RULE_FIELDS), entries))
+
+    @classmethod
+    def parse(cls, description: Mapping[str, Any] | Policy) -> Policy:
+        """The policy that a mapping of the constructor's arguments describes; a policy passes through.
+
+        Raises:
+            TypeError, ValueError: naming the wrong key, the nearest right one, or the wrong value.
+        """
+        if isinstance(description, cls):
+            return description
+        if not isinstance(description, Mapping):
+            raise TypeError(f"a policy is a mapping like {{accumulator: paper12, weight: M4E3}}, got {description!r}")
+        names = [f.name for f in fields(cls)]
+        for key in description:
+            if key not in names:
+                raise ValueError(f"a policy has no {key!r}{_nearest(str(key), names)} It has: {', '.join(names)}")
+        values = dict(description)
+        if values.get("layers", ()) is None:
+            del values["layers"]
+        return cls(**values)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Policy:
+        """Read a YAML file written by `save` or by hand.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            TypeError, ValueError: it is not a policy; the message names the file and the key.
+        """
+        import yaml
+
+        try:
+            content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+            return cls.parse({} if content is None else content)
+        except (yaml.YAMLError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}: {error}") from error
+
+    def save(self, path: str | Path) -> None:
+        """Write a YAML file, whole or not at all."""
+        import yaml
+
+        text = yaml.safe_dump(self.to_mapping(), sort_keys=False, allow_unicode=True)
+        descriptor, beside = tempfile.mkstemp(dir=Path(path).parent, prefix=f".{Path(path).name}.", suffix=".tmp")
+        try:
+            with open(descriptor, "w", encoding="utf-8") as file:
+                file.write(text)
+            os.replace(beside, path)
+        except BaseException:
+            os.unlink(beside)
+            raise
+
+    def to_mapping(self) -> dict[str, Any]:
+        """The fields that differ from their defaults, as plain values for YAML or JSON; `parse` reads it back."""
+        values: dict[str, Any] = {}
+        for f in fields(self)[:-1]:
+            value = getattr(self, f.name)
+            if value != f.default:
+                values[f.name] = _plain(value)
+        if self.layers:
+            values["layers"] = {
+                key: entry if entry is None else {name: _plain(value) for name, value in entry.items()}
+                for key, entry in self.layers.items()
+            }
+        return values
+
+    def replace(self, *, underflow: bool | None = None, **changes: Any) -> Policy:
+        """A copy with other fields.
+
+        Args:
+            underflow: switched in every accumulator, those of `layers` too.
+            **changes: the constructor's arguments. A new `accumulator` takes the place of every accumulator, those of
+                `layers` too, but an entry's `"fp32"` stays.
+
+        Raises:
+            TypeError, ValueError: as the constructor.
+        """
+        names = [f.name for f in fields(self)]
+        for key in changes:
+            if key not in names:
+                raise ValueError(f"a policy has no {key!r}{_nearest(key, names)} It has: {', '.join(names)}")
+        new = replace(self, **changes)
+        if "accumulator" in changes and "layers" not in changes:
+            new = new._with_accumulators(lambda _: new.accumulator, entries_only=True)
+        if underflow is not None:
+            new = new._with_accumulators(lambda acc: replace(Accumulator.parse(acc), underflow=underflow))
+        return new
+
+    def _with_accumulators(self, change: Callable[[Any], Accumulator | str], entries_only: bool = False) -> Policy:
+        """A copy with `change(accumulator)` in place of every accumulator but "fp32"."""
+
+        def changed(entry: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+            if entry is None or entry.get("accumulator", FP32) == FP32:
+                return entry
+            return {**entry, "accumulator": change(entry["accumulator"])}
+
+        own = self.accumulator if entries_only or self.accumulator == FP32 else change(self.accumulator)
+        return replace(self, accumulator=own, layers={key: changed(entry) for key, entry in self.layers.items()})
+
+    def for_layer(self, *names: str) -> Rule | None:
+        """The rule of a layer, or None where it is to be left alone.
+
+        Args:
+            names: the module's full name, and its others if it is registered under several; "" is the model itself.
+        """
+        best: tuple[tuple[bool, int, int], str] | None = None
+        for position, key in enumerate(self.layers):
+            if any(_speaks_for(key, name) for name in names):
+                rank = (key in names, _literal_characters(key), position)
+                if best is None or rank > best[0]:
+                    best = (rank, key)
+        own = {name: getattr(self, name) for name in RULE_FIELDS}
+        if best is None:
+            return Rule(**own)
+        entry = self.layers[best[1]]
+        return None if entry is None else Rule(**{**own, **entry})
+
+    def check_names(self, names: Iterable[str]) -> None:
+        """Refuse an entry that matches none of a model's module names.
+
+        Raises:
+            ValueError: naming the entry and the nearest module.
+        """
+        known = list(names)
+        for key in self.layers:
+            if not any(key == name or fnmatchcase(name, key) for name in known):
+                raise ValueError(f"layers: {key!r} matches no module of the model{_nearest(key, known)}")
+
+
+def _speaks_for(key: str, name: str) -> bool:
+    """The key matches the module, or one that contains it."""
+    parts = name.split(".") if name else []
+    return any(
+        key == whole or fnmatchcase(whole, key) for whole in (".".join(parts[:n]) for n in range(len(parts) + 1))
+    )
+
+
+def _literal_characters(key: str) -> int:
+    return len(re.sub(r"\[[^\]]*\]|[*?]", "", key))
+
+
+def _nearest(name: str, names: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, list(names), 1, 0.3)
+    return f"; did you mean {near[0]!r}?" if near else "."
+
+
+def _plain(value: Any) -> Any:
+    return str(value) if isinstance(value, Accumulator) else value
+
+
+def _checked_entry(key: Any, entry: Any) -> dict[str, Any] | None:
+    if not isinstance(key, str):
+        raise TypeError(f"layers: {key!r} is not a module name or a glob over module names")
+    if entry is None:
+        return None
+    if not isinstance(entry, Mapping):
+        raise TypeError(f"layers: {key!r} must have a mapping like {{accumulator: fp32}}, or null; got {entry!r}")
+    for name in entry:
+        if name not in RULE_FIELDS:
+            hint = _nearest(str(name), RULE_FIELDS)
+            raise ValueError(f"layers: {key!r} has no {name!r}{hint} It may have: {', '.join(RULE_FIELDS)}")
+    try:
+        return {name: _checked(name, value) for name, value in entry.items()}
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"layers: {key!r}: {error}") from error
+
+
+def _checked(name: str, value: Any) -> Any:
+    if name == "accumulator":
+        return _accumulator(value)
+    if name == "estimator":
+        if value not in ESTIMATORS:
+            hint = _nearest(str(value), ESTIMATORS)
+            raise ValueError(f"estimator {value!r} is none of: {', '.join(ESTIMATORS)}{hint}")
+        return value
+    return _tensor_format(name, value)
+
+
+def _accumulator(value: Any) -> Accumulator | str:
+    if isinstance(value, str) and value.strip().lower() == FP32:
+        return FP32
+    if value is None:
+        raise TypeError('accumulator must be an accumulator like "M7E4b10 product=M7E4b12", or "fp32"; got None')
+    accumulator = Accumulator.parse(value)
+    if not accumulator.is_template:
+        accumulator.check_float32()
+    return accumulator
+
+
+def _tensor_format(name: str, value: Any) -> str | None:
+    """The name of a format that `fmaq.quantize` takes."""
+    if value is None:
+        return None
+    try:
+        parsed = parse_tensor_format(value)
+    except (TypeError, ValueError) as error:
+        known = 'a float format like "M4E3" or "M4E3b5", an integer like "int8", or None to leave float32'
+        raise ValueError(f"{name} must be {known}; got {value!r}") from error
+    return f"int{parsed}" if isinstance(parsed, int) else str(parsed)

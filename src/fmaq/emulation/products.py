@@ -1,0 +1,182 @@
+"""One matrix product met in a model: what it is, whether it is emulated, and those who listen to it."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fmaq import ops
+from fmaq.emulation.calls import Call
+from fmaq.emulation.policy import FP32, Rule
+from fmaq.numerics import Accumulator
+from fmaq.ops.operands import OPERAND_DTYPES
+
+LEFT_ALONE = "left alone by the policy"
+IN_FP32 = "fp32 by the policy"
+ONE_STEP = "one step (K = 1): nothing is summed"
+RECURRENT = (nn.RNNBase, nn.RNNCellBase)
+"""Modules that `attach` has already warned of."""
+
+
+class FmaqCoverageWarning(UserWarning):
+    """A policy wants a product emulated, and it cannot be."""
+
+
+@dataclass(frozen=True, eq=False)
+class Product:
+    """One matrix product, as it is computed.
+
+    Attributes:
+        kind: "linear", "conv2d", "matmul", "attention_scores" ...
+        layer: full name of the module whose forward calls it; "" is the model itself.
+        index: counts the products of one call of that module, from 0.
+        operands: the tensors multiplied, quantized where the policy says so.
+        options: of a convolution: stride, padding, dilation, groups, output_padding.
+        steps: products in one dot product, K; None where unknown.
+        macs: multiply-accumulates in all; None where unknown.
+        rule: the layer's; None leaves it alone.
+        reason: why the sums are torch's own; None where they are emulated.
+    """
+
+    kind: str
+    layer: str
+    index: int
+    operands: tuple[Tensor, ...]
+    options: dict[str, Any]
+    steps: int | None
+    macs: int | None
+    rule: Rule | None
+    reason: str | None
+
+
+Listener = Callable[[Product], None]
+
+
+class _Listeners(threading.local):
+    def __init__(self) -> None:
+        self.all: list[Listener] = []
+
+
+_listeners = _Listeners()
+
+
+@contextmanager
+def listening(listener: Listener) -> Iterator[None]:
+    """Call `listener(product)` after each product of an attached model in this thread, inside a `with` block."""
+    _listeners.all.append(listener)
+    try:
+        yield
+    finally:
+        _listeners.all.remove(listener)
+
+
+@dataclass
+class Request:
+    """A product that a module asks for.
+
+    Attributes:
+        kind: see `Product`.
+        operands: the two tensors; their shapes fit.
+        is_weight: which of them are weights.
+        steps: K.
+        macs: in all; None: the elements of the result times K.
+        torch_product: torch's own product of two such operands.
+        emulated_product: ours, of the same two, an accumulator and an estimator.
+        options: see `Product`.
+    """
+
+    kind: str
+    operands: tuple[Tensor, Tensor]
+    is_weight: tuple[bool, bool]
+    steps: int
+    torch_product: Callable[[Tensor, Tensor], Tensor]
+    emulated_product: Callable[[Tensor, Tensor, Accumulator, str], Tensor]
+    macs: int | None = None
+    options: dict[str, Any] | None = None
+
+
+def compute(call: Call, request: Request) -> Tensor:
+    """The product as the layer's rule wants it; in the dtype that torch's own would have."""
+    rule, operands = call.attachment.rule, request.operands
+    reason = why_not(rule, operands, request.steps)
+    if rule is None or why_untouched(rule, operands, request.steps) is not None:
+        result = request.torch_product(*operands)
+    elif rule.accumulator == FP32:
+        operands = _quantized(rule, operands, request.is_weight)
+        result = request.torch_product(*operands)
+    else:
+        dtype = autocast_dtype(operands[0]) or operands[0].dtype
+        with torch.autocast(operands[0].device.type, enabled=False):
+            operands = _quantized(rule, (operands[0].to(dtype), operands[1].to(dtype)), request.is_weight)
+            accumulator = Accumulator.parse(rule.accumulator)
+            result = request.emulated_product(*operands, accumulator, rule.estimator).to(dtype)
+    macs = result.numel() * request.steps if request.macs is None else request.macs
+    announce(call, request.kind, operands, reason, request.steps, macs, request.options)
+    return result
+
+
+def _quantized(rule: Rule, operands: tuple[Tensor, Tensor], is_weight: tuple[bool, bool]) -> tuple[Tensor, Tensor]:
+    formats = [rule.weight if weight else rule.activation for weight in is_weight]
+    first, second = (x if f is None else ops.quantize(x, f) for x, f in zip(operands, formats, strict=True))
+    return first, second
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What autocast turns a matrix product's operands into, or None outside of autocast."""
+    if x.dtype == torch.float64 or not torch.is_autocast_enabled(x.device.type):
+        return None
+    return torch.get_autocast_dtype(x.device.type)
+
+
+def why_not(rule: Rule | None, operands: Sequence[Tensor], steps: int | None) -> str | None:
+    """The reason why the sums are torch's own, or None."""
+    if rule is None:
+        return LEFT_ALONE
+    if rule.is_plain:
+        return IN_FP32
+    for x in operands:
+        if x.is_nested or x.layout != torch.strided or x.is_quantized:
+            return "nested, sparse or quantized operands"
+        if x.device.type == "meta":
+            return "meta tensors have no values"
+        if x.dtype not in OPERAND_DTYPES:
+            return f"{str(x.dtype).removeprefix('torch.')} operands"
+    if steps == 1:
+        return ONE_STEP
+    if len({x.dtype for x in operands}) > 1 and autocast_dtype(operands[0]) is None:
+        return "operands of different dtypes"
+    return IN_FP32 if rule.accumulator == FP32 else None
+
+
+def why_untouched(rule: Rule | None, operands: Sequence[Tensor], steps: int | None = None) -> str | None:
+    """The reason why torch's own function takes the operands as they are; None where there is anything to emulate."""
+    reason = why_not(rule, operands, steps)
+    return None if reason == IN_FP32 and rule is not None and not rule.is_plain else reason
+
+
+def announce(
+    call: Call,
+    kind: str,
+    operands: tuple[Tensor, ...],
+    reason: str | None,
+    steps: int | None = None,
+    macs: int | None = None,
+    options: dict[str, Any] | None = None,
+) -> None:
+    """Tell the listeners of a product that was computed, and warn of one that the policy wants emulated and is not."""
+    rule, name = call.attachment.rule, call.attachment.name
+    index = call.products
+    call.products += 1
+    for listener in list(_listeners.all):
+        listener(Product(kind, name, index, operands, options or {}, steps, macs, rule, reason))
+    if reason not in (None, LEFT_ALONE, IN_FP32, ONE_STEP) and not isinstance(call.module, RECURRENT):
+        warnings.warn(
+            f"{kind} in {name or 'the model itself'} is not emulated: {reason}", FmaqCoverageWarning, stacklevel=2
+        )

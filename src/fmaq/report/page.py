@@ -1,0 +1,67 @@
+"""The page: a record's table, plot, schedule and provenance in one HTML file that needs nothing else."""
+
+from __future__ import annotations
+
+import importlib.resources
+
+from fmaq.report.tables import cells, headings
+from fmaq.training.record import Record, show
+
+KINDS = {
+    "demo": "Demo: digits under ever smaller accumulators",
+    "evaluate": "Zero-shot evaluation",
+    "finetune": "Dual-stage fine-tuning",
+}
+
+
+def render(record: Record, plot: str) -> str:
+    """The page as HTML text; `plot` is an SVG element."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    source = importlib.resources.files("fmaq.report").joinpath("page.html.jinja").read_text(encoding="utf-8")
+    return environment.from_string(source).render(
+        title=record.name,
+        kind=KINDS.get(record.kind, record.kind),
+        record=record,
+        plot=plot,
+        headings=headings(record),
+        baseline=cells(record, record.baseline),
+        rows=[(cells(record, row), bool(row.tuned and row.parsed)) for row in record.rows],
+        facts=_facts(record),
+        schedules=_schedules(record),
+    )
+
+
+def _facts(record: Record) -> list[tuple[str, str]]:
+    """The figures at the head of the page: name and value."""
+    metric = record.metric
+    facts = [(f"float32 {metric}", show(metric, record.baseline.metrics[metric]))]
+    for row in record.rows:
+        if row.tuned and row.parsed:
+            before, after = row.metrics[metric], row.after(record.stages - 1, metric)
+            facts.append((f"{row.bits} bits, fine-tuned", f"{show(metric, before)} → {show(metric, after)}"))
+    return facts
+
+
+def _schedules(record: Record) -> list[dict[str, str]]:
+    """A line for each stage of each fine-tuning."""
+    lines = []
+    for row in record.rows:
+        for index, stage in enumerate(row.tuned["stages"] if row.tuned else []):
+            plan = stage["stage"]
+            lines.append(
+                {
+                    "accumulator": str(row.parsed.format) if row.parsed else "float32",
+                    "stage": str(index + 1),
+                    "underflow": "yes" if plan["underflow"] else "no",
+                    "epochs": str(plan["epochs"]),
+                    "rate": f"{plan['learning_rate']:g}{', cosine' if plan['cosine'] else ''}",
+                    "loss": "–" if stage["loss"] is None else f"{stage['loss']:.4f}",
+                    "own": show(record.metric, stage["own_metrics"].get(record.metric)),
+                    "target": show(record.metric, stage["metrics"].get(record.metric)),
+                }
+            )
+    return lines

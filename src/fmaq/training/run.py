@@ -1,0 +1,199 @@
+"""Runs of a recipe: evaluate a list of accumulators as they are, or fine-tune under one."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fmaq.emulation import Policy, attach, detach
+from fmaq.training.callables import load_callable
+from fmaq.training.data import load_data
+from fmaq.training.explain import RecipeError
+from fmaq.training.loop import finetune
+from fmaq.training.models import build_model
+from fmaq.training.progress import Bars
+from fmaq.training.provenance import provenance
+from fmaq.training.recipe import Recipe
+from fmaq.training.record import Record, Row, show
+from fmaq.training.tasks import TASKS, Metrics, Task, evaluate
+
+Say = Callable[[str], None]
+
+
+@dataclass
+class Prepared:
+    """A recipe's model, data, policy and task, made and checked."""
+
+    recipe: Recipe
+    model: nn.Module
+    train: Any
+    test: Any
+    policy: Policy
+    task: Task
+    device: str
+    bars: Bars
+
+    def measure(self, policy: Policy | None) -> tuple[Metrics, float]:
+        """The metrics under a policy (None: torch alone) and the seconds that measuring took."""
+        detach(self.model)
+        if policy is not None:
+            attach(self.model, policy)
+        start = time.monotonic()
+        size = self.recipe.data.batch_size
+        metrics = evaluate(self.model, self.test, self.task, device=self.device, batch_size=size, progress=self.bars)
+        return metrics, time.monotonic() - start
+
+    def record(self, kind: str) -> Record:
+        """A fresh record, with the float32 baseline measured."""
+        metrics, seconds = self.measure(None)
+        baseline = Row("float32", "fp32", metrics, seconds)
+        recipe = self.recipe.model_dump(mode="json", exclude_defaults=True)
+        return Record(kind, self.recipe.name, self.recipe.task, self.recipe.seed, baseline, [], provenance(), recipe)
+
+
+def prepare(recipe: Recipe, device: str = "cpu", bars: Bars | None = None) -> Prepared:
+    """Build the model, load the data, and check that the policy's globs name layers of the model.
+
+    Raises:
+        RecipeError: something is not as the recipe says.
+    """
+    torch.manual_seed(recipe.seed)
+    model, tokenizer = build_model(recipe.model, recipe.task)
+    policy = recipe.load_policy()
+    check_globs(policy, model)
+    train, test = load_data(recipe.data, recipe.task, tokenizer)
+    task = recipe.task if recipe.task in TASKS else load_callable(recipe.task)
+    return Prepared(recipe, model.to(device), train, test, policy, task, device, bars or Bars(False))
+
+
+def check_globs(policy: Policy, model: nn.Module) -> None:
+    """Refuse a policy whose `layers` name nothing in the model.
+
+    Raises:
+        RecipeError: naming the glob and some of the model's modules.
+    """
+    names = [name for name, _ in model.named_modules() if name]
+    for glob in policy.layers:
+        if not any(fnmatchcase(name, glob) for name in names):
+            some = ", ".join(name for name, module in model.named_modules() if name and not list(module.children()))[
+                :200
+            ]
+            raise RecipeError(f"policy.layers: {glob!r} matches no module of {type(model).__name__}; it has {some} ...")
+
+
+def operands_of(policy: Policy) -> str:
+    """The formats of a policy's weights and activations, as a table shows them."""
+    weight, activation = policy.weight or "float32", policy.activation or "float32"
+    return weight if weight == activation else f"{weight}/{activation}"
+
+
+def variants(recipe: Recipe, policy: Policy) -> list[Policy]:
+    """The policies that `operands` and `accumulators` make of the recipe's own; that alone if both are empty."""
+    formats = [policy] if not recipe.operands else [with_operands(policy, name) for name in recipe.operands]
+    accumulators: list[Any] = list(recipe.accumulators) or [None]
+    return [base if acc is None else base.replace(accumulator=acc) for base in formats for acc in accumulators]
+
+
+def with_operands(policy: Policy, name: str) -> Policy:
+    """The policy with weights and activations in one format; `"float32"` leaves them alone."""
+    format = None if name == "float32" else name
+    return policy.replace(weight=format, activation=format)
+
+
+def run_evaluate(
+    recipe: Recipe, output: Path, device: str = "cpu", bars: Bars | None = None, say: Say = print
+) -> Record:
+    """Measure the model in float32 and under each of the recipe's accumulators; the record is saved after each.
+
+    Args:
+        output: folder for `evaluate.json` and `evaluate.csv`.
+        say: told one line a measurement.
+    """
+    ready = prepare(recipe, device, bars)
+    with ready.bars:
+        record = ready.record("evaluate")
+        say(_line(record, record.baseline))
+        for policy in variants(recipe, ready.policy):
+            metrics, seconds = ready.measure(policy)
+            record.rows.append(Row(operands_of(policy), str(policy.accumulator), metrics, seconds))
+            say(_line(record, record.rows[-1]))
+            record.save(output / "evaluate.json")
+            record.save_csv(output / "evaluate.csv")
+    detach(ready.model)
+    return record
+
+
+def run_finetune(
+    recipe: Recipe,
+    output: Path,
+    device: str = "cpu",
+    bars: Bars | None = None,
+    say: Say = print,
+    resume: bool = True,
+) -> Record:
+    """Fine-tune the model under the recipe's policy, from the folder's checkpoint if there is one.
+
+    Args:
+        output: folder for the checkpoint, the log, the model, `finetune.json` and `finetune.csv`.
+        resume: False starts over.
+    Raises:
+        RecipeError: the recipe has no `finetune`, or its data no training examples.
+    """
+    if recipe.finetune is None:
+        raise RecipeError("this recipe cannot be fine-tuned: give it the key finetune, with its stages")
+    ready = prepare(recipe, device, bars)
+    if ready.train is None:
+        raise RecipeError("this recipe cannot be fine-tuned: its data have no training examples; give data.train")
+    with ready.bars:
+        record = _before(ready, output, resume)
+        row = record.rows[0]
+        for shown in (record.baseline, row):
+            say(_line(record, shown))
+        record.save(output / "finetune.json")
+        detach(ready.model)
+        result = finetune(
+            ready.model,
+            ready.policy,
+            ready.train,
+            ready.test,
+            recipe.finetune.schedule(),
+            output=output,
+            resume=resume,
+            seed=recipe.seed,
+            progress=ready.bars,
+            task=ready.task,
+            device=device,
+            batch_size=recipe.data.batch_size,
+            say=say,
+        )
+    row.tuned = result.to_mapping()
+    record.save(output / "finetune.json")
+    record.save_csv(output / "finetune.csv")
+    return record
+
+
+def _before(ready: Prepared, output: Path, resume: bool) -> Record:
+    """The measurements before fine-tuning; taken from the folder if this same run made them already."""
+    path = output / "finetune.json"
+    recipe = ready.recipe.model_dump(mode="json", exclude_defaults=True)
+    if resume and path.exists() and (output / "checkpoint.safetensors").exists():
+        record = Record.load(path)
+        if record.recipe == recipe:
+            record.rows[0].tuned = None
+            return record
+    record = ready.record("finetune")
+    metrics, seconds = ready.measure(ready.policy)
+    record.rows.append(Row(operands_of(ready.policy), str(ready.policy.accumulator), metrics, seconds))
+    return record
+
+
+def _line(record: Record, row: Row) -> str:
+    value = show(record.metric, row.metrics[record.metric])
+    return f"{row.operands:>8}  {row.accumulator:<42} {record.metric} {value}  {row.seconds:.1f} s"

@@ -1,0 +1,148 @@
+"""The command line: its commands from start to end, and one red line with exit code 2 for bad input."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fmaq import __version__
+from fmaq.cli import main
+from fmaq.training.record import Record
+
+RECIPE = """\
+name: small
+model:
+  callable: fmaq.training.residual_cnn:residual_cnn
+  arguments: {width: 4}
+data:
+  kind: digits
+  limit: 40
+policy: {accumulator: paper12, weight: M4E3, activation: M4E3}
+accumulators: [fp32, paper12]
+finetune:
+  stages: [{epochs: 1, learning_rate: 1e-3, underflow: false}, {epochs: 1, learning_rate: 1e-4}]
+  batch_size: 20
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "small.yaml"
+    path.write_text(RECIPE)
+    return path
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["fmaq", *map(str, arguments)])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    return int(caught.value.code or 0)
+
+
+def test_evaluate(recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(monkeypatch, "evaluate", recipe) == 0
+    text = capsys.readouterr().out
+    assert "M7E4b10" in text and "runs/small/evaluate.html" in text
+    record = Record.load(Path("runs/small/evaluate.json"))
+    assert [row.bits for row in record.rows] == [32, 12]
+    assert record.provenance["fmaq"] == __version__ and record.recipe["name"] == "small"
+    assert Path("runs/small/evaluate.csv").read_text().count("\n") == 4
+    assert Path("runs/small/evaluate.png").exists()
+
+
+def test_evaluate_as_json_at_other_accumulators(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["-a", "M5E4b10 product=M5E4b12", "-o", "elsewhere", "--json", "--seed", 5]
+    assert run(monkeypatch, "evaluate", recipe, *options) == 0
+    out = capsys.readouterr()
+    record = json.loads(out.out)
+    assert record["rows"][0]["accumulator"].startswith("M5E4b10") and record["seed"] == 5
+    assert "zero" not in out.out and "M5E4b10" in out.err
+    assert Path("elsewhere/evaluate.json").exists() and not Path("runs").exists()
+
+
+def test_finetune_twice_then_fresh(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, "finetune", recipe) == 0
+    assert "stage 2, epoch 1 of 1" in capsys.readouterr().out
+    first = Record.load(Path("runs/small/finetune.json"))
+    assert first.stages == 2
+    assert run(monkeypatch, "finetune", recipe) == 0
+    assert "resumed from" in capsys.readouterr().out
+    assert Record.load(Path("runs/small/finetune.json")).rows == first.rows
+    assert run(monkeypatch, "finetune", recipe, "-a", "M5E4b10") == 2
+    assert "another policy" in capsys.readouterr().err
+    assert run(monkeypatch, "finetune", recipe, "-a", "M5E4b10", "--fresh") == 0
+    assert Record.load(Path("runs/small/finetune.json")).rows[0].accumulator.startswith("M5E4b10")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["evaluate", "nowhere.yaml"], "cannot read the recipe nowhere.yaml"),
+        (["evaluate", "small.yaml", "-a", "M7"], "'M7' is not a format"),
+        (["finetune", "plain.yaml"], "give it the key finetune"),
+        (["hardware", "M7X"], "'M7X' is not a format"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(
+    recipe: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    expected: str,
+) -> None:
+    Path("plain.yaml").write_text(RECIPE.partition("finetune:")[0])
+    assert run(monkeypatch, *arguments) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: ") and expected in message and "Traceback" not in message
+
+
+def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["fmaq", "evaluate", "nowhere.yaml", "--debug"])
+    with pytest.raises(ValueError, match="cannot read the recipe"):
+        main()
+
+
+def test_interruption_is_exit_code_130(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from fmaq.training import run as runs
+    from fmaq.training.interrupts import Interrupted
+
+    def interrupted(*arguments: object, **named: object) -> None:
+        raise Interrupted("interrupted in stage 1; run the same again")
+
+    monkeypatch.setattr(runs, "finetune", interrupted)
+    assert run(monkeypatch, "finetune", recipe) == 130
+    assert "run the same again" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["demo", "evaluate", "finetune", "hardware"])
+def test_help_has_examples(command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(monkeypatch, command, "--help") == 0
+    text = capsys.readouterr().out
+    assert "Examples" in text and f"fmaq {command}" in text
+
+
+def test_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(monkeypatch, "--version") == 0
+    assert capsys.readouterr().out == f"fmaq {__version__}\n"
+
+
+def test_hardware_prints_the_formats(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(monkeypatch, "hardware", "paper12", "--json") == 0
+    sums, products = json.loads(capsys.readouterr().out)
+    assert (sums["bits"], sums["register"], sums["largest"]) == (12, 13, 63.75)
+    assert (products["format"], products["smallest"]) == ("M7E4b12", 2**-12)
+
+
+def test_help_does_not_import_torch() -> None:
+    code = "import sys; from fmaq.cli import app; from fmaq.cli.app import app; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"

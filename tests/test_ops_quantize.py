@@ -1,0 +1,115 @@
+"""Tensor quantization: the reference by equality, channels, gradients and messages."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import fmaq
+from fmaq.numerics import FloatFormat, reference
+from ops_cases import same, values
+
+
+def expected(x, format):
+    """The reference's, of a float or integer format."""
+    if isinstance(format, str) and format.startswith("int"):
+        return reference.quantize_integer(x, int(format[3:]))
+    return reference.quantize_tensor(x, format if isinstance(format, FloatFormat) else FloatFormat.parse(format))
+
+
+@st.composite
+def formats(draw):
+    exponent = draw(st.integers(1, 8))
+    lowest = max(-700, 2**exponent - 128)
+    bias = draw(st.one_of(st.none(), st.integers(lowest, min(700, lowest + 300))))
+    return FloatFormat(draw(st.integers(0, 23)), exponent, bias)
+
+
+@st.composite
+def tensors(draw):
+    """Any finite float32 numbers, mostly of one scale."""
+    seed, scale = draw(st.integers(0, 2**32 - 1)), draw(st.integers(-148, 126))
+    rng = np.random.default_rng(seed)
+    spread = draw(st.sampled_from([0, 3, 40]))
+    with np.errstate(over="ignore", under="ignore"):
+        x = np.ldexp(rng.normal(size=draw(st.integers(1, 40))), scale + rng.integers(-spread, spread + 1))
+        x = x.astype(np.float32)
+    extra = draw(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), max_size=3))
+    return np.concatenate([np.where(np.isfinite(x), x, 0), np.array(extra, np.float32)]).astype(np.float32)
+
+
+@settings(max_examples=300)
+@given(tensors(), st.one_of(formats(), st.sampled_from(["M4E3", "M3E4", "M7E8", "int8", "int4", "int2", "int16"])))
+def test_equals_the_reference(x, format):
+    same(fmaq.quantize(torch.from_numpy(x), format), expected(x, format))
+
+
+@pytest.mark.parametrize("format", ["M4E3", "M4E3b6", "M3E8", "int8"])
+@pytest.mark.parametrize("channel", [0, 1, 2, -1])
+def test_every_channel_has_its_own_scale(format, channel):
+    x = values(np.random.default_rng(1), (3, 4, 5)) * torch.tensor([1e-3, 1.0, 50.0])[:, None, None]
+    q = fmaq.quantize(x, format, channel)
+    for part, whole in zip(q.unbind(channel), x.unbind(channel), strict=True):
+        same(part, expected(whole.numpy(), format))
+
+
+def test_a_vector_with_a_scale_an_element():
+    x = torch.tensor([0.3, -5.0, 0.0])
+    torch.testing.assert_close(fmaq.quantize(x, "int8", 0), x)
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (3, 0)])
+@pytest.mark.parametrize("format", ["M4E3", "int8"])
+def test_scalars_and_empty_tensors(shape, format):
+    x = torch.full(shape, 0.3)
+    same(fmaq.quantize(x, format), expected(x.numpy(), format))
+
+
+@pytest.mark.parametrize("format", ["M4E3", "M4E3b4", "M7E8", "int8"])
+def test_non_finite_values_stay_and_do_not_count(format):
+    x = torch.tensor([1.0, torch.nan, 0.3, torch.inf, -torch.inf])
+    q = fmaq.quantize(x, format)
+    same(q[[0, 2]], expected(x[[0, 2]].numpy(), format))
+    assert q[1].isnan() and q[3] == torch.inf and q[4] == -torch.inf
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn])
+@pytest.mark.parametrize("format", ["M2E3", "M2E2b3", "int4"])
+def test_the_gradient_passes_straight_through(dtype, format):
+    x = values(np.random.default_rng(2), (4, 3)).to(dtype).requires_grad_()
+    q = fmaq.quantize(x, format)
+    q.backward(torch.arange(12.0).reshape(4, 3))
+    assert q.dtype == torch.float32
+    assert x.grad.dtype == dtype
+    assert torch.equal(x.grad.float(), torch.arange(12.0).reshape(4, 3).to(dtype).float())
+
+
+def test_the_operand_is_left_as_it_was():
+    x = values(np.random.default_rng(3), (20,))
+    before = x.clone()
+    for format in ("M4E3", "M7E8", "int8"):
+        fmaq.quantize(x, format)
+    assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize(
+    ("format", "channel", "error", "message"),
+    [
+        ("M4", None, ValueError, "'M4' is not a tensor format; write a float like \"M4E3\""),
+        ("M4E3z", None, ValueError, "'M4E3z' is not a tensor format"),
+        ("I8f4", None, ValueError, "'I8f4' is not a tensor format"),
+        ("int1", None, ValueError, "integers have 2 to 24 bits, got 'int1'"),
+        ("M4E3b-121", None, ValueError, "values above float32's: .* 128, .* bias must be at least -120"),
+        (8, None, TypeError, "got 8"),
+        ("M4E3", 2, ValueError, r"channel must be a dimension of x \(2, 2\), got 2"),
+    ],
+)
+def test_messages(format, channel, error, message):
+    with pytest.raises(error, match=message):
+        fmaq.quantize(torch.ones(2, 2), format, channel)
+
+
+def test_double_precision_is_refused():
+    with pytest.raises(TypeError, match=r"x has dtype torch\.float64"):
+        fmaq.quantize(torch.ones(2).double(), "M4E3")

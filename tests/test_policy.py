@@ -1,0 +1,195 @@
+"""Policies: parsing, printing, choosing a layer's rule, and what a wrong one says."""
+
+import pickle
+
+import pytest
+
+from fmaq.emulation import Policy, Rule
+from fmaq.numerics import Accumulator
+
+PAPER = Accumulator.paper12
+OTHER = Accumulator("M5E4b9", product="M5E4b11", chunk=8)
+
+
+def test_defaults_are_torchs_own_product() -> None:
+    assert Policy() == Policy(accumulator="fp32", weight=None, activation=None, estimator="identity", layers={})
+    rule = Policy().for_layer("anything")
+    assert rule == Rule() and rule.is_plain
+
+
+def test_accumulator_takes_all_that_parse_takes() -> None:
+    for given in (PAPER, "paper12", str(PAPER), PAPER.to_mapping()):
+        assert Policy(accumulator=given).accumulator == PAPER
+    assert Policy(accumulator="FP32").accumulator == "fp32"
+
+
+def test_mapping_round_trips() -> None:
+    policy = Policy(
+        accumulator=PAPER,
+        weight="M4E3",
+        activation="int8",
+        estimator="recursive/diff",
+        layers={
+            "conv1": None,
+            "classifier.*": {"accumulator": OTHER, "weight": None},
+            "*.query": {"accumulator": "fp32"},
+        },
+    )
+    mapping = policy.to_mapping()
+    assert mapping == {
+        "accumulator": str(PAPER),
+        "weight": "M4E3",
+        "activation": "int8",
+        "estimator": "recursive/diff",
+        "layers": {
+            "conv1": None,
+            "classifier.*": {"accumulator": str(OTHER), "weight": None},
+            "*.query": {"accumulator": "fp32"},
+        },
+    }
+    assert Policy.parse(mapping) == policy
+    assert Policy.parse(policy) is policy
+    assert pickle.loads(pickle.dumps(policy)) == policy
+    assert hash(Policy.parse(mapping)) == hash(policy)
+    assert Policy().to_mapping() == {}
+
+
+def test_file_round_trips_and_nothing_is_left_beside(tmp_path) -> None:
+    policy = Policy(accumulator=PAPER, weight="M4E3", layers={"conv1": None, "fc": {"activation": "M4E3b5"}})
+    path = tmp_path / "policy.yaml"
+    policy.save(path)
+    assert Policy.load(path) == policy
+    assert [p.name for p in tmp_path.iterdir()] == ["policy.yaml"]
+
+
+def test_empty_file_is_the_default_policy(tmp_path) -> None:
+    path = tmp_path / "policy.yaml"
+    path.write_text("layers:\n")
+    assert Policy.load(path) == Policy()
+    path.write_text("")
+    assert Policy.load(path) == Policy()
+
+
+def test_failed_save_keeps_the_old_file(tmp_path, monkeypatch) -> None:
+    path = tmp_path / "policy.yaml"
+    Policy(weight="int8").save(path)
+
+    def fail(*_) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr("os.replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        Policy(weight="int4").save(path)
+    assert Policy.load(path).weight == "int8"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    ("layers", "name", "winner"),
+    [
+        ({"encoder": "a"}, "decoder", None),
+        ({"encoder": "a"}, "encoder", "a"),
+        ({"encoder": "a"}, "encoder.layer.0", "a"),
+        ({"encoder": "a"}, "encoder2", None),
+        ({"encoder.*": "a"}, "encoder", None),
+        ({"encoder.*": "a"}, "encoder.layer.0.query", "a"),
+        ({"fc": "a", "*": "b"}, "fc", "a"),
+        ({"*": "b", "fc*": "a"}, "fc1", "a"),
+        ({"fc?": "a", "fc*": "b"}, "fc1", "b"),
+        ({"fc*": "a", "fc?": "b"}, "fc1", "b"),
+        ({"layer.[01]": "a", "layer.*": "b"}, "layer.0", "b"),
+        ({"encoder.layer.0": "a", "*": "b"}, "encoder.layer.0.query", "a"),
+        ({"encoder.layer.0": "a", "*.query": "b"}, "encoder.layer.0.query", "a"),
+        ({"encoder.layer.0": "a", "encoder.layer.*.query": "b"}, "encoder.layer.0.query", "b"),
+        ({"encoder.layer.0": "a", "encoder.layer.0.query": "b"}, "encoder.layer.0.query", "b"),
+        ({"*block*": "a", "fc": "b"}, "fc", "b"),
+        ({"": "a", "fc": "b"}, "fc", "b"),
+        ({"": "a", "fc": "b"}, "", "a"),
+        ({"": "a"}, "fc.0", "a"),
+        ({"*": "a"}, "", "a"),
+    ],
+)
+def test_most_specific_entry_wins(layers, name, winner) -> None:
+    formats = {"a": "M1E3", "b": "M2E3", None: "M3E3"}
+    policy = Policy(weight=formats[None], layers={key: {"weight": formats[entry]} for key, entry in layers.items()})
+    assert policy.for_layer(name).weight == formats[winner]
+
+
+def test_entry_is_laid_over_the_policy_and_none_leaves_alone() -> None:
+    policy = Policy(accumulator=PAPER, weight="M4E3", activation="M4E3", layers={"a": None, "b": {"weight": None}})
+    assert policy.for_layer("a") is None
+    assert policy.for_layer("b") == Rule(PAPER, None, "M4E3", "identity")
+    assert policy.for_layer("c") == Rule(PAPER, "M4E3", "M4E3", "identity")
+
+
+def test_a_module_of_several_names_has_the_most_specific_rule_of_any() -> None:
+    policy = Policy(layers={"decoder": {"weight": "int8"}, "*": {"weight": "int4"}})
+    assert policy.for_layer("embedding", "decoder").weight == "int8"
+
+
+def test_replace_changes_every_accumulator_but_fp32() -> None:
+    policy = Policy(
+        accumulator=PAPER, weight="M4E3", layers={"a": {"accumulator": OTHER}, "b": {"accumulator": "fp32"}}
+    )
+    without = policy.replace(underflow=False)
+    assert without.accumulator.underflow is False
+    assert without.for_layer("a").accumulator == Accumulator.parse({**OTHER.to_mapping(), "underflow": False})
+    assert without.for_layer("b").accumulator == "fp32"
+    assert without.weight == "M4E3"
+    assert without.replace(underflow=True) == policy
+    new = policy.replace(accumulator="M10E5b16")
+    assert str(new.for_layer("a").accumulator) == str(new.accumulator) == "M10E5b16 chunk=16"
+    assert new.for_layer("b").accumulator == "fp32"
+    assert policy.replace(accumulator="fp32").for_layer("a").accumulator == "fp32"
+    assert policy.replace(weight=None, layers={}) == Policy(accumulator=PAPER)
+    assert Policy().replace(underflow=False) == Policy()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"acumulator": "fp32"}, r"no 'acumulator'; did you mean 'accumulator'\?"),
+        ({"layers": {"fc": {"wieght": "M4E3"}}}, r"layers: 'fc' has no 'wieght'; did you mean 'weight'\?"),
+        ({"layers": {"fc": "fp32"}}, r"'fc' must have a mapping like \{accumulator: fp32\}, or null; got 'fp32'"),
+        ({"layers": {3: None}}, "3 is not a module name"),
+        ({"layers": ["fc"]}, r"layers must map module names.*\['fc'\]"),
+        ({"weight": "M4"}, r'weight must be a float format like "M4E3".*got \'M4\''),
+        ({"activation": "int1"}, "activation must be .*int8.*got 'int1'"),
+        ({"layers": {"fc": {"weight": 8}}}, "layers: 'fc': weight must be .*got 8"),
+        ({"accumulator": "M7E4b300"}, "does not fit in float32"),
+        ({"accumulator": "M7"}, "'M7' is not a format"),
+        ({"accumulator": None}, "accumulator must be.*got None"),
+        ({"layers": {"fc": {"accumulator": "M7"}}}, "layers: 'fc': 'M7' is not a format"),
+        ({"estimator": "imediate/of"}, r"did you mean 'immediate/of'\?"),
+        ("paper12", "a policy is a mapping"),
+    ],
+)
+def test_what_is_wrong_is_named(given, message) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        Policy.parse(given)
+
+
+def test_load_names_the_file(tmp_path) -> None:
+    path = tmp_path / "policy.yaml"
+    path.write_text("accumulator: fp32\nwieght: M4E3\n")
+    with pytest.raises(ValueError, match=r"policy.yaml: a policy has no 'wieght'; did you mean 'weight'"):
+        Policy.load(path)
+    path.write_text("accumulator: [")
+    with pytest.raises(ValueError, match=r"policy.yaml: "):
+        Policy.load(path)
+    with pytest.raises(FileNotFoundError, match=r"missing.yaml"):
+        Policy.load(tmp_path / "missing.yaml")
+
+
+def test_replace_refuses_an_unknown_field() -> None:
+    with pytest.raises(ValueError, match=r"no 'accum'; did you mean 'accumulator'"):
+        Policy().replace(accum="fp32")
+
+
+def test_entry_that_matches_no_module_is_refused() -> None:
+    policy = Policy(layers={"clasifier": None})
+    with pytest.raises(
+        ValueError, match=r"layers: 'clasifier' matches no module of the model; did you mean 'classifier'\?"
+    ):
+        policy.check_names(["", "features", "classifier"])
+    Policy(layers={"classifier": None, "feat*": None, "": None}).check_names(["", "features", "classifier"])
