@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fmaq import kernels
 from fmaq.numerics import Accumulator
+from fmaq.ops.columns import Columns, Gain, Offset
 from fmaq.ops.operands import AccumulatorLike, check, full_precision, widen
 
 Size = int | Sequence[int]
@@ -153,6 +154,7 @@ def _conv(
     dilation: Size,
     groups: int,
     estimator: str,
+    columns: Columns,
 ) -> Tensor:
     acc = check(acc, estimator)
     x, weight = widen(x, "x"), widen(weight, "weight")
@@ -160,8 +162,8 @@ def _conv(
     stride, dilation = _per_dimension(stride, "stride", dims, 1), _per_dimension(dilation, "dilation", dims, 1)
     pads = _padding(padding, weight.shape[2:], dilation, stride)
     batched = x if x.dim() == dims + 2 else x[None]
-    y = _convolve(batched, weight, acc, stride, pads, dilation, groups)
-    return _finish(y, bias, is_batched=x.dim() == dims + 2)
+    y = _convolve(batched, columns.scale(weight, 0), acc, stride, pads, dilation, groups)
+    return _finish(columns.finish(y, 1), bias, is_batched=x.dim() == dims + 2)
 
 
 def _finish(y: Tensor, bias: Tensor | None, is_batched: bool) -> Tensor:
@@ -180,9 +182,11 @@ def conv1d(
     dilation: Size = 1,
     groups: int = 1,
     estimator: str = "identity",
+    offset: Offset = None,
+    gain: Gain = None,
 ) -> Tensor:
     """`torch.nn.functional.conv1d` whose dot products are summed in `acc`; see `conv2d`."""
-    return _conv(1, x, weight, bias, acc, stride, padding, dilation, groups, estimator)
+    return _conv(1, x, weight, bias, acc, stride, padding, dilation, groups, estimator, Columns(offset, gain))
 
 
 def conv2d(
@@ -195,13 +199,15 @@ def conv2d(
     dilation: Size = 1,
     groups: int = 1,
     estimator: str = "identity",
+    offset: Offset = None,
+    gain: Gain = None,
 ) -> Tensor:
     """`torch.nn.functional.conv2d` whose dot products are summed in `acc`; the bias is added afterwards in float32.
 
     Args:
         x: (N, C, H, W) or (C, H, W), float32, bfloat16, float16 or float8, any strides.
         weight: (O, C/groups, kH, kW). bias: (O,), or None.
-        acc, estimator: see `matmul`.
+        acc, estimator: see `matmul`; offset and gain, too: of all output channels, or one each (O,).
         stride, dilation, groups: as torch's. padding: a number a dimension, `"same"` or `"valid"`.
 
     Returns:
@@ -211,7 +217,7 @@ def conv2d(
         TypeError: an operand's dtype.
         ValueError: shapes or sizes that do not fit; the message names them.
     """
-    return _conv(2, x, weight, bias, acc, stride, padding, dilation, groups, estimator)
+    return _conv(2, x, weight, bias, acc, stride, padding, dilation, groups, estimator, Columns(offset, gain))
 
 
 def conv3d(
@@ -224,9 +230,11 @@ def conv3d(
     dilation: Size = 1,
     groups: int = 1,
     estimator: str = "identity",
+    offset: Offset = None,
+    gain: Gain = None,
 ) -> Tensor:
     """`torch.nn.functional.conv3d` whose dot products are summed in `acc`; see `conv2d`."""
-    return _conv(3, x, weight, bias, acc, stride, padding, dilation, groups, estimator)
+    return _conv(3, x, weight, bias, acc, stride, padding, dilation, groups, estimator, Columns(offset, gain))
 
 
 def _conv_transpose(
@@ -241,6 +249,7 @@ def _conv_transpose(
     groups: int,
     dilation: Size,
     estimator: str,
+    columns: Columns,
 ) -> Tensor:
     acc = check(acc, estimator)
     x, weight = widen(x, "x"), widen(weight, "weight")
@@ -267,8 +276,8 @@ def _conv_transpose(
     stuffed = _zero_stuffed(x if x.dim() == dims + 2 else x[None], stride)
     margins = [d * (k - 1) - p for k, d, p in zip(weight.shape[2:], dilation, padding, strict=True)]
     pads = [q for m, e in zip(reversed(margins), reversed(extra), strict=True) for q in (m, m + e)]
-    y = _convolve(stuffed, flipped, acc, (1,) * dims, pads, dilation, groups)
-    return _finish(y, bias, is_batched=x.dim() == dims + 2)
+    y = _convolve(stuffed, columns.scale(flipped, 0), acc, (1,) * dims, pads, dilation, groups)
+    return _finish(columns.finish(y, 1), bias, is_batched=x.dim() == dims + 2)
 
 
 def _flipped(weight: Tensor, groups: int) -> Tensor:
@@ -300,9 +309,13 @@ def conv_transpose1d(
     groups: int = 1,
     dilation: Size = 1,
     estimator: str = "identity",
+    offset: Offset = None,
+    gain: Gain = None,
 ) -> Tensor:
     """`torch.nn.functional.conv_transpose1d` whose dot products are summed in `acc`; see `conv_transpose2d`."""
-    return _conv_transpose(1, x, weight, bias, acc, stride, padding, output_padding, groups, dilation, estimator)
+    return _conv_transpose(
+        1, x, weight, bias, acc, stride, padding, output_padding, groups, dilation, estimator, Columns(offset, gain)
+    )
 
 
 def conv_transpose2d(
@@ -316,6 +329,8 @@ def conv_transpose2d(
     groups: int = 1,
     dilation: Size = 1,
     estimator: str = "identity",
+    offset: Offset = None,
+    gain: Gain = None,
 ) -> Tensor:
     """`torch.nn.functional.conv_transpose2d` whose dot products are summed in `acc`.
 
@@ -328,7 +343,9 @@ def conv_transpose2d(
     Returns:
         (N, O, H', W') or (O, H', W') in float32.
     """
-    return _conv_transpose(2, x, weight, bias, acc, stride, padding, output_padding, groups, dilation, estimator)
+    return _conv_transpose(
+        2, x, weight, bias, acc, stride, padding, output_padding, groups, dilation, estimator, Columns(offset, gain)
+    )
 
 
 def conv_transpose3d(
@@ -342,6 +359,10 @@ def conv_transpose3d(
     groups: int = 1,
     dilation: Size = 1,
     estimator: str = "identity",
+    offset: Offset = None,
+    gain: Gain = None,
 ) -> Tensor:
     """`torch.nn.functional.conv_transpose3d` whose dot products are summed in `acc`; see `conv_transpose2d`."""
-    return _conv_transpose(3, x, weight, bias, acc, stride, padding, output_padding, groups, dilation, estimator)
+    return _conv_transpose(
+        3, x, weight, bias, acc, stride, padding, output_padding, groups, dilation, estimator, Columns(offset, gain)
+    )

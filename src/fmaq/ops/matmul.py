@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fmaq import kernels
 from fmaq.numerics import Accumulator
+from fmaq.ops.columns import Columns, Gain, Offset
 from fmaq.ops.operands import AccumulatorLike, check, full_precision, widen
 
 
@@ -44,7 +45,14 @@ class _BatchedProduct(torch.autograd.Function):
         return y.unflatten(0, a.shape[:2]), 0
 
 
-def matmul(a: Tensor, b: Tensor, acc: AccumulatorLike, estimator: str = "identity") -> Tensor:
+def matmul(
+    a: Tensor,
+    b: Tensor,
+    acc: AccumulatorLike,
+    estimator: str = "identity",
+    offset: Offset = None,
+    gain: Gain = None,
+) -> Tensor:
     """`torch.matmul` whose dot products are summed in `acc`, chunk by chunk (arXiv 2401.14110).
 
     Args:
@@ -52,6 +60,8 @@ def matmul(a: Tensor, b: Tensor, acc: AccumulatorLike, estimator: str = "identit
         b: (…, K, N) or (K,); the leading dimensions broadcast with a's.
         acc: an Accumulator, or what `Accumulator.parse` takes.
         estimator: of the gradients; `"identity"` is straight through.
+        offset: c, an integer or one a column (N,): the product with b·2^c, times 2^−c, all exact.
+        gain: a number, or one a column (N,), that multiplies the finished sums in float32.
 
     Returns:
         float32 of the shape that torch.matmul gives. A non-finite operand makes every output that depends on it NaN.
@@ -63,7 +73,9 @@ def matmul(a: Tensor, b: Tensor, acc: AccumulatorLike, estimator: str = "identit
     """
     acc = check(acc, estimator)
     left, right, shape = as_batches(a, b)
-    return _BatchedProduct.apply(left, right, acc).reshape(shape)
+    columns = Columns(offset, gain)
+    y = _BatchedProduct.apply(left, columns.scale(right, 2), acc)
+    return columns.finish(y, 2).reshape(shape)
 
 
 def as_batches(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, tuple[int, ...]]:
@@ -92,12 +104,20 @@ def as_batches(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, tuple[int, ...]]:
     return left, right, shape
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, acc: AccumulatorLike, estimator: str = "identity") -> Tensor:
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    acc: AccumulatorLike,
+    estimator: str = "identity",
+    offset: Offset = None,
+    gain: Gain = None,
+) -> Tensor:
     """`torch.nn.functional.linear` whose dot products are summed in `acc`; the bias is added afterwards in float32.
 
     Args:
         x: (…, K). weight: (N, K) or (K,). bias: (N,), or None.
-        acc, estimator: see `matmul`.
+        acc, estimator, offset, gain: see `matmul`.
 
     Returns:
         (…, N) in float32, or (…) with a weight of (K,).
@@ -116,5 +136,5 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, acc: AccumulatorLike,
         bias = widen(bias, "bias")
         if bias.shape != weight.shape[:-1]:
             raise ValueError(f"bias must be {tuple(weight.shape[:-1])}, got {tuple(bias.shape)}")
-    y = matmul(x, weight.t(), acc, estimator)
+    y = matmul(x, weight.t(), acc, estimator, offset, gain)
     return y if bias is None else y + bias
