@@ -32,6 +32,7 @@ def test_equals_numpy(values, target, seed):
     found = measure(x, target)
     magnitudes = np.abs(x.numpy().astype(np.float64))
     assert found.largest == magnitudes.max()
+    assert found.is_whole == bool(np.all((magnitudes == np.floor(magnitudes)) & (magnitudes < 2.0**31)))
     assert found.smallest == magnitudes[magnitudes > 0].min(initial=np.inf)
     if found.largest > 0:
         assert found.significant == significant_bits(np.ascontiguousarray(x.numpy()))
@@ -56,16 +57,16 @@ def test_one_number_among_zeros_is_found_wherever_it_is(target, length):
     for at in {0, length // 2, length - 1}:
         x = torch.zeros(length)
         x[at] = -5.0
-        assert measure(x, target) == Range(5.0, 5.0, 3)
+        assert measure(x, target) == Range(5.0, 5.0, 3, True)
 
 
 def test_zeros_alone():
-    assert measure(torch.tensor([0.0, -0.0]), available_targets()[0]) == Range(0.0, math.inf, 1)
+    assert measure(torch.tensor([0.0, -0.0]), available_targets()[0]) == Range(0.0, math.inf, 1, True)
 
 
 def test_expanded_tensors_are_read_once():
     x = torch.tensor([3.0]).expand(1 << 40)
-    assert measure(x, available_targets()[0]) == Range(3.0, 3.0, 2)
+    assert measure(x, available_targets()[0]) == Range(3.0, 3.0, 2, True)
 
 
 def test_subnormal_numbers_count_under_flushing():

@@ -29,7 +29,7 @@ INSTRUCTIONS = {
 
 def kernel_assembly(name: str, acc: Accumulator) -> str:
     target = TARGETS[name]
-    usual = Range(4.0, 2.0**-10, 24)
+    usual = Range(4.0, 2.0**-10, 24, False)
     choice = choose(acc, target, usual, usual, 64, use_bounds=True)
     return assembly(Gemm(choice.arithmetic, acc.chunk, target, Tile(*target.tile)).build(), target)
 
@@ -41,10 +41,19 @@ def test_code_is_generated_for_every_target(name):
         assert re.search(instruction, code, re.IGNORECASE), f"no {instruction} for {name}"
 
 
-@pytest.mark.parametrize("acc", ["M7E4b10 rounding=nearest_even", "M7E4b10 rounding=stochastic", "I16f4w", "I8f0"])
-def test_every_arithmetic_is_generated_for_aarch64(acc):
+@pytest.mark.parametrize(
+    ("acc", "instruction"),
+    [
+        ("M7E4b10 rounding=nearest_even", r"fadd\s+v\d+\.2d"),
+        ("I16f4w", r"fadd\s+v\d+\.2d"),
+        ("M7E4b10 product=M7E4b12 rounding=nearest_even", r"fmla\s+v\d+\.4s"),
+        ("M7E4b10 rounding=stochastic", r"fmla\s+v\d+\.4s"),
+        ("I16f4 product=I16f4", r"fcvtzs\s+v\d+\.4s"),
+    ],
+)
+def test_every_arithmetic_is_generated_for_aarch64(acc, instruction):
     code = kernel_assembly("neon", Accumulator(acc))
-    assert re.search(r"fadd\s+v\d+\.2d", code)
+    assert re.search(instruction, code)
     assert re.search(r"msr\s+FPCR", code, re.IGNORECASE)
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from llvmlite import ir
 
-from fmaq.kernels.arithmetic import Arithmetic, General64
+from fmaq.kernels.arithmetic import Arithmetic
+from fmaq.kernels.arithmetic64 import General64
 from fmaq.kernels.gemm import COUNTERS, Gemm
 from fmaq.kernels.ir_blocks import I64, Value, element, i64, load
 from fmaq.kernels.lanes import Lanes

@@ -111,9 +111,8 @@ class Gemm:
         carried = for_chunks(b, depth, self.chunk, [*zeros, *self._counters(v)], one_chunk)
         totals = carried[: len(cells)]
         self._store_counters(v, carried[len(cells) :], counters)
-        back = v.constant(2.0**self.arithmetic.output_exponent)
         for (r, i), total in zip(cells, totals, strict=True):
-            v.store(v.mul(total, back), element(b, buffer, i64(r * self.width + i * v.count), F32))
+            v.store(self.arithmetic.finish(v, total), element(b, buffer, i64(r * self.width + i * v.count), F32))
         b.ret_void()
         return function
 

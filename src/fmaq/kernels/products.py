@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fmaq.kernels.arithmetic import Arithmetic, General64
+from fmaq.kernels.arithmetic import Arithmetic
+from fmaq.kernels.arithmetic64 import General64
 from fmaq.kernels.choose import Choice, choose
 from fmaq.kernels.compile import Compiled, compile_module
 from fmaq.kernels.events import CountingGemm

@@ -31,11 +31,13 @@ class Range:
         largest: the largest magnitude; 0 where all are zero, NaN where one is not finite.
         smallest: the smallest magnitude above zero; infinite where all are zero.
         significant: bits that suffice for every significand, 1 to 24.
+        is_whole: every value is an integer below 2^31 in magnitude.
     """
 
     largest: float
     smallest: float
     significant: int
+    is_whole: bool
 
     @property
     def is_finite(self) -> bool:
@@ -54,7 +56,10 @@ class Range:
 
 
 def _module(target: Target) -> ir.Module:
-    """`measure(values, count, result)`: the largest bits, the smallest nonzero bits less one, the union of all bits."""
+    """`measure(values, count, result)`: words of a tensor's magnitudes.
+
+    The largest bits; the smallest nonzero bits less one; the union of all bits; zero if all are integers below 2^31.
+    """
     module = ir.Module("ranges")
     function = ir.Function(module, ir.FunctionType(ir.VoidType(), [POINTER, I64, POINTER]), "measure")
     b = ir.IRBuilder(function.append_basic_block("entry"))
@@ -70,6 +75,7 @@ def _module(target: Target) -> ir.Module:
             b.call(umax, [found[0], bits]),
             b.call(umin, [found[1], b.sub(bits, v.word(1))]),
             b.or_(found[2], bits),
+            b.or_(found[3], b.xor(bits, v.bits(b.sitofp(b.fptosi(v.from_bits(bits), v.words), v.vector)))),
         ]
 
     def whole(i: Value, found: list[Value]) -> list[Value]:
@@ -78,11 +84,11 @@ def _module(target: Target) -> ir.Module:
     def single(i: Value, found: list[Value]) -> list[Value]:
         return merge(found, v.splat(b.load(element(b, values, i, F32), typ=I32, align=4)))
 
-    start = [v.word(0), v.word(-1), v.word(0)]
+    start = [v.word(0), v.word(-1), v.word(0), v.word(0)]
     in_vectors = b.and_(count, i64(-v.count))
     found = for_range(b, i64(0), in_vectors, start, whole, step=v.count)
     found = for_range(b, in_vectors, count, found, single)
-    for i, (value, how) in enumerate(zip(found, ("umax", "umin", "or"), strict=True)):
+    for i, (value, how) in enumerate(zip(found, ("umax", "umin", "or", "or"), strict=True)):
         reduce = v.declare(f"llvm.vector.reduce.{how}.v{v.count}i32", I32, [v.words])
         b.store(b.call(reduce, [value]), b.gep(result, [i32(i)], source_etype=I32))
     b.ret_void()
@@ -106,16 +112,16 @@ def _in_memory_order(x: Tensor) -> Tensor:
 def measure(x: Tensor, target: Target) -> Range:
     """The range of a float32 tensor of any strides, with at least one element."""
     flat = _in_memory_order(x)
-    found = np.empty(3, np.uint32)
+    found = np.empty(4, np.uint32)
     _measure(target)[0](flat.data_ptr(), flat.numel(), found.ctypes.data)
-    largest, smallest_less_one, union = (int(word) for word in found)
+    largest, smallest_less_one, union, fractions = (int(word) for word in found)
     if largest >= INFINITY_BITS:
-        return Range(math.nan, math.nan, 24)
+        return Range(math.nan, math.nan, 24, False)
     if largest == 0:
-        return Range(0.0, float("inf"), 1)
+        return Range(0.0, float("inf"), 1, True)
     mantissa = union & 0x7FFFFF
     trailing = 23 if mantissa == 0 else (mantissa & -mantissa).bit_length() - 1
-    return Range(_magnitude(largest), _magnitude(smallest_less_one + 1), 24 - trailing)
+    return Range(_magnitude(largest), _magnitude(smallest_less_one + 1), 24 - trailing, fractions == 0)
 
 
 def _magnitude(bits: int) -> float:

@@ -1,0 +1,200 @@
+"""RTL, synthesized netlists and Verilog equal the reference, bit for bit."""
+
+import numpy as np
+import pytest
+
+pytest.importorskip("amaranth", reason="needs the extra fmaq[hardware]")
+pytest.importorskip("pyosys", reason="needs the extra fmaq[hardware]")
+
+from amaranth.sim import Simulator
+
+from fmaq.hardware import proof, synthesis
+from fmaq.hardware.cost import design
+from fmaq.hardware.liberty import find_library
+from fmaq.hardware.rtl import FmaqUnit, Mac, lfsr_sequence
+from fmaq.hardware.unit import Unit
+from fmaq.hardware.vectors import is_exhaustive, vectors_for
+from fmaq.numerics import reference
+
+needs_iverilog = pytest.mark.skipif(
+    proof.find_iverilog() is None, reason="Icarus Verilog is not installed (Debian: apt-get install iverilog)"
+)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FMAQ_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+SMALL = [
+    ("M3E3b4 product=M3E3b6", "M1E2", "M1E2"),
+    ("M2E3b2z product=M1E3b4z rounding=nearest_even", "M2E2", "M1E2"),
+    ("M1E2b1 product=M0E2b2 rounding=stochastic random_bits=3", "M1E2", "M1E2"),
+    ("M0E3b5 rounding=nearest_even", "M2E2", "M2E2"),
+    ("M4E3b3z", "int4", "M1E2"),
+    ("I8f4 rounding=nearest_even", "M2E2", "M2E2"),
+    ("I6f2w rounding=stochastic random_bits=3", "M2E2", "M2E2"),
+    ("I7f-1 product=I5f-2w", "int4", "int4"),
+]
+LARGE = [
+    ("paper12", "M4E3", "M4E3"),
+    ("M10E5b16 product=M10E5b18", "M4E3", "M4E3"),
+    ("M23E8b127 rounding=nearest_even", "M4E3", "M4E3"),
+    ("M7E4b10 product=M5E4b12 rounding=stochastic random_bits=10", "M4E3", "M4E3"),
+    ("M7E5b9z product=I12f8", "M3E4", "M4E3b5"),
+    ("M6E4b-3", "int8", "int8"),
+    ("ieee32", "M4E3", "M4E3"),
+    ("ieee16", "M4E3", "M4E3b9"),
+    ("I16f10", "M4E3", "M4E3"),
+    ("I16f6w product=M4E4b12 rounding=stochastic random_bits=5", "M4E3", "M4E3"),
+    ("I32f0", "int8", "int8"),
+]
+
+
+@pytest.mark.parametrize("description", SMALL, ids=lambda d: d[0].replace(" ", ","))
+def test_rtl_of_small_formats_for_every_input(description):
+    unit = Unit.of(*description)
+    vectors = vectors_for(unit)
+    assert is_exhaustive(unit)
+    codes = synthesis.lower(design(unit)).simulate(vectors)["y"]
+    assert proof.mismatches(unit, codes, unit.golden(vectors)) == 0
+
+
+@pytest.mark.parametrize("description", LARGE, ids=lambda d: d[0].replace(" ", ","))
+def test_rtl_on_100000_vectors(description):
+    unit = Unit.of(*description)
+    vectors = vectors_for(unit, 100_000)
+    codes = synthesis.lower(design(unit)).simulate(vectors)["y"]
+    assert len(codes) == 100_000
+    assert proof.mismatches(unit, codes, unit.golden(vectors)) == 0
+
+
+@pytest.mark.parametrize("description", [LARGE[0], LARGE[6], LARGE[9], SMALL[1]], ids=lambda d: d[0].replace(" ", ","))
+def test_every_synthesized_netlist(description):
+    found = proof.prove(Unit.of(*description), [find_library()])
+    assert found.vectors >= 100_000 or found.exhaustive
+    assert set(found.mismatches) == {"rtl", *(f"unit/{recipe.name}" for recipe in synthesis.RECIPES)}
+    assert found.holds
+
+
+@pytest.mark.parametrize("name", ["osu018", "osu035"])
+def test_netlists_of_debians_libraries(name):
+    try:
+        library = find_library(name)
+    except ValueError as error:
+        pytest.skip(str(error))
+    assert proof.prove(Unit.of("M4E3b4 product=M4E3b6"), [library]).holds
+
+
+def test_a_wrong_netlist_is_found():
+    unit = Unit.of("paper12")
+    vectors = vectors_for(unit, 10_000)
+    other = synthesis.lower(design(Unit.of("M7E4b10 product=M7E4b12 rounding=nearest_even")))
+    assert proof.mismatches(unit, other.simulate(vectors)["y"], unit.golden(vectors)) > 100
+
+
+@pytest.mark.parametrize("description", [LARGE[0], LARGE[3], LARGE[7]], ids=lambda d: d[0].replace(" ", ","))
+def test_rtl_in_amaranths_own_simulator(description):
+    unit = Unit.of(*description)
+    vectors = vectors_for(unit, 200)
+    top, codes = FmaqUnit(unit), []
+
+    async def bench(context):
+        for index in range(200):
+            for name, signal in top.inputs.items():
+                context.set(signal, int(vectors[name][index]))
+            codes.append(context.get(top.y))
+
+    simulator = Simulator(top)
+    simulator.add_testbench(bench)
+    simulator.run()
+    assert proof.mismatches(unit, np.array(codes), unit.golden(vectors)) == 0
+
+
+def run_mac(unit, x, w, pause=()):
+    """Dot products by Amaranth's simulator; no operand comes in the cycles of `pause`."""
+    top, codes = Mac(unit), []
+    x_codes, w_codes = unit.activation.encode(x), unit.weight.encode(w)
+    steps = [(int(a), int(b), k == x.shape[1] - 1) for r in range(len(x)) for k, (a, b) in enumerate(zip(x_codes[r], w_codes[r], strict=True))]
+
+    async def bench(context):
+        cycle, waiting = 0, list(steps)
+        while len(codes) < len(x):
+            valid = bool(waiting) and cycle not in pause
+            context.set(top.valid, valid)
+            if valid:
+                a, b, last = waiting.pop(0)
+                context.set(top.x, a)
+                context.set(top.w, b)
+                context.set(top.last, last)
+            await context.tick()
+            if context.get(top.done):
+                codes.append(context.get(top.total))
+            cycle += 1
+
+    simulator = Simulator(top)
+    simulator.add_clock(1e-6)
+    simulator.add_testbench(bench)
+    simulator.run_until(1e-6 * (len(steps) + len(pause) + 10))
+    return unit.format.decode(np.array(codes))
+
+
+def operands(unit, count, steps, seed=0):
+    rng = np.random.default_rng(seed)
+    x = unit.activation.decode(rng.integers(0, 1 << unit.activation.bits, (count, steps)))
+    return x, unit.weight.decode(rng.integers(0, 1 << unit.weight.bits, (count, steps)))
+
+
+@pytest.mark.parametrize(
+    ("accumulator", "pause"),
+    [("paper12", ()), ("M5E4b10z chunk=5", (3, 4, 9, 11)), ("M3E4b8 chunk=1", ()), ("I12f4 chunk=None", (0, 21))],
+)
+def test_chunked_dot_products(accumulator, pause):
+    unit = Unit.of(accumulator)
+    x, w = operands(unit, 4, 21)
+    expected = [reference.dot(a, b, unit.accumulator) for a, b in zip(x, w, strict=True)]
+    assert np.array_equal(run_mac(unit, x, w, pause), expected)
+
+
+def test_a_stochastic_dot_product_rounds_by_its_shift_register():
+    unit = Unit.of("M4E4b10 product=M3E4b12 chunk=4 rounding=stochastic random_bits=5")
+    x, w = operands(unit, 1, 12)
+    steps, merges = lfsr_sequence(10, 0x5EED_0001, 12), lfsr_sequence(5, 0x5EED_0002, 3)
+    acc, s, t = unit.accumulator, 0.0, 0.0
+    for k in range(12):
+        p = reference.quantize(x[0, k] * w[0, k], acc.product, acc.rounding, True, 5, steps[k] & 31)
+        s = reference.quantize(reference.exact_sum(s, p), acc.format, acc.rounding, True, 5, steps[k] >> 5)
+        if k % 4 == 3:
+            t = reference.quantize(reference.exact_sum(t, s), acc.format, acc.rounding, True, 5, merges[k // 4])
+            s = 0.0
+    assert run_mac(unit, x, w)[0] == t
+    # The register's bits are fair, and a long run does not repeat.
+    long = lfsr_sequence(10, 0x5EED_0001, 20_000)
+    assert abs(np.mean([value & 1 for value in long]) - 0.5) < 0.02
+    assert len(set(zip(long, long[1:], long[2:], strict=False))) > 19_000
+
+
+@needs_iverilog
+@pytest.mark.parametrize("description", [LARGE[0], LARGE[9]], ids=lambda d: d[0].replace(" ", ","))
+def test_the_verilog_in_an_independent_simulator(description):
+    unit = Unit.of(*description)
+    vectors = vectors_for(unit, 100_000 if description is LARGE[0] else 20_000)
+    assert proof.mismatches(unit, proof.simulate_verilog(unit, vectors), unit.golden(vectors)) == 0
+
+
+@needs_iverilog
+@pytest.mark.parametrize("accumulator", ["paper12", "M5E4b10 product=M5E4b12 chunk=7 rounding=nearest_even"])
+def test_dot_products_in_an_independent_simulator(accumulator):
+    unit = Unit.of(accumulator)
+    x, w = operands(unit, 300, 37)
+    expected = [reference.dot(a, b, unit.accumulator) for a, b in zip(x, w, strict=True)]
+    assert np.array_equal(unit.format.decode(proof.simulate_mac(unit, x, w)), expected)
+
+
+def test_without_iverilog_the_error_says_how_to_get_it(monkeypatch):
+    monkeypatch.setattr(proof, "find_iverilog", lambda: None)
+    unit = Unit.of("I8f2")
+    with pytest.raises(FileNotFoundError, match="apt-get install iverilog"):
+        proof.simulate_verilog(unit, vectors_for(unit, 10))
