@@ -195,10 +195,48 @@ class Packing:
                 value = self._read_vector(v, image, b.add(offsets, v.splat(shift)), inside, is_line)
                 v.store(v.mul(value, scale), element(b, row, i64(i * v.count), F32))
 
-        self._each_k(b, parameters, one_k)
+        done = self._pack_transposed(v, parameters, packed, image, vectors, sizes, scale)
+        self._each_k(b, parameters, one_k, done)
         if self.is_bounded:
             self._bound_columns(v, parameters, packed, bounds)
         b.ret_void()
+
+    def _pack_transposed(
+        self,
+        v: Lanes,
+        parameters: Parameters,
+        packed: Value,
+        image: Value,
+        vectors: list[tuple[Value, list[Value], Value]],
+        sizes: list[Value],
+        scale: Value,
+    ) -> Value:
+        """Where k is contiguous in B, as in a linear layer's weight: square blocks, transposed in registers.
+
+        Returns the k up to which that is done; 0 where k is not contiguous.
+        """
+        b = v.b
+        is_line = b.icmp_signed("==", parameters["b_channel"], i64(1))
+        for size in parameters.spatial("kernel"):
+            is_line = b.and_(is_line, b.icmp_signed("==", size, i64(1)))
+        end = b.select(is_line, b.and_(parameters["channels"], i64(-v.count)), i64(0))
+
+        def one_block(k: Value, _: list[Value]) -> list[Value]:
+            for i, (offsets, corner, _) in enumerate(vectors):
+                inside = _inside(v, corner, [i32(0)] * len(SPATIAL), sizes)
+                safe = b.select(inside, offsets, ir.Constant(offsets.type, [i64(0)] * v.count))
+                lines = []
+                for lane in range(v.count):
+                    source = element(b, image, b.add(b.extract_element(safe, i32(lane)), k), F32)
+                    lines.append(v.load(source))
+                for j, line in enumerate(_transpose(b, lines)):
+                    at = b.add(b.mul(b.add(k, i64(j)), i64(self.width)), i64(i * v.count))
+                    kept = b.select(inside, v.mul(line, scale), v.constant(0.0))
+                    v.store(kept, element(b, packed, at, F32))
+            return []
+
+        for_range(b, i64(0), end, [], one_block, step=v.count)
+        return end
 
     def _locate_columns(
         self, b: ir.IRBuilder, parameters: Parameters, table: Value, starts: Value, corners: Value, first: Value
@@ -251,9 +289,12 @@ class Packing:
         return offsets, corner, b.and_(in_line, b.icmp_signed(">=", last, i64(0)))
 
     def _each_k(
-        self, b: ir.IRBuilder, parameters: Parameters, body: Callable[[Value, Value, list[Value]], None]
+        self, b: ir.IRBuilder, parameters: Parameters, body: Callable[[Value, Value, list[Value]], None], start: Value
     ) -> None:
-        """k over (channel, kernel depth, row, column), with the offset of the tap and its coordinates."""
+        """k over (channel, kernel depth, row, column), with the offset of the tap and its coordinates.
+
+        Channels before `start` are left out; there are none in a kernel of several taps.
+        """
         kernel, dilation = parameters.spatial("kernel"), parameters.spatial("dilation")
         strides, b_channel, channels = parameters.spatial("b"), parameters["b_channel"], parameters["channels"]
 
@@ -272,7 +313,7 @@ class Packing:
         def channel(c: Value, values: list[Value]) -> list[Value]:
             return [nest(0, values[0], b.mul(c, b_channel), [])]
 
-        for_range(b, i64(0), channels, [i64(0)], channel)
+        for_range(b, start, channels, [start], channel)
 
     def _read_vector(self, v: Lanes, image: Value, offsets: Value, inside: Value, is_line: Value) -> Value:
         """A masked load where the lanes are neighbours in memory, else a gather; zero outside."""
@@ -331,6 +372,21 @@ def _count_up(b: ir.IRBuilder, image: Value, position: list[Value], out: list[Va
         following.insert(0, b.select(is_over, i64(0), up))
         carry = b.zext(is_over, I64)
     return [b.add(image, carry), *following]
+
+
+def _transpose(b: ir.IRBuilder, rows: list[Value]) -> list[Value]:
+    """A square of as many vectors as they have lanes: exchange blocks off the diagonal, of 1, 2, 4, … lanes."""
+    rows, count, size = list(rows), len(rows), 1
+    while size < count:
+        upper = [lane if not lane & size else count + lane - size for lane in range(count)]
+        lower = [lane + size if not lane & size else count + lane for lane in range(count)]
+        orders = [ir.Constant(ir.VectorType(I32, count), [i32(i) for i in order]) for order in (upper, lower)]
+        for i in range(count):
+            if not i & size:
+                pair = rows[i], rows[i | size]
+                rows[i], rows[i | size] = (b.shuffle_vector(*pair, order) for order in orders)
+        size *= 2
+    return rows
 
 
 def _interleave(b: ir.IRBuilder, values: list[Value], count: int) -> Value:
