@@ -30,6 +30,9 @@ from fmaq.numerics import Accumulator, random
 
 BLOCK_BYTES = 4 << 20  # of A that a thread packs at a time
 SHARED = 16  # rows and columns from which on bounds pay
+PARAMETERS = ctypes.c_int64 * len(FIELDS)
+_OF_ONE_POINT = {f"{name}_{d}" for name in ("size", "kernel", "stride", "dilation", "out") for d in SPATIAL}
+USUAL = [int(name in _OF_ONE_POINT) for name in FIELDS]  # a kernel and an image of one point
 SMALL = 1 << 16  # multiply-adds that are not worth a second thread
 
 
@@ -135,17 +138,23 @@ class Problem:
         return [sum(column) for column in zip(*counted, strict=True)]
 
     def _parameters(self, choice: Choice, acc: Accumulator) -> ctypes.Array[ctypes.c_int64]:
-        values = {f"{name}_{d}": 1 for name in ("size", "kernel", "stride", "dilation", "out") for d in SPATIAL}
-        values |= {"a": self.a.data_ptr(), "b": self.b.data_ptr(), "c": self.c.data_ptr()}
-        values |= {"rows": self.rows, "columns": self.columns, "depth": self.depth, "key": random.key(acc.seed)}
-        numbers = {
-            **{"a_scale": 2.0**choice.a_exponent, "b_scale": 2.0**choice.b_exponent},
-            **{"a_unit": 2.0**choice.a_unit, "b_unit": 2.0**choice.b_unit},
-            **{"norm_limit": choice.norm_limit, "product_limit": choice.product_limit},
+        values = {
+            **{"a": self.a.data_ptr(), "b": self.b.data_ptr(), "c": self.c.data_ptr()},
+            **{"rows": self.rows, "columns": self.columns, "depth": self.depth, "key": random.key(acc.seed)},
+            **{"a_scale": _power(choice.a_exponent), "b_scale": _power(choice.b_exponent)},
+            **{"a_unit": _power(choice.a_unit), "b_unit": _power(choice.b_unit)},
+            **{"norm_limit": _bits(choice.norm_limit), "product_limit": _bits(choice.product_limit)},
+            **self.fields,
         }
-        values |= {name: _bits(number) for name, number in numbers.items()}
-        values |= self.fields
-        return (ctypes.c_int64 * len(FIELDS))(*(values.get(name, 0) for name in FIELDS))
+        parameters = PARAMETERS(*USUAL)
+        for name, value in values.items():
+            parameters[FIELD[name]] = value
+        return parameters
+
+
+def _power(exponent: int) -> int:
+    """The bits of 2^exponent as a float32."""
+    return (exponent + 127) << 23
 
 
 def _bits(number: float) -> int:

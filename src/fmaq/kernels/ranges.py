@@ -103,6 +103,8 @@ def _measure(target: Target) -> tuple[Any, Compiled]:
 
 def _in_memory_order(x: Tensor) -> Tensor:
     """The same values as one contiguous run, without a copy where the strides allow."""
+    if x.is_contiguous():
+        return x
     order = sorted((d for d in range(x.dim()) if x.size(d) > 1 and x.stride(d) > 0), key=x.stride, reverse=True)
     index = tuple(slice(None) if d in order else 0 for d in range(x.dim()))
     remaining = sorted(order)

@@ -7,6 +7,7 @@ A step takes all of it: after one multiplication alone, the words of steps k and
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,7 @@ def mix(x: Any) -> Words:
     return x ^ (x >> np.uint32(16))
 
 
+@functools.cache
 def key(seed: int) -> int:
     """A 32-bit key from a seed of up to 64 bits."""
     with np.errstate(over="ignore"):
