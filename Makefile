@@ -2,6 +2,7 @@
 
 PYTHON ?= python3
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -9,7 +10,7 @@ PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo fetch test quality style bench
+.PHONY: help setup demo fetch test quality style bench hardware
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -44,5 +45,9 @@ style: setup ## Fix what lint can fix, and format
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-bench: setup ## Time the emulated product against torch.mm
-	@$(BIN)/python -m benchmarks.gemm
+bench: setup ## Measure speed and memory against float32 torch (BENCH_ARGS="--suite gemm" picks some)
+	@$(BIN)/fmaq bench $(BENCH_ARGS)
+
+hardware: setup ## Synthesize the accumulators of docs/hardware.md, prove them, and print the tables
+	@$(BIN)/fmaq hardware prove
+	@$(BIN)/fmaq hardware table

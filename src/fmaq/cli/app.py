@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fmaq.cli import bench
+from fmaq.cli.console import print_table
 from fmaq.cli.errors import INTERRUPTED, print_error
 
 if TYPE_CHECKING:
@@ -185,21 +187,18 @@ def _finish(record: Record, folder: Path, name: str, as_json: bool) -> None:
     """Write the report, and print the table and where everything is."""
     from dataclasses import asdict
 
-    from rich.console import Console
-
     from fmaq.report import rich_table, write_report
 
     written = write_report(record, folder, name)
     if as_json:
         typer.echo(json.dumps(asdict(record), ensure_ascii=False))
         return
-    console = Console()
-    # A pipe or a file has no width of its own: let the table be as wide as it is.
-    table = rich_table(record)
-    width = None if console.is_terminal else max(console.width, Console(width=1000).measure(table).maximum)
-    Console(width=width).print(table)
+    print_table(rich_table(record))
     for what, path in (("plot", written.plot), ("report", written.page), ("record", folder / f"{name}.json")):
         typer.echo(f"{what + ':':<8}{path}")
+
+
+app.command(epilog=bench.EPILOG)(bench.bench)
 
 
 def _add_hardware() -> None:

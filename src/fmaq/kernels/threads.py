@@ -12,6 +12,8 @@ from typing import TypeVar
 import numpy as np
 import torch
 
+RANGES = 4  # a thread, of the tasks of a product
+
 T = TypeVar("T")
 _local = threading.local()
 _pools: dict[tuple[int, int], ThreadPoolExecutor] = {}
@@ -36,11 +38,18 @@ def _pool(threads: int) -> ThreadPoolExecutor:
 
 
 def run_tasks(tasks: int, work: Callable[[int, int], T], is_small: bool) -> list[T]:
-    """The results of `work(first, last)` over ranges that cover 0 … tasks − 1, one a thread, or one for a small job."""
+    """The results of `work(first, last)` over ranges that cover 0 … tasks − 1; a small job stays on this thread, whole.
+
+    Threads take the next range when they are done with one, so that one on a busy core does not keep the others waiting.
+    """
     threads = 1 if is_small else max(1, min(torch.get_num_threads(), tasks))
-    bounds = [tasks * i // threads for i in range(threads + 1)]
     if threads == 1:
         return [work(0, tasks)]
-    mine, *theirs = itertools.pairwise(bounds)
-    others = [_pool(threads).submit(work, *pair) for pair in theirs]
-    return [work(*mine), *(other.result() for other in others)]
+    pieces = min(tasks, RANGES * threads)
+    ranges = iter(list(itertools.pairwise([tasks * i // pieces for i in range(pieces + 1)])))
+
+    def take() -> list[T]:
+        return [work(first, last) for first, last in ranges]
+
+    others = [_pool(threads).submit(take) for _ in range(threads - 1)]
+    return [*take(), *itertools.chain.from_iterable(other.result() for other in others)]
