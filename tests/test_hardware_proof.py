@@ -1,5 +1,7 @@
 """RTL, synthesized netlists and Verilog equal the reference, bit for bit."""
 
+import time
+
 import numpy as np
 import pytest
 
@@ -88,6 +90,14 @@ def test_netlists_of_debians_libraries(name):
     assert proof.prove(Unit.of("M4E3b4 product=M4E3b6"), [library]).holds
 
 
+def test_a_netlists_100000_vectors_take_less_than_a_second():
+    unit = Unit.of("paper12")
+    netlist, vectors = synthesis.lower(design(unit)), vectors_for(unit, 100_000)
+    start = time.process_time()
+    netlist.simulate(vectors)
+    assert time.process_time() - start < 1
+
+
 def test_a_wrong_netlist_is_found():
     unit = Unit.of("paper12")
     vectors = vectors_for(unit, 10_000)
@@ -117,7 +127,11 @@ def run_mac(unit, x, w, pause=()):
     """Dot products by Amaranth's simulator; no operand comes in the cycles of `pause`."""
     top, codes = Mac(unit), []
     x_codes, w_codes = unit.activation.encode(x), unit.weight.encode(w)
-    steps = [(int(a), int(b), k == x.shape[1] - 1) for r in range(len(x)) for k, (a, b) in enumerate(zip(x_codes[r], w_codes[r], strict=True))]
+    steps = [
+        (int(a), int(b), k == x.shape[1] - 1)
+        for r in range(len(x))
+        for k, (a, b) in enumerate(zip(x_codes[r], w_codes[r], strict=True))
+    ]
 
     async def bench(context):
         cycle, waiting = 0, list(steps)

@@ -102,7 +102,9 @@ def read_operand(sheet: Sheet, code: Value, format: Operand) -> Real | Fixed:
     normal = sheet.name("normal", field.any())
     exponent = sheet.name("exponent", Cat(field[0] | ~normal, field[1:]))
     significand = sheet.name("significand", Cat(code[: format.mantissa], normal))
-    return Real(code[-1], exponent, significand, -format.bias, 1 - format.bias, (1 << format.exponent) - 1 - format.bias)
+    return Real(
+        code[-1], exponent, significand, -format.bias, 1 - format.bias, (1 << format.exponent) - 1 - format.bias
+    )
 
 
 def multiply(sheet: Sheet, x: Real | Fixed, w: Real | Fixed) -> Real | Fixed:
@@ -257,7 +259,7 @@ def round_float(sheet: Sheet, x: Real, mantissa: int, rounding: Rounding) -> Rea
 
 
 def into_range(sheet: Sheet, x: Real, format: FloatFormat) -> Real:
-    """Flush what is below the smallest magnitude to zero; saturate what is above the largest. Codes are the format's."""
+    """Flush what is below the smallest magnitude to zero; saturate what is above the largest."""
     lowest = format.emin - (format.zero == "exponent")
     offset = sheet.name("offset", x.exponent + (x.origin - lowest))
     nonzero = x.significand[-1]
@@ -332,9 +334,10 @@ def write_ieee(sheet: Sheet, x: Real, format: IeeeFormat) -> Value:
 
 
 def to_fixed(sheet: Sheet, x: Real | Fixed, lsb: int) -> Fixed:
-    """A number in two's complement down to 2^lsb and, one place below, a sticky bit: the floor, and whether it is exact.
+    """A number in two's complement down to 2^lsb and, one place below, a sticky bit.
 
-    Its own bits below become the sticky bit. A Real is shifted right from the place of its largest exponent.
+    That is the floor, and whether it is exact. The number's own bits below become the sticky bit. A Real is shifted
+    right from the place of its largest exponent.
     """
     if isinstance(x, Fixed):
         if x.lsb >= lsb:

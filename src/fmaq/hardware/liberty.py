@@ -234,7 +234,8 @@ def _is_nand2(cell: Cell) -> bool:
 def compile_function(text: str) -> Callable[[Mapping[str, Any]], Any]:
     """A Liberty function as a Python function from {pin: words} to words; it works on ints and on NumPy arrays.
 
-    Liberty writes NOT as !A or A', AND as a space, * or &, OR as + or |, XOR as ^; NOT binds tightest, then XOR, AND, OR.
+    Liberty writes NOT as !A or A', AND as a space, * or &, OR as + or |, XOR as ^. NOT binds tightest,
+    then XOR, AND, OR.
     """
     source = to_python(text)
     names = sorted(set(re.findall(r"p_(\w+)", source)))

@@ -43,7 +43,7 @@ class Gate:
 
 @dataclass(frozen=True)
 class Netlist:
-    """A combinational netlist.
+    """A netlist; one with flip-flops has areas and counts, and only a combinational one can be simulated.
 
     Attributes:
         inputs, outputs: nets of each port, lowest bit first.
@@ -68,6 +68,8 @@ class Netlist:
             ports[port["direction"]][name] = ["0" if bit == "x" else bit for bit in port["bits"]]
         gates = []
         for cell in module["cells"].values():
+            if cell["type"] == "$scopeinfo":  # a note of the hierarchy before it was flattened
+                continue
             if cell["type"] not in cells:
                 raise ValueError(f"the netlist has a cell {cell['type']!r}, which the library does not have")
             pins = {pin: "0" if bits[0] == "x" else bits[0] for pin, bits in cell["connections"].items() if bits}
@@ -138,7 +140,7 @@ class Netlist:
         nets = self.nets(vectors)
         count = len(next(iter(vectors.values())))
         return {
-            name: sum((unpack(nets[net], count).astype(np.int64) << i for i, net in enumerate(bits)), np.int64(0))
+            name: np.sum([unpack(nets[net], count).astype(np.int64) << i for i, net in enumerate(bits)], axis=0)
             for name, bits in self.outputs.items()
         }
 

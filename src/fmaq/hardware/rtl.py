@@ -13,7 +13,7 @@ from fmaq.hardware.unit import IeeeFormat, Unit
 from fmaq.numerics import FixedFormat, FloatFormat
 
 LFSR_TAPS = (31, 21, 1, 0)
-"""x^32 + x^22 + x^2 + x + 1 is primitive: a shift register of 32 bits with these feedback bits repeats after 2^32 − 1."""
+"""x^32 + x^22 + x^2 + x + 1 is primitive: a shift register with these feedback bits repeats after 2^32 − 1 steps."""
 
 
 def product(sheet: dp.Sheet, unit: Unit, x: Value, w: Value, rounding: dp.Rounding) -> dp.Real | dp.Fixed:
@@ -41,17 +41,19 @@ def accumulate(
     """Q_acc(p + s) of a product (or, normalised, another register's number) and a code: the new code."""
     format = unit.format
     if isinstance(format, FixedFormat):
-        value = dp.to_fixed(sheet.under("term"), p, -format.fraction - rounding.kept)
-        total = dp.Fixed(sheet.name("total", value.value + (s.as_signed() << (rounding.kept + 1))), value.lsb)
-        return dp.into_fixed_range(sheet, dp.round_fixed(sheet, total, rounding), format)
-    if isinstance(p, dp.Fixed):
-        p = dp.sign_magnitude(sheet.under("term"), p)
+        if isinstance(p, dp.Fixed) and p.lsb >= -format.fraction:  # nothing to round
+            addend = sheet.name("term", p.value << (p.lsb + format.fraction))
+            return dp.into_fixed_range(sheet, sheet.name("total", addend + s.as_signed()), format)
+        aligned = dp.to_fixed(sheet.under("term"), p, -format.fraction - rounding.kept)
+        exact = dp.Fixed(sheet.name("total", aligned.value + (s.as_signed() << (rounding.kept + 1))), aligned.lsb)
+        return dp.into_fixed_range(sheet, dp.round_fixed(sheet, exact, rounding), format)
+    term = dp.sign_magnitude(sheet.under("term"), p) if isinstance(p, dp.Fixed) else p
     if isinstance(format, IeeeFormat):
-        return _accumulate_ieee(sheet, p, s, format)
+        return _accumulate_ieee(sheet, term, s, format)
     if not is_normalised:
-        p = dp.normalise(sheet.under("term"), p)
+        term = dp.normalise(sheet.under("term"), term)
     register = dp.clear_zero(sheet.under("register"), dp.read_float(s, format))
-    total = dp.add(sheet.under("sum"), p, register, format.mantissa + 1, rounding)
+    total = dp.add(sheet.under("sum"), term, register, format.mantissa + 1, rounding)
     result = dp.normalise(sheet.under("result"), total)
     rounded = dp.round_float(sheet.under("result"), result, format.mantissa, rounding)
     return dp.write_float(sheet, dp.into_range(sheet.under("output"), rounded, format), format)
@@ -87,7 +89,9 @@ class FmaqUnit(Elaboratable):
         of_product = dp.Rounding(self.unit.rounding, ports.get("r_product"))
         of_sum = dp.Rounding(self.unit.rounding, ports.get("r_sum"))
         p = product(sheet, self.unit, ports["x"], ports["w"], of_product)
-        code = accumulate(sheet, self.unit, p, ports["s"], of_sum, is_normalised=isinstance(self.unit.product, FloatFormat))
+        code = accumulate(
+            sheet, self.unit, p, ports["s"], of_sum, is_normalised=isinstance(self.unit.product, FloatFormat)
+        )
         module.d.comb += self.y.eq(code)
         return module
 
@@ -111,7 +115,7 @@ class Merge(Elaboratable):
         elif isinstance(format, FloatFormat):
             term = dp.clear_zero(sheet.under("term"), dp.read_float(self.s, format))
         else:
-            raise ValueError(f"the baseline {format} has a unit, and no chunked multiply-accumulate")
+            raise TypeError(f"{format} has no second level")
         rounding = dp.Rounding(self.unit.rounding, self.r_sum)
         module.d.comb += self.y.eq(accumulate(sheet, self.unit, term, self.t, rounding, is_normalised=True))
         return module
@@ -129,13 +133,14 @@ class Lfsr(Elaboratable):
         """All the feedback bits of a cycle, unrolled."""
         module = Module()
         state = Signal(32, init=self.seed, name="state")
-        after: Value = state
-        for _ in range(len(self.out)):
-            feedback = after[LFSR_TAPS[0]] ^ after[LFSR_TAPS[1]] ^ after[LFSR_TAPS[2]] ^ after[LFSR_TAPS[3]]
-            after = Cat(feedback, after[:31])
+        bits: list[Value] = list(state)
+        for place in range(len(self.out)):
+            feedback = Signal(name=f"feedback_{place}")
+            module.d.comb += feedback.eq(Cat(bits[tap] for tap in LFSR_TAPS).xor())
+            bits = [feedback, *bits[:-1]]
         module.d.comb += self.out.eq(state[: len(self.out)])
         with module.If(self.enable):
-            module.d.sync += state.eq(after)
+            module.d.sync += state.eq(Cat(bits))
         return module
 
 
@@ -160,9 +165,7 @@ class Mac(Elaboratable):
     def elaborate(self, platform: object) -> Module:
         """The unit, its register and chunk counter; the merging adder and its register one cycle behind."""
         unit, module = self.unit, Module()
-        if isinstance(unit.accumulator, IeeeFormat):
-            raise ValueError(f"the baseline {unit.accumulator} has a unit, and no chunked multiply-accumulate")
-        zero = int(unit.format.encode(0.0))  # type: ignore[arg-type]
+        zero = int(unit.format.encode(0.0))
         module.submodules.fmaq = step = FmaqUnit(unit)
         module.submodules.merge = merge = Merge(unit)
         s = Signal(unit.register_bits, init=zero, name="s")
@@ -179,7 +182,11 @@ class Mac(Elaboratable):
         ]
         with module.If(self.valid):
             module.d.sync += [s.eq(step.y), starts.eq(chunk_ends)]
-        module.d.sync += [merges.eq(self.valid & chunk_ends), finishes.eq(self.valid & self.last), self.done.eq(finishes)]
+        module.d.sync += [
+            merges.eq(self.valid & chunk_ends),
+            finishes.eq(self.valid & self.last),
+            self.done.eq(finishes),
+        ]
         with module.If(merges):
             module.d.sync += total.eq(Mux(finishes, zero, merge.y))
             module.d.sync += self.total.eq(merge.y)

@@ -21,7 +21,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from fmaq.hardware.liberty import Library, LibertyError
+from fmaq.hardware.liberty import LibertyError, Library
 from fmaq.hardware.netlist import GENERIC, Netlist
 
 TOP = "fmaq"
@@ -59,6 +59,16 @@ RECIPES = (
     Recipe("fastest", "prefix", f"{CLEAN}; if -g -K 6; strash; dch; map; topo; {SIZE}"),
 )
 
+FRONT_END = (
+    *(f"hierarchy -top {TOP}", "proc", "flatten", "opt -full", "wreduce", "peepopt", "opt_clean"),
+    # The multiplier first and alone: merged with an adder, its partial products are sign-extended to the adder's width.
+    *("alumacc t:$mul", "alumacc", "share", "opt -full"),
+)
+"""From RTL to adders, multipliers and multiplexers of words."""
+
+LOWERING = ("proc", "flatten", "techmap", "simplemap", "clean")
+"""From RTL to Yosys's own gates."""
+
 RUNNER = """
 import sys
 from pyosys import libyosys
@@ -68,8 +78,8 @@ for command in open(sys.argv[1], encoding="utf-8").read().splitlines():
 """
 
 
-class SynthesisError(RuntimeError):
-    """Yosys is not there, or it failed; the message says what it said."""
+class SynthesisError(OSError):
+    """Yosys or Amaranth is not there, or Yosys failed; the message says what it said."""
 
 
 @dataclass(frozen=True)
@@ -97,8 +107,7 @@ def lower(rtlil: str) -> Netlist:
         source, result = Path(folder, "design.il"), Path(folder, "gates.json")
         source.write_text(rtlil, encoding="utf-8")
         run_yosys(
-            [f"read_rtlil {source}", f"hierarchy -top {TOP}", "proc", "flatten", "techmap", "simplemap", "clean"]
-            + [f"write_json {result}"],
+            [f"read_rtlil {source}", f"hierarchy -top {TOP}", *LOWERING, f"write_json {result}"],
             Path(folder),
         )
         return Netlist.from_yosys(_module(result), GENERIC)
@@ -137,8 +146,7 @@ def _run_recipes(rtlil: str, library: Library, recipes: tuple[Recipe, ...], fold
     (folder / "design.il").write_text(rtlil, encoding="utf-8")
     cells = folder / "cells.lib"
     cells.write_text(library.text, encoding="utf-8")
-    commands = [f"read_rtlil {folder}/design.il", f"hierarchy -top {TOP}", "proc", "flatten", "opt -full", "wreduce"]
-    commands += ["peepopt", "opt_clean", "alumacc", "share", "opt -full", "design -save words"]
+    commands = [f"read_rtlil {folder}/design.il", *FRONT_END, "design -save words"]
     for adders in dict.fromkeys(recipe.adders for recipe in recipes):
         ripple = [f"techmap -map {RIPPLE}"] if adders == "ripple" else []
         commands += ["design -load words", *ripple, "techmap", f"dfflibmap -liberty {cells}", "opt -full"]
@@ -170,7 +178,10 @@ def _module(path: Path) -> dict[str, Any]:
     """Ports and cells of the top module, without the rest of Yosys's JSON."""
     module = json.loads(path.read_text(encoding="utf-8"))["modules"][TOP]
     cells = {name: {"type": c["type"], "connections": c["connections"]} for name, c in module["cells"].items()}
-    return {"ports": {n: {"direction": p["direction"], "bits": p["bits"]} for n, p in module["ports"].items()}, "cells": cells}
+    return {
+        "ports": {n: {"direction": p["direction"], "bits": p["bits"]} for n, p in module["ports"].items()},
+        "cells": cells,
+    }
 
 
 def run_yosys(commands: list[str], folder: Path) -> None:
@@ -207,14 +218,18 @@ def _key(rtlil: str, library: Library, recipes: tuple[Recipe, ...]) -> str:
         raise SynthesisError('synthesis needs pyosys, which is not installed: pip install "fmaq[hardware]"')
     # Amaranth writes where in our source each signal comes from: it changes nothing.
     design = re.sub(r'attribute \\src "[^"]*"', "", rtlil)
-    parts = [version("pyosys"), design, library.text, RIPPLE.read_text(encoding="utf-8"), repr(recipes)]
+    parts = [version("pyosys"), *FRONT_END, design, library.text, RIPPLE.read_text(encoding="utf-8"), repr(recipes)]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
 
 
 def _cache_folder() -> Path:
     """FMAQ_CACHE, or the user's cache folder."""
     base = os.environ.get("FMAQ_CACHE")
-    return Path(base) / "hardware" if base else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fmaq/hardware"
+    return (
+        Path(base) / "hardware"
+        if base
+        else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fmaq/hardware"
+    )
 
 
 def _read(path: Path) -> list[Mapped]:
@@ -223,7 +238,9 @@ def _read(path: Path) -> list[Mapped]:
             return [Mapped(**entry) for entry in json.load(file)]
     except (OSError, EOFError, ValueError, TypeError):
         path.unlink(missing_ok=True)
-        raise SynthesisError(f"a cached netlist was damaged and is removed ({path.name}); run the command again") from None
+        raise SynthesisError(
+            f"a cached netlist was damaged and is removed ({path.name}); run the command again"
+        ) from None
 
 
 def _write(path: Path, mapped: list[Mapped]) -> None:
@@ -235,4 +252,14 @@ def _write(path: Path, mapped: list[Mapped]) -> None:
     os.replace(file.name, path)
 
 
-__all__ = ["RECIPES", "LibertyError", "Mapped", "Recipe", "SynthesisError", "lower", "map_to_cells", "run_yosys", "verilog"]
+__all__ = [
+    "RECIPES",
+    "LibertyError",
+    "Mapped",
+    "Recipe",
+    "SynthesisError",
+    "lower",
+    "map_to_cells",
+    "run_yosys",
+    "verilog",
+]

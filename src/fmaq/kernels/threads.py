@@ -38,9 +38,9 @@ def _pool(threads: int) -> ThreadPoolExecutor:
 
 
 def run_tasks(tasks: int, work: Callable[[int, int], T], is_small: bool) -> list[T]:
-    """The results of `work(first, last)` over ranges that cover 0 … tasks − 1; a small job stays on this thread, whole.
+    """The results of `work(first, last)` over ranges that cover 0 … tasks − 1; a small job stays whole, on this thread.
 
-    Threads take the next range when they are done with one, so that one on a busy core does not keep the others waiting.
+    Threads take the next range when they are done with one, so that one on a busy core does not hold up the rest.
     """
     threads = 1 if is_small else max(1, min(torch.get_num_threads(), tasks))
     if threads == 1:

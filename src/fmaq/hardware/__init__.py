@@ -1,0 +1,35 @@
+"""The hardware of an accumulator: RTL of its FMAq unit, proven, synthesized and costed. Stands on `numerics` alone.
+
+`estimate` is instant and analytic; `synthesize` makes a netlist, in seconds.
+"""
+
+from __future__ import annotations
+
+from fmaq.hardware.cost import MacSynthesis, Point, Synthesis, synthesize, synthesize_mac
+from fmaq.hardware.gatecount import Estimate, estimate
+from fmaq.hardware.liberty import LibertyError, Library, find_library, installed_libraries
+from fmaq.hardware.proof import Proof, prove
+from fmaq.hardware.streams import Streams, gaussian, of_layer
+from fmaq.hardware.synthesis import SynthesisError
+from fmaq.hardware.unit import Unit
+
+__all__ = [
+    "Estimate",
+    "LibertyError",
+    "Library",
+    "MacSynthesis",
+    "Point",
+    "Proof",
+    "Streams",
+    "Synthesis",
+    "SynthesisError",
+    "Unit",
+    "estimate",
+    "find_library",
+    "gaussian",
+    "installed_libraries",
+    "of_layer",
+    "prove",
+    "synthesize",
+    "synthesize_mac",
+]

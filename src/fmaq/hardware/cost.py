@@ -1,0 +1,202 @@
+"""What a unit costs: area, delay and energy of synthesized netlists, with the front between area and delay."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from fmaq.hardware import streams as operand_streams
+from fmaq.hardware import synthesis
+from fmaq.hardware.liberty import Library, find_library
+from fmaq.hardware.netlist import energy
+from fmaq.hardware.operands import Operand
+from fmaq.hardware.streams import Streams
+from fmaq.hardware.unit import IeeeFormat, Unit
+from fmaq.numerics import Accumulator
+
+
+@dataclass(frozen=True)
+class Point:
+    """One recipe's netlist: area in NAND2 equivalents, delay in the library's unit, gates on the longest path."""
+
+    recipe: str
+    area: float
+    delay: float
+    levels: int
+
+
+@dataclass(frozen=True)
+class Synthesis:
+    """A synthesized unit. Area, delay, energy, cells and levels are those of its smallest netlist.
+
+    Attributes:
+        unit: operands and accumulator, as text.
+        library: the cell library's name.
+        area: NAND2 equivalents.
+        delay: of the longest path, without wires, in `delay_unit`.
+        energy: of one FMAq, in `energy_unit`, over the operands `streams`; zero-delay, so without glitches.
+        cells: how many of each type.
+        levels: gates on the longest path.
+        front: netlists that no other is both smaller and faster than, the smallest first.
+    """
+
+    unit: str
+    library: str
+    area: float
+    delay: float
+    energy: float
+    cells: dict[str, int]
+    levels: int
+    front: tuple[Point, ...]
+    delay_unit: str
+    energy_unit: str
+    streams: str
+
+    @property
+    def fastest(self) -> Point:
+        """The front's fastest netlist."""
+        return self.front[-1]
+
+    def area_within(self, delay: float) -> float | None:
+        """Area of the smallest netlist that is at least so fast (iso-delay); None where there is none."""
+        return min((point.area for point in self.front if point.delay <= delay), default=None)
+
+
+def synthesize(
+    accumulator: Accumulator | IeeeFormat | str | Mapping[str, Any],
+    weight: Operand | str = "M4E3",
+    activation: Operand | str = "M4E3",
+    library: Library | str | Path | None = None,
+    streams: Streams | None = None,
+) -> Synthesis:
+    """Synthesize the FMAq unit of an accumulator: seconds the first time, then from the cache on disk.
+
+    Args:
+        accumulator: anything `Accumulator.parse` takes, or the baselines `"ieee32"` and `"ieee16"`.
+        weight, activation: operand formats, `"M4E3"` (bias 2^E−1), `"M4E3b5"` or `"int8"`.
+        library: None for our own cells, `"osu018"`, `"osu035"`, or a Liberty file.
+        streams: operands for the energy; Gaussian ones unless given.
+    Raises:
+        TypeError, ValueError: formats or library are wrong; the message says which.
+        SynthesisError: pyosys is not installed, or Yosys fails.
+    """
+    unit = Unit.of(accumulator, weight, activation)
+    cells = library if isinstance(library, Library) else find_library(library)
+    return synthesize_unit(unit, cells, streams or operand_streams.gaussian())
+
+
+def synthesize_unit(unit: Unit, library: Library, streams: Streams) -> Synthesis:
+    """`synthesize`, of a unit and a library that are there already."""
+    mapped = synthesis.map_to_cells(design(unit), library)
+    netlists = [m.netlist(library) for m in mapped]
+    points = [
+        Point(m.recipe, netlist.area / library.nand2, library.delay(m.picoseconds), netlist.levels)
+        for m, netlist in zip(mapped, netlists, strict=True)
+    ]
+    best = min(range(len(points)), key=lambda index: points[index].area)
+    smallest = netlists[best]
+    return Synthesis(
+        unit=str(unit),
+        library=library.name,
+        area=points[best].area,
+        delay=points[best].delay,
+        energy=energy(smallest, library, operand_streams.trace(unit, streams)),
+        cells=smallest.counts,
+        levels=smallest.levels,
+        front=_front(points),
+        delay_unit=library.delay_unit,
+        energy_unit=library.energy_unit,
+        streams=streams.source,
+    )
+
+
+@dataclass(frozen=True)
+class MacSynthesis:
+    """A synthesized multiply-accumulate: the unit, its registers, the chunk counter, and the second-level adder.
+
+    Attributes:
+        unit: operands and accumulator, as text.
+        library: the cell library's name.
+        area: NAND2 equivalents of the smallest netlist.
+        delay: of its longest path between registers, without their own, in `delay_unit`.
+        cells: how many of each type.
+        flip_flops: how many bits of register.
+        flip_flop_area: NAND2 equivalents of these.
+    """
+
+    unit: str
+    library: str
+    area: float
+    delay: float
+    cells: dict[str, int]
+    flip_flops: int
+    flip_flop_area: float
+    delay_unit: str
+
+
+def synthesize_mac(
+    accumulator: Accumulator | str | Mapping[str, Any],
+    weight: Operand | str = "M4E3",
+    activation: Operand | str = "M4E3",
+    library: Library | str | Path | None = None,
+) -> MacSynthesis:
+    """Synthesize the chunked multiply-accumulate of an accumulator; arguments and errors as of `synthesize`."""
+    unit = Unit.of(accumulator, weight, activation)
+    cells = library if isinstance(library, Library) else find_library(library)
+    mapped = synthesis.map_to_cells(mac_design(unit), cells)
+    best, netlist = min(((m, m.netlist(cells)) for m in mapped), key=lambda pair: pair[1].area)
+    registers = [cells.cells[gate.cell].area for gate in netlist.gates if cells.cells[gate.cell].is_sequential]
+    return MacSynthesis(
+        unit=str(unit),
+        library=cells.name,
+        area=netlist.area / cells.nand2,
+        delay=cells.delay(best.picoseconds),
+        cells=netlist.counts,
+        flip_flops=len(registers),
+        flip_flop_area=sum(registers) / cells.nand2,
+        delay_unit=cells.delay_unit,
+    )
+
+
+def _front(points: list[Point]) -> tuple[Point, ...]:
+    front: list[Point] = []
+    for point in sorted(points, key=lambda p: (p.area, p.delay)):
+        if not front or point.delay < front[-1].delay:
+            front.append(point)
+    return tuple(front)
+
+
+@lru_cache(maxsize=64)
+def design(unit: Unit) -> str:
+    """A unit's RTL in Yosys's intermediate language; its top module is `fmaq`."""
+    back, rtl = _amaranth()
+    top = rtl.FmaqUnit(unit)
+    return str(back.convert(top, ports=top.ports, name=synthesis.TOP))
+
+
+@lru_cache(maxsize=64)
+def mac_design(unit: Unit) -> str:
+    """The same of the chunked multiply-accumulate around the unit.
+
+    Raises:
+        ValueError: the accumulator is an IEEE baseline, which has no chunks.
+    """
+    if isinstance(unit.accumulator, IeeeFormat):
+        raise ValueError(f"the baseline {unit.accumulator} has a unit, and no chunked multiply-accumulate")
+    back, rtl = _amaranth()
+    top = rtl.Mac(unit)
+    return str(back.convert(top, ports=top.ports, name=synthesis.TOP))
+
+
+def _amaranth() -> tuple[Any, Any]:
+    """Amaranth's RTLIL back end, and our RTL, which needs Amaranth."""
+    try:
+        from amaranth.back import rtlil
+
+        from fmaq.hardware import rtl
+    except ImportError as error:
+        raise synthesis.SynthesisError('RTL needs amaranth: pip install "fmaq[hardware]"') from error
+    return rtlil, rtl

@@ -1,0 +1,110 @@
+"""Streams of operands that a unit works on, in the order of time: what its energy is measured over.
+
+A lane is one unit that sums one output after another element of its dot product (output-stationary): x, w and s change
+at every step. s is what the reference makes of the lane's earlier steps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from fmaq.hardware.operands import FloatOperand, IntegerOperand, Operand
+from fmaq.hardware.unit import IeeeFormat, Unit
+from fmaq.hardware.vectors import Vectors
+from fmaq.numerics import FloatFormat
+from fmaq.numerics.reference import quantize_tensor
+
+Values = NDArray[np.float64]
+
+MAX_LANES, MAX_STEPS = 256, 256
+
+
+@dataclass(frozen=True)
+class Streams:
+    """Operands of a layer, or artificial ones.
+
+    Attributes:
+        source: what they are, for tables.
+        activations, weights: (steps, lanes), not yet quantized.
+    """
+
+    source: str
+    activations: Values
+    weights: Values
+
+
+def gaussian(steps: int = 128, lanes: int = 128, seed: int = 0) -> Streams:
+    """Gaussian weights, and rectified Gaussian activations (half of them zero): an artificial layer."""
+    rng = np.random.default_rng(seed)
+    return Streams("gaussian", np.maximum(rng.standard_normal((steps, lanes)), 0), rng.standard_normal((steps, lanes)))
+
+
+def of_layer(source: str, activations: ArrayLike, weights: ArrayLike, seed: int = 0) -> Streams:
+    """Lanes drawn from a layer's product of activations (M, K) and weights (N, K), recorded from a model.
+
+    At most 256 outputs are drawn, without replacement, and the first 256 elements of each are taken.
+
+    Raises:
+        ValueError: the shapes do not fit.
+    """
+    a, w = np.asarray(activations, np.float64), np.asarray(weights, np.float64)
+    if a.ndim != 2 or w.ndim != 2 or a.shape[1] != w.shape[1] or 0 in (*a.shape, *w.shape):
+        raise ValueError(f"activations (M, K) and weights (N, K) are needed, got {a.shape} and {w.shape}")
+    outputs = a.shape[0] * w.shape[0]
+    chosen = np.random.default_rng(seed).choice(outputs, min(outputs, MAX_LANES), replace=False)
+    rows, columns = np.divmod(chosen, w.shape[0])
+    return Streams(source, a[rows, :MAX_STEPS].T, w[columns, :MAX_STEPS].T)
+
+
+def fit(unit: Unit, streams: Streams) -> Unit:
+    """The unit whose float operands have the biases that these tensors' flexible quantization gives them.
+
+    Their products then meet the accumulator's format at the magnitudes that they have in the model.
+    """
+
+    def fitted(operand: Operand, values: Values) -> Operand:
+        largest = np.abs(values).max(initial=0.0)
+        if isinstance(operand, IntegerOperand) or largest == 0:
+            return operand
+        return replace(operand, bias=2**operand.exponent - int(np.frexp(largest)[1]))
+
+    return replace(
+        unit, weight=fitted(unit.weight, streams.weights), activation=fitted(unit.activation, streams.activations)
+    )
+
+
+def trace(unit: Unit, streams: Streams, seed: int = 0) -> Vectors:
+    """Codes of every input port at every step, (steps, lanes)."""
+    steps, lanes = streams.weights.shape
+    rng = np.random.default_rng(seed)
+    vectors = {
+        "x": unit.activation.encode(_quantized(streams.activations, unit.activation)),
+        "w": unit.weight.encode(_quantized(streams.weights, unit.weight)),
+        "s": np.zeros((steps, lanes), np.int64),
+    }
+    for name, width in unit.inputs.items():
+        if name.startswith("r_"):
+            vectors[name] = rng.integers(0, 1 << width, (steps, lanes))
+    chunk = 16 if isinstance(unit.accumulator, IeeeFormat) else unit.accumulator.chunk
+    s = np.zeros(lanes)
+    for step in range(steps):
+        if chunk is not None and step % chunk == 0:
+            s = np.zeros(lanes)
+        vectors["s"][step] = unit.format.encode(s)
+        s = unit.golden({name: codes[step] for name, codes in vectors.items()})
+    return vectors
+
+
+def _quantized(values: Values, operand: Operand) -> Values:
+    """A tensor in the operand's format; the power of two between its own bias and the operand's is taken out."""
+    largest = np.abs(values).max(initial=0.0)
+    if largest == 0:
+        return np.zeros_like(values)
+    if isinstance(operand, FloatOperand):
+        bias = 2**operand.exponent - int(np.frexp(largest)[1])
+        scaled = np.ldexp(values, bias - operand.bias)
+        return quantize_tensor(scaled, FloatFormat(operand.mantissa, operand.exponent, operand.bias))
+    return np.rint(values / largest * (2 ** (operand.width - 1) - 1))
