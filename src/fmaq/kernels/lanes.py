@@ -139,7 +139,18 @@ class Lanes:
 
     def keep_bits(self, x: Value, dropped: int) -> Value:
         """x without its lowest bits."""
-        return self.from_bits(self.b.and_(self.bits(x), self.bit_constant(-1 << dropped)))
+        mask = self.bit_constant(-1 << dropped)
+        if self.target.name == "avx2":
+            mask = self._from_memory(f"mask{dropped}", mask)
+        return self.from_bits(self.b.and_(self.bits(x), mask))
+
+    def _from_memory(self, name: str, value: Value) -> Value:
+        """A constant that LLVM cannot see through: of an AND with one it makes a blend, which has a single port."""
+        place = self.b.module.globals.get(name)
+        if place is None:
+            place = ir.GlobalVariable(self.b.module, value.type, name)
+            place.initializer = value
+        return self.b.load(place, typ=value.type)
 
     # Random words (see numerics.random).
 
