@@ -87,7 +87,7 @@ def test_finetune_twice_then_fresh(
         (["evaluate", "nowhere.yaml"], "cannot read the recipe nowhere.yaml"),
         (["evaluate", "small.yaml", "-a", "M7"], "'M7' is not a format"),
         (["finetune", "plain.yaml"], "give it the key finetune"),
-        (["hardware", "M7X"], "'M7X' is not a format"),
+        (["hardware", "formats", "M7X"], "'M7X' is not a format"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(
@@ -123,7 +123,7 @@ def test_interruption_is_exit_code_130(
     assert "run the same again" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["demo", "evaluate", "finetune", "hardware"])
+@pytest.mark.parametrize("command", ["demo", "evaluate", "finetune", "hardware", "bench"])
 def test_help_has_examples(command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(monkeypatch, command, "--help") == 0
     text = capsys.readouterr().out
@@ -136,7 +136,7 @@ def test_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[
 
 
 def test_hardware_prints_the_formats(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(monkeypatch, "hardware", "paper12", "--json") == 0
+    assert run(monkeypatch, "hardware", "formats", "paper12", "--json") == 0
     sums, products = json.loads(capsys.readouterr().out)
     assert (sums["bits"], sums["register"], sums["largest"]) == (12, 13, 63.75)
     assert (products["format"], products["smallest"]) == ("M7E4b12", 2**-12)

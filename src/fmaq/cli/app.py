@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fmaq.cli import bench
+from fmaq.cli import bench, hardware
 from fmaq.cli.console import print_table
 from fmaq.cli.errors import INTERRUPTED, print_error
 
@@ -200,17 +198,4 @@ def _finish(record: Record, folder: Path, name: str, as_json: bool) -> None:
 
 app.command(epilog=bench.EPILOG)(bench.bench)
 
-
-def _add_hardware() -> None:
-    """The `hardware` commands, where that part is installed; else only the bits of formats."""
-    if importlib.util.find_spec("fmaq.cli.hardware") is None:
-        from fmaq.cli.formats import hardware
-
-        app.command(
-            epilog='[bold]Examples[/bold]\n\n  fmaq hardware paper12\n\n  fmaq hardware "M5E4b10 product=M5E4b12"'
-        )(hardware)
-        return
-    app.add_typer(importlib.import_module("fmaq.cli.hardware").app, name="hardware")
-
-
-_add_hardware()
+app.add_typer(hardware.app, name="hardware")

@@ -22,6 +22,8 @@ app = typer.Typer(
     help="What an accumulator costs: area, delay and energy of its unit, and the RTL to take away.",
     no_args_is_help=True,
     rich_markup_mode="rich",
+    epilog="[bold]Examples[/bold]\n\n  fmaq hardware formats paper12\n\n"
+    "  fmaq hardware synthesize paper12 M23E8b127\n\n  fmaq hardware table",
 )
 
 Names = Annotated[
