@@ -88,6 +88,8 @@ def test_an_accumulator_is_a_value():
         ("M7E4b10 roundin=stochastic", ValueError, "no 'roundin'; did you mean 'rounding'\\?"),
         ("M7E4b10 chunk=16 M7E4b12", ValueError, "'M7E4b12' in accumulator .* is not name=value, like product=M7E4b12"),
         ("M7E4b10 chunk=3 chunk=4", ValueError, "chunk is given twice"),
+        ("M7E4b10 format=M3E4b10", ValueError, "format is given twice"),
+        ("M7E4b10 product=", ValueError, "'product=' in accumulator .* is not name=value"),
         ("M7E4b10 chunk=many", ValueError, "chunk must be an integer, got 'many'"),
         ("M7E4b10 seed=none", ValueError, "seed must be an integer, got 'none'"),
         ("M7E4b10 underflow=no", ValueError, "underflow must be True or False, got 'no'"),
@@ -178,3 +180,8 @@ def test_paper_bias_needs_a_chunk():
         paper_bias(12, 0)
     with pytest.raises(TypeError, match="chunk must be an integer, got None"):
         paper_bias(12, None)
+
+
+def test_the_papers_accumulator_with_something_else():
+    changed = Accumulator("paper12 chunk=32 rounding=nearest_even")
+    assert changed == Accumulator("M7E4b10", product="M7E4b12", chunk=32, rounding="nearest_even")

@@ -146,3 +146,10 @@ def test_help_does_not_import_torch() -> None:
     code = "import sys; from fmaq.cli import app; from fmaq.cli.app import app; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_an_unknown_device_is_named_before_anything_runs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], recipe: Path
+) -> None:
+    assert run(monkeypatch, "evaluate", recipe, "--device", "nonsense") == 2
+    assert "torch cannot use the device 'nonsense' here" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+FAILURE = 1
 BAD_INPUT = 2
 INTERRUPTED = 130
 

@@ -137,10 +137,7 @@ class Unit:
                 )
             return
         if acc.is_template:
-            raise ValueError(
-                f'accumulator "{acc}" is a template: hardware needs a bias, like "{acc.format}b10"; '
-                "fmaq.calibrate chooses one for a model"
-            )
+            raise ValueError(f'accumulator "{acc}" is a template: hardware needs a bias, like "{acc.format}b10"')
         if not acc.underflow:
             raise ValueError("underflow=False is a stage of training, and no hardware does it: leave it out")
         for format in (acc.format, acc.product):

@@ -64,7 +64,7 @@ class Accumulator:
         }
         if isinstance(format, Mapping):
             given = _described(_known_keys(format), given)
-        elif isinstance(format, str) and ("=" in format or format.strip() == "paper12"):
+        elif isinstance(format, str) and ("=" in format or format.split()[:1] == ["paper12"]):
             given = _described(_options(format), given)
         for name, value in given.items():
             object.__setattr__(self, name, value)
@@ -92,7 +92,8 @@ class Accumulator:
         """The accumulator that a string, a mapping or an accumulator describes.
 
         A string is a format's name, then any of `product=`, `chunk=`, `rounding=`, `underflow=`, `random_bits=` and
-        `seed=`, set apart by spaces or commas; or it is `"paper12"`. A mapping has the constructor's arguments as keys.
+        `seed=`, set apart by spaces or commas; `"paper12"` may stand for the paper's format, product and chunk. A
+        mapping has the constructor's arguments as keys.
         """
         return description if isinstance(description, cls) else cls(description)  # type: ignore[arg-type]
 
@@ -121,7 +122,7 @@ class Accumulator:
 
     @property
     def is_template(self) -> bool:
-        """True where a bias is still to be chosen by `fmaq.calibrate`."""
+        """True where a bias is still to be chosen."""
         return self.format.is_template or (self.product is not None and self.product.is_template)
 
     def check_float32(self) -> None:
@@ -172,22 +173,25 @@ def _known_keys(mapping: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _options(text: str) -> dict[str, Any]:
-    if text.strip() == "paper12":
-        return {f.name: getattr(Accumulator.paper12, f.name) for f in fields(Accumulator)}
-    first, *rest = text.replace(",", " ").split()
-    options: dict[str, Any] = {"format": first} if "=" not in first else {}
-    for word in rest if options else [first, *rest]:
-        name, separator, value = word.partition("=")
-        if not separator:
+    words = text.replace(",", " ").split()
+    base: dict[str, Any] = {}
+    if words[0] == "paper12":
+        base = {f.name: getattr(Accumulator.paper12, f.name) for f in fields(Accumulator)}
+    elif "=" not in words[0]:
+        base = {"format": words[0]}
+    options: dict[str, Any] = {}
+    for word in words[1:] if base else words:
+        name, _, value = word.partition("=")
+        if not value:
             raise ValueError(f"{word!r} in accumulator {text!r} is not name=value, like product=M7E4b12")
-        if name in options:
+        if name in options or (base == {"format": words[0]} and name == "format"):
             raise ValueError(f"{name} is given twice in accumulator {text!r}")
         options[name] = value
-    options = _known_keys(options)
+    options = _known_keys(base | options)
     for name in ("chunk", "random_bits", "seed"):
-        if name in options:
+        if isinstance(options.get(name), str):
             options[name] = _number(name, options[name])
-    if "underflow" in options:
+    if isinstance(options.get("underflow"), str):
         if options["underflow"].lower() not in ("true", "false"):
             raise ValueError(f"underflow must be True or False, got {options['underflow']!r}")
         options["underflow"] = options["underflow"].lower() == "true"

@@ -42,8 +42,8 @@ class FloatFormat:
     Args:
         mantissa: M, explicit bits of the significand, 0 to 23.
         exponent: E, bits of the exponent, 1 to 8.
-        bias: b, −700 to 700, so that an exponent code c means e = c − b. None makes a *template* that
-            `fmaq.calibrate` completes.
+        bias: b, −700 to 700, so that an exponent code c means e = c − b. None makes a *template*, whose
+            bias is still to be chosen.
         zero: `"flag"`, zero is known apart from the code and e starts at −b (arXiv 2401.14110);
             `"exponent"`, exponent code 0 means zero and e starts at 1 − b (flush-to-zero hardware).
 
@@ -90,8 +90,7 @@ class FloatFormat:
     def _bias(self) -> int:
         if self.bias is None:
             raise ValueError(
-                f'format "{self}" is a template: it has no bias. Write one, like "{replace(self, bias=10)}", '
-                "or let fmaq.calibrate choose"
+                f'format "{self}" is a template: it has no bias. Write one, like "{replace(self, bias=10)}"'
             )
         return self.bias
 

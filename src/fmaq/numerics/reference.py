@@ -273,7 +273,7 @@ def count_events(a: ArrayLike, b: ArrayLike, acc: Accumulator) -> dict[str, int]
 
 
 def estimator_masks(a: ArrayLike, b: ArrayLike, acc: Accumulator, estimator: str) -> Mask:
-    """α of every step, (K, M, N): 1 where the gradient passes (arXiv 2401.14110, section 4; DESIGN.md, section 1).
+    """α of every step, (K, M, N): 1 where the gradient passes (arXiv 2401.14110, section 4).
 
     `of` stops at steps that overflow, `diff` at steps that are lost; `immediate` looks at the step alone, `recursive`
     also at everything its term passes through later: the rest of its chunk, its chunk's merge and all later merges.

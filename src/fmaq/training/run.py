@@ -58,12 +58,21 @@ class Prepared:
         return Record(kind, self.recipe.name, self.recipe.task, self.recipe.seed, baseline, [], provenance(), recipe)
 
 
+def _check_device(device: str) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"torch cannot use the device {device!r} here: {str(error).splitlines()[0]}") from None
+
+
 def prepare(recipe: Recipe, device: str = "cpu", bars: Bars | None = None) -> Prepared:
     """Build the model, load the data, and check that the policy's globs name layers of the model.
 
     Raises:
         RecipeError: something is not as the recipe says.
+        ValueError: torch has no such device here.
     """
+    _check_device(device)
     torch.manual_seed(recipe.seed)
     model, tokenizer = build_model(recipe.model, recipe.task)
     policy = recipe.load_policy()

@@ -53,7 +53,18 @@ def classification(model: nn.Module, data: Any, device: str, batch_size: int, ad
         right += int((logits.argmax(1) == targets).sum())
         total += float(nn.functional.cross_entropy(logits, targets, reduction="sum"))
         advance(len(targets))
-    return {"accuracy": right / len(data), "loss": total / len(data)}
+    return {"accuracy": right / len(data), "loss": _finite(total / len(data))}
+
+
+def _finite(mean: float) -> float:
+    """The mean loss, which a metric beside it depends on.
+
+    Raises:
+        FloatingPointError: it is NaN or infinite.
+    """
+    if not math.isfinite(mean):
+        raise FloatingPointError(f"the loss is {mean}: an input, a weight or an output of the model is not finite")
+    return mean
 
 
 def perplexity(model: nn.Module, data: Any, device: str, batch_size: int, advance: Advance) -> Metrics:
@@ -67,7 +78,7 @@ def perplexity(model: nn.Module, data: Any, device: str, batch_size: int, advanc
         total += float(nn.functional.cross_entropy(logits, targets, reduction="sum"))
         count += len(targets)
         advance(len(next(iter(inputs.values()))) if isinstance(inputs, dict) else len(inputs))
-    mean = total / count
+    mean = _finite(total / count)
     return {"perplexity": math.exp(mean) if mean < 700 else math.inf, "loss": mean}
 
 
