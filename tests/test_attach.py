@@ -844,3 +844,40 @@ def test_gradient_checkpointing_of_a_transformer_is_emulated() -> None:
     expected = gradients()
     model.gradient_checkpointing_enable({"use_reentrant": False})
     assert all(torch.equal(a, b) for a, b in zip(gradients(), expected, strict=True))
+
+
+def formats_of(function, x: torch.Tensor, **parameters: torch.Tensor) -> list[tuple]:
+    """What the operands of the products in a function are quantized to."""
+    found = []
+    model = attach(Called(function, **parameters), QUANTIZED)
+    model.register_buffer("mask", torch.ones(4, 4))
+    with listening(lambda product: found.append(product.formats)):
+        model(x)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("function", "expected"),
+    [
+        (lambda m, x: x @ m.w, ("M2E3", "M4E3")),
+        (lambda m, x: x @ (m.w * m.mask), ("M2E3", "M4E3")),
+        (lambda m, x: x @ m.w[torch.arange(4)], ("M2E3", "M4E3")),
+        (lambda m, x: x @ torch.cat(tensors=[m.w[:2], m.w[2:]]), ("M2E3", "M4E3")),
+        (lambda m, x: x @ (m.w + m.w @ m.w), ("M2E3", "M4E3")),
+        (lambda m, x: m.w.clone().add_(x) @ m.w, ("M2E3", "M4E3")),
+        (lambda m, x: torch.add(m.w, other=x) @ m.w, ("M2E3", "M4E3")),
+    ],
+)
+def test_weights_are_told_from_activations(function, expected) -> None:
+    assert formats_of(function, torch.randn(4, 4), w=torch.randn(4, 4))[-1] == expected
+
+
+def test_an_accumulator_alone_attaches() -> None:
+    model = attach(nn.Linear(4, 2), "paper12")
+    x = torch.randn(3, 4)
+    assert torch.equal(model(x), ops.linear(x, model.weight, model.bias, Accumulator.paper12))
+
+
+def test_an_estimator_without_a_kernel_is_refused_at_once() -> None:
+    with pytest.raises(NotImplementedError, match="recursive/of"):
+        attach(nn.Linear(4, 2), Policy(accumulator=ACC, estimator="recursive/of"))

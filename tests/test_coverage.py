@@ -42,10 +42,10 @@ def test_rows_tell_what_is_computed_by_what() -> None:
         ("", "attention_values", ((2, 4, 4), (2, 4, 4)), 1, 2 * 4 * 4 * 4),
         ("", "matmul", ((2, 4, 4), (2, 4, 4)), 1, 2 * 4 * 4 * 4),
     ]
-    assert [(r.accumulator, r.weight, r.activation, r.covered, r.reason) for r in table] == [
-        ("fp32", None, None, False, "left alone by the policy"),
-        ("fp32", "M4E3", None, False, "fp32 by the policy"),
-        *[(str(ACC), "M4E3", None, True, "")] * 3,
+    assert [(r.accumulator, r.formats, r.covered, r.reason) for r in table] == [
+        ("fp32", (None, None), False, "left alone by the policy"),
+        ("fp32", (None, "M4E3"), False, "fp32 by the policy"),
+        *[(str(ACC), (None, None), True, "")] * 3,
     ]
     assert table.macs == 288 + 5 * 128
     assert table.share == 3 * 128 / table.macs
@@ -57,7 +57,7 @@ def test_table_prints_itself() -> None:
     text = str(coverage(attached(layers={"conv": None}), torch.ones(2, 2, 4, 4)))
     lines = text.splitlines()
     assert lines[0].split() == [
-        *("layer", "product", "operands", "calls", "MACs", "accumulator", "weight", "activation", "not", "covered")
+        *("layer", "product", "operands", "calls", "MACs", "formats", "accumulator", "not", "covered")
     ]
     assert lines[2].split()[:3] == ["conv", "conv2d", "2×2×4×4"]
     assert lines[2].endswith("left alone by the policy")

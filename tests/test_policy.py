@@ -161,7 +161,8 @@ def test_replace_changes_every_accumulator_but_fp32() -> None:
         ({"accumulator": None}, "accumulator must be.*got None"),
         ({"layers": {"fc": {"accumulator": "M7"}}}, "layers: 'fc': 'M7' is not a format"),
         ({"estimator": "imediate/of"}, r"did you mean 'immediate/of'\?"),
-        ("paper12", "a policy is a mapping"),
+        (12, "a policy is a mapping"),
+        ("papr12", "is not a format"),
     ],
 )
 def test_what_is_wrong_is_named(given, message) -> None:
@@ -193,3 +194,22 @@ def test_entry_that_matches_no_module_is_refused() -> None:
     ):
         policy.check_names(["", "features", "classifier"])
     Policy(layers={"classifier": None, "feat*": None, "": None}).check_names(["", "features", "classifier"])
+
+
+def test_an_accumulator_alone_is_a_policy(tmp_path) -> None:
+    assert Policy.parse("paper12") == Policy.parse(PAPER) == Policy(accumulator=PAPER)
+    assert Policy(accumulator="float32") == Policy(accumulator="fp32")
+
+
+def test_an_unknown_argument_is_named_with_the_nearest() -> None:
+    with pytest.raises(TypeError, match="a policy has no 'weights'; did you mean 'weight'"):
+        Policy(weights="M4E3")
+
+
+def test_files_are_saved_into_new_folders_and_refuse_keys_given_twice(tmp_path) -> None:
+    path = tmp_path / "new" / "policy.yaml"
+    Policy(accumulator=PAPER).save(path)
+    assert Policy.load(path) == Policy(accumulator=PAPER)
+    path.write_text("accumulator: paper12\naccumulator: fp32\n")
+    with pytest.raises(ValueError, match="the key 'accumulator' is given twice"):
+        Policy.load(path)

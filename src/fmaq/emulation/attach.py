@@ -18,12 +18,13 @@ from fmaq.emulation.mode import EmulationMode
 from fmaq.emulation.policy import Policy
 from fmaq.emulation.products import RECURRENT, FmaqCoverageWarning
 from fmaq.numerics import Accumulator
+from fmaq.ops.operands import AccumulatorLike, check
 
 STATE = "_fmaq"
 QUANTIZED_MODULES = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torch.ao.nn.sparse")
 
 
-def attach(model: nn.Module, policy: Policy) -> nn.Module:
+def attach(model: nn.Module, policy: Policy | AccumulatorLike) -> nn.Module:
     """Emulate the matrix products of a model as a policy says, wherever in the model they are called; in place.
 
     No module is replaced, and parameters, `state_dict`, class and others' hooks stay as they are. Attaching again
@@ -32,11 +33,14 @@ def attach(model: nn.Module, policy: Policy) -> nn.Module:
 
     Products are met while a module is *called*: `model(x)`, not `model.forward(x)`, runs the hooks.
 
+    What others' forward hooks compute is emulated as well. A hook that wants torch's own product, to measure an error
+    against it, say, asks for it inside `with torch._C.DisableTorchFunction():`.
+
     What cannot be emulated (a recurrent layer, TorchScript, quantized modules) is named in one `FmaqCoverageWarning`.
 
     Args:
         model: any module.
-        policy: a `Policy`, or a mapping that `Policy.parse` takes.
+        policy: a `Policy`, a mapping of its fields, or an accumulator alone, such as `"paper12"`.
 
     Returns:
         The same model.
@@ -44,6 +48,7 @@ def attach(model: nn.Module, policy: Policy) -> nn.Module:
     Raises:
         TypeError: `model` is no module.
         ValueError: an entry of the policy matches no module, or a format in it still needs a bias.
+        NotImplementedError: an estimator in it has no kernel yet.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"attach takes a torch.nn.Module, got {type(model).__name__}")
@@ -54,7 +59,7 @@ def attach(model: nn.Module, policy: Policy) -> nn.Module:
     policy.check_names(name for aliases in names.values() for name in aliases)
     attachments = {module: Attachment(policy, alias[0], policy.for_layer(*alias)) for module, alias in names.items()}
     for attachment in attachments.values():
-        _check_biases(attachment)
+        _check_kernels(attachment)
     for module, attachment in attachments.items():
         if isinstance(module, torch.jit.ScriptModule):
             continue
@@ -104,13 +109,17 @@ def _after(module: nn.Module, args: Any, output: Any) -> None:
     calls.leave()
 
 
-def _check_biases(attachment: Attachment) -> None:
-    accumulator = None if attachment.rule is None else attachment.rule.accumulator
-    if isinstance(accumulator, Accumulator) and accumulator.is_template:
+def _check_kernels(attachment: Attachment) -> None:
+    """Refuse before the first forward what no product could be computed with."""
+    rule = attachment.rule
+    if rule is None or not isinstance(accumulator := rule.accumulator, Accumulator):
+        return
+    if accumulator.is_template:
         raise ValueError(
             f"accumulator {accumulator} of {attachment.name or 'the model itself'} is a template: it has no bias. "
-            'Write one, like "M7E4b10", or let fmaq.calibrate choose'
+            'Write one, like "M7E4b10"'
         )
+    check(accumulator, rule.estimator)
 
 
 def _warn(attachments: dict[nn.Module, Attachment]) -> None:

@@ -50,25 +50,32 @@ class Call:
     products: int = 0
 
 
+class ModelMode(TorchFunctionMode):
+    """A mode made for one forward of a model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+
+
 class _Running(threading.local):
     """The calls of this thread, outermost first, and the mode that was entered with the first."""
 
     def __init__(self) -> None:
         self.calls: list[Call] = []
-        self.mode: TorchFunctionMode | None = None
+        self.mode: ModelMode | None = None
         self.handlers = 0
 
 
 _running = _Running()
 
 
-def enter(module: nn.Module, attachment: Attachment, mode: type[TorchFunctionMode]) -> None:
+def enter(module: nn.Module, attachment: Attachment, mode: type[ModelMode]) -> None:
     """Note that a module's forward begins; the outermost one enters a mode. Called from a forward pre-hook."""
     frame = _module_frame()
     _drop_interrupted(frame)
     if not _running.calls:
         _leave_leftovers(mode)
-        _running.mode = mode()
+        _running.mode = mode(module)
         _running.mode.__enter__()
     _running.calls.append(Call(module, attachment, frame))
 
@@ -174,7 +181,7 @@ def _leave_mode_if_done() -> None:
     _running.mode = None
 
 
-def _leave_leftovers(mode: type[TorchFunctionMode]) -> None:
+def _leave_leftovers(mode: type[ModelMode]) -> None:
     for leftover in reversed(torch.overrides._get_current_function_mode_stack()):
         if not isinstance(leftover, mode):
             break

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fmaq.emulation import calls
 from fmaq.emulation.attach import policy_of
 from fmaq.emulation.policy import FP32
-from fmaq.emulation.products import IN_FP32, ONE_STEP, FmaqCoverageWarning, Product, listening, why_not
+from fmaq.emulation.products import ONE_STEP, FmaqCoverageWarning, Product, listening, why_not
 
 Shapes = tuple[tuple[int, ...], ...]
 
@@ -63,7 +63,7 @@ class CoverageRow:
         calls: how many there were.
         macs: multiply-accumulates of all of them; None where unknown.
         accumulator: that sums them, or "fp32".
-        weight, activation: formats that weights and activations are quantized to, or None.
+        formats: that each operand was quantized to; None where it stays as it was.
         covered: the sums are emulated.
         reason: why not; "" where they are.
     """
@@ -74,8 +74,7 @@ class CoverageRow:
     calls: int
     macs: int | None
     accumulator: str
-    weight: str | None
-    activation: str | None
+    formats: tuple[str | None, ...]
     covered: bool
     reason: str
 
@@ -109,16 +108,16 @@ class Coverage:
         return sum(row.macs or 0 for row in counted if row.covered) / total if total else 0.0
 
     def __str__(self) -> str:
-        heads = ("layer", "product", "operands", "calls", "MACs", "accumulator", "weight", "activation", "not covered")
+        heads = ("layer", "product", "operands", "calls", "MACs", "formats", "accumulator", "not covered")
         lines = [heads, *(_cells(row) for row in self.rows)]
         widths = [max(len(line[column]) for line in lines) for column in range(len(heads))]
         text = [
             "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
         ]
         text.insert(1, "  ".join("-" * width for width in widths))
-        unknown = sum(row.macs is None for row in self.rows)
-        beside = f", and {unknown} rows of unknown size" if unknown else ""
-        return "\n".join([*text, f"{self.macs:,} MACs{beside}; {self.share:.1%} of them emulated"])
+        unknown = sum(row.calls for row in self.rows if row.macs is None)  # none of them emulated: those are counted
+        beside = f"; not emulated beside them: products of unknown size, {unknown}" if unknown else ""
+        return "\n".join([*text, f"{self.macs:,} MACs; {self.share:.1%} of them emulated{beside}"])
 
     __repr__ = __str__
 
@@ -162,7 +161,7 @@ class _Unmet(TorchDispatchMode):
                 layer, rule = call.attachment.name, call.attachment.rule
                 is_wanted = rule is not None and not rule.is_plain
                 reason = "called where no handler meets it" if is_wanted else why_not(rule, (), None) or ""
-            self._rows.append(CoverageRow(layer, name, shapes, 1, None, FP32, None, None, False, reason))
+            self._rows.append(CoverageRow(layer, name, shapes, 1, None, FP32, (None,) * len(shapes), False, reason))
         with torch._C.DisableTorchFunction():
             return func(*args, **(kwargs or {}))
 
@@ -188,7 +187,6 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
 def _row(product: Product) -> CoverageRow:
     rule = product.rule
     covered = product.reason is None
-    untouched = rule is None or product.reason not in (None, IN_FP32)
     return CoverageRow(
         layer=product.layer,
         product=product.kind,
@@ -196,8 +194,7 @@ def _row(product: Product) -> CoverageRow:
         calls=1,
         macs=product.macs,
         accumulator=str(rule.accumulator) if covered and rule is not None else FP32,
-        weight=None if untouched or rule is None else rule.weight,
-        activation=None if untouched or rule is None else rule.activation,
+        formats=product.formats or (None,) * len(product.operands),
         covered=covered,
         reason=product.reason or "",
     )
@@ -221,8 +218,7 @@ def _cells(row: CoverageRow) -> tuple[str, ...]:
         " · ".join("×".join(str(size) for size in shape) or "scalar" for shape in row.shapes),
         str(row.calls),
         "?" if row.macs is None else f"{row.macs:,}",
+        " · ".join(name or "–" for name in row.formats) if any(row.formats) else "",
         row.accumulator,
-        row.weight or "",
-        row.activation or "",
         row.reason,
     )

@@ -33,6 +33,7 @@ class Met:
         func, args, kwargs: what it calls.
         is_weight: tells weights from activations.
         mode: to be entered again around functions that call others.
+        of_weights: the product was of weights alone; true also where torch was left to compute something else.
     """
 
     call: Call
@@ -41,9 +42,11 @@ class Met:
     kwargs: Mapping[str, Any]
     is_weight: Callable[[Tensor], bool]
     mode: TorchFunctionMode
+    of_weights: bool = False
 
     def by_torch(self) -> Any:
         """The call as it is."""
+        self.of_weights = True
         return self.func(*self.args, **self.kwargs)
 
     def bind(self, *names: str, **defaults: Any) -> tuple[dict[str, Any], Callable[..., Any]]:
@@ -83,6 +86,7 @@ class Met:
         )
         for name, value in changes.items():
             setattr(request, name, value)
+        self.of_weights = all(request.is_weight)
         return compute(self.call, request)
 
 
@@ -206,8 +210,9 @@ def _attention(met: Met) -> Tensor:
     result = again()
     width = query.shape[-1]
     scores = query.shape[:-1].numel() * key.shape[-2]
-    announce(met.call, "attention_scores", (query, key), reason, width, scores * width)
-    announce(met.call, "attention_values", (query, value), reason, key.shape[-2], scores * value.shape[-1])
+    probabilities = torch.empty(*query.shape[:-1], key.shape[-2], dtype=query.dtype, device="meta")  # torch keeps them
+    announce(met.call, "attention_scores", (query, key.mT), reason, width, scores * width)
+    announce(met.call, "attention_values", (probabilities, value), reason, key.shape[-2], scores * value.shape[-1])
     return result
 
 

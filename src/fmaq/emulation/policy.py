@@ -12,6 +12,7 @@ and for everything inside them. Where several entries speak for a layer, the mos
 from __future__ import annotations
 
 import difflib
+import functools
 import os
 import re
 import tempfile
@@ -19,11 +20,17 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from fmaq.numerics import Accumulator
 from fmaq.numerics.reference import ESTIMATORS
 from fmaq.ops import parse_tensor_format
+from fmaq.ops.operands import AccumulatorLike
+
+if TYPE_CHECKING:
+    import yaml
+
+T = TypeVar("T")
 
 FP32 = "fp32"
 RULE_FIELDS = ("accumulator", "weight", "activation", "estimator")
@@ -51,12 +58,28 @@ class Rule:
         return self.accumulator == FP32 and self.weight is None and self.activation is None
 
 
+def _naming_the_nearest(cls: type[T]) -> type[T]:
+    """A dataclass whose constructor names the argument that was meant by an unknown one."""
+    construct = cls.__dict__["__init__"]
+
+    @functools.wraps(construct)
+    def checked(self: T, *args: Any, **given: Any) -> None:
+        if message := _unknown(given):
+            raise TypeError(message)
+        construct(self, *args, **given)
+
+    type.__setattr__(cls, "__init__", checked)
+    return cls
+
+
+@_naming_the_nearest
 @dataclass(frozen=True)
 class Policy:
     """Which products use which accumulator; see the module's text for how an entry of `layers` is chosen.
 
     Args:
-        accumulator: an `Accumulator`, anything that `Accumulator.parse` takes, or `"fp32"` for torch's own product.
+        accumulator: an `Accumulator`, anything that `Accumulator.parse` takes, or `"fp32"` (or `"float32"`) for
+            torch's own product.
         weight: format that weights are quantized to, such as `"M4E3"` or `"int8"`; None leaves them float32.
         activation: the same for activations.
         estimator: of the gradients, see `fmaq.matmul`.
@@ -85,20 +108,22 @@ class Policy:
         return hash((*(getattr(self, name) for name in RULE_FIELDS), entries))
 
     @classmethod
-    def parse(cls, description: Mapping[str, Any] | Policy) -> Policy:
+    def parse(cls, description: Policy | AccumulatorLike) -> Policy:
         """The policy that a mapping of the constructor's arguments describes; a policy passes through.
+
+        An `Accumulator`, or a string such as "paper12", is a policy of that accumulator alone.
 
         Raises:
             TypeError, ValueError: naming the wrong key, the nearest right one, or the wrong value.
         """
         if isinstance(description, cls):
             return description
+        if isinstance(description, (Accumulator, str)):
+            return cls(accumulator=description)
         if not isinstance(description, Mapping):
             raise TypeError(f"a policy is a mapping like {{accumulator: paper12, weight: M4E3}}, got {description!r}")
-        names = [f.name for f in fields(cls)]
-        for key in description:
-            if key not in names:
-                raise ValueError(f"a policy has no {key!r}{_nearest(str(key), names)} It has: {', '.join(names)}")
+        if message := _unknown(description):
+            raise ValueError(message)
         values = dict(description)
         if values.get("layers", ()) is None:
             del values["layers"]
@@ -110,21 +135,22 @@ class Policy:
 
         Raises:
             FileNotFoundError: there is no such file.
-            TypeError, ValueError: it is not a policy; the message names the file and the key.
+            ValueError: it is not a policy, or gives a key twice; the message names the file and the key.
         """
         import yaml
 
         try:
-            content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+            content, _ = load_yaml(Path(path).read_text(encoding="utf-8"))
             return cls.parse({} if content is None else content)
         except (yaml.YAMLError, TypeError, ValueError) as error:
             raise ValueError(f"{path}: {error}") from error
 
     def save(self, path: str | Path) -> None:
-        """Write a YAML file, whole or not at all."""
+        """Write a YAML file, whole or not at all; its folder is made where it is missing."""
         import yaml
 
         text = yaml.safe_dump(self.to_mapping(), sort_keys=False, allow_unicode=True)
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
         descriptor, beside = tempfile.mkstemp(dir=Path(path).parent, prefix=f".{Path(path).name}.", suffix=".tmp")
         try:
             with open(descriptor, "w", encoding="utf-8") as file:
@@ -159,10 +185,8 @@ class Policy:
         Raises:
             TypeError, ValueError: as the constructor.
         """
-        names = [f.name for f in fields(self)]
-        for key in changes:
-            if key not in names:
-                raise ValueError(f"a policy has no {key!r}{_nearest(key, names)} It has: {', '.join(names)}")
+        if message := _unknown(changes):
+            raise ValueError(message)
         new = replace(self, **changes)
         if "accumulator" in changes and "layers" not in changes:
             new = new._with_accumulators(lambda _: new.accumulator, entries_only=True)
@@ -211,6 +235,33 @@ class Policy:
                 raise ValueError(f"layers: {key!r} matches no module of the model{_nearest(key, known)}")
 
 
+def load_yaml(text: str) -> tuple[Any, yaml.Node | None]:
+    """The values of YAML text, and its nodes, which know their lines.
+
+    Raises:
+        yaml.YAMLError: it is not YAML, or a key is given twice, of which YAML itself would keep the last.
+    """
+    import yaml
+
+    def refuse_duplicates(node: yaml.Node | None) -> None:
+        if isinstance(node, yaml.MappingNode):
+            seen = set()
+            for key, value in node.value:
+                name = str(key.value)
+                if name in seen:
+                    problem = f"the key {name!r} is given twice"
+                    raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+                seen.add(name)
+                refuse_duplicates(value)
+        elif isinstance(node, yaml.SequenceNode):
+            for value in node.value:
+                refuse_duplicates(value)
+
+    node = yaml.compose(text, Loader=yaml.SafeLoader)
+    refuse_duplicates(node)
+    return yaml.safe_load(text), node
+
+
 def _speaks_for(key: str, name: str) -> bool:
     """The key matches the module, or one that contains it."""
     parts = name.split(".") if name else []
@@ -226,6 +277,15 @@ def _literal_characters(key: str) -> int:
 def _nearest(name: str, names: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, list(names), 1, 0.3)
     return f"; did you mean {near[0]!r}?" if near else "."
+
+
+def _unknown(keys: Iterable[Any]) -> str | None:
+    """What to say of the first key that is no field of a policy; None where all are."""
+    names = [f.name for f in fields(Policy)]
+    for key in keys:
+        if key not in names:
+            return f"a policy has no {key!r}{_nearest(str(key), names)} It has: {', '.join(names)}"
+    return None
 
 
 def _plain(value: Any) -> Any:
@@ -261,7 +321,7 @@ def _checked(name: str, value: Any) -> Any:
 
 
 def _accumulator(value: Any) -> Accumulator | str:
-    if isinstance(value, str) and value.strip().lower() == FP32:
+    if isinstance(value, str) and value.strip().lower() in (FP32, "float32"):
         return FP32
     if value is None:
         raise TypeError('accumulator must be an accumulator like "M7E4b10 product=M7E4b12", or "fp32"; got None')

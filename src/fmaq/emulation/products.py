@@ -43,6 +43,7 @@ class Product:
         macs: multiply-accumulates in all; None where unknown.
         rule: the layer's; None leaves it alone.
         reason: why the sums are torch's own; None where they are emulated.
+        formats: of each operand, what it was quantized to; None where it stays as it was.
     """
 
     kind: str
@@ -54,6 +55,7 @@ class Product:
     macs: int | None
     rule: Rule | None
     reason: str | None
+    formats: tuple[str | None, ...] = ()
 
 
 Listener = Callable[[Product], None]
@@ -106,24 +108,31 @@ def compute(call: Call, request: Request) -> Tensor:
     """The product as the layer's rule wants it; in the dtype that torch's own would have."""
     rule, operands = call.attachment.rule, request.operands
     reason = why_not(rule, operands, request.steps)
+    formats: tuple[str | None, str | None] = (None, None)
     if rule is None or why_untouched(rule, operands, request.steps) is not None:
         result = request.torch_product(*operands)
     elif rule.accumulator == FP32:
-        operands = _quantized(rule, operands, request.is_weight)
+        formats = _formats(rule, request.is_weight)
+        operands = _quantized(operands, formats)
         result = request.torch_product(*operands)
     else:
         dtype = autocast_dtype(operands[0]) or operands[0].dtype
         with torch.autocast(operands[0].device.type, enabled=False):
-            operands = _quantized(rule, (operands[0].to(dtype), operands[1].to(dtype)), request.is_weight)
+            formats = _formats(rule, request.is_weight)
+            operands = _quantized((operands[0].to(dtype), operands[1].to(dtype)), formats)
             accumulator = Accumulator.parse(rule.accumulator)
             result = request.emulated_product(*operands, accumulator, rule.estimator).to(dtype)
     macs = result.numel() * request.steps if request.macs is None else request.macs
-    announce(call, request.kind, operands, reason, request.steps, macs, request.options)
+    announce(call, request.kind, operands, reason, request.steps, macs, request.options, formats)
     return result
 
 
-def _quantized(rule: Rule, operands: tuple[Tensor, Tensor], is_weight: tuple[bool, bool]) -> tuple[Tensor, Tensor]:
-    formats = [rule.weight if weight else rule.activation for weight in is_weight]
+def _formats(rule: Rule, is_weight: tuple[bool, bool]) -> tuple[str | None, str | None]:
+    first, second = (rule.weight if weight else rule.activation for weight in is_weight)
+    return first, second
+
+
+def _quantized(operands: tuple[Tensor, Tensor], formats: tuple[str | None, str | None]) -> tuple[Tensor, Tensor]:
     first, second = (x if f is None else ops.quantize(x, f) for x, f in zip(operands, formats, strict=True))
     return first, second
 
@@ -169,13 +178,14 @@ def announce(
     steps: int | None = None,
     macs: int | None = None,
     options: dict[str, Any] | None = None,
+    formats: tuple[str | None, ...] = (),
 ) -> None:
     """Tell the listeners of a product that was computed, and warn of one that the policy wants emulated and is not."""
     rule, name = call.attachment.rule, call.attachment.name
     index = call.products
     call.products += 1
     for listener in list(_listeners.all):
-        listener(Product(kind, name, index, operands, options or {}, steps, macs, rule, reason))
+        listener(Product(kind, name, index, operands, options or {}, steps, macs, rule, reason, formats))
     if reason not in (None, LEFT_ALONE, IN_FP32, ONE_STEP) and not isinstance(call.module, RECURRENT):
         warnings.warn(
             f"{kind} in {name or 'the model itself'} is not emulated: {reason}", FmaqCoverageWarning, stacklevel=2

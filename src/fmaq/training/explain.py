@@ -8,6 +8,8 @@ from typing import Any
 
 import yaml
 
+from fmaq.emulation.policy import load_yaml
+
 DATA_KINDS = ("digits", "npz", "image_folder", "huggingface", "callable")
 
 
@@ -22,28 +24,13 @@ def read_yaml(text: str, source: str) -> tuple[Any, yaml.Node | None]:
         RecipeError: it is not YAML, or a key is given twice; with the line and column.
     """
     try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        _refuse_duplicates(node)
-        return yaml.safe_load(text), node
+        return load_yaml(text)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         raise RecipeError(f"{source}{where}: not valid YAML: {error.problem}") from None
     except yaml.YAMLError as error:
         raise RecipeError(f"{source}: not valid YAML: {error}") from None
-
-
-def _refuse_duplicates(node: yaml.Node | None) -> None:
-    if isinstance(node, yaml.MappingNode):
-        seen = set()
-        for key, value in node.value:
-            if key.value in seen:
-                raise yaml.MarkedYAMLError(problem=f"the key {key.value!r} is given twice", problem_mark=key.start_mark)
-            seen.add(key.value)
-            _refuse_duplicates(value)
-    elif isinstance(node, yaml.SequenceNode):
-        for value in node.value:
-            _refuse_duplicates(value)
 
 
 def _line(node: yaml.Node | None, place: list[str | int]) -> int | None:
