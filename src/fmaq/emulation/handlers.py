@@ -124,10 +124,10 @@ def _sum_and_product(met: Met, first: str, second: str, in_place: bool, over_bat
     bound, again = met.bind("input", first, second, beta=1, alpha=1)
     start, out = bound["input"], bound.get("out")
 
-    def emulated(a: Tensor, b: Tensor, accumulator: Accumulator, estimator: str) -> Tensor:
+    def emulated(a: Tensor, b: Tensor, accumulator: Accumulator, **how: Any) -> Tensor:
         if over_batch:
             a, b = a.transpose(0, 1).flatten(1), b.flatten(0, 1)
-        product = ops.matmul(a, b, accumulator, estimator)
+        product = ops.matmul(a, b, accumulator, **how)
         product = product if bound["alpha"] == 1 else bound["alpha"] * product
         return product if bound["beta"] == 0 else bound["beta"] * start + product
 
@@ -154,9 +154,7 @@ def _linear(met: Met) -> Tensor:
         weight,
         is_weight=(False, True),
         torch_product=lambda x, weight: again(input=x, weight=weight),
-        emulated_product=lambda x, weight, acc, estimator: ops.linear(
-            x, weight, bound["bias"], acc, estimator=estimator
-        ),
+        emulated_product=lambda x, weight, acc, **how: ops.linear(x, weight, bound["bias"], acc, **how),
     )
 
 
@@ -177,9 +175,7 @@ def _convolution(met: Met, kind: str, operation: Callable[..., Tensor], defaults
         macs=x.numel() * weight.shape[1] * spatial if transposed else None,
         options=options,
         torch_product=lambda x, weight: again(input=x, weight=weight),
-        emulated_product=lambda x, weight, acc, estimator: operation(
-            x, weight, bound["bias"], acc, **options, estimator=estimator
-        ),
+        emulated_product=lambda x, weight, acc, **how: operation(x, weight, bound["bias"], acc, **options, **how),
     )
 
 

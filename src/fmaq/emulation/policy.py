@@ -57,6 +57,11 @@ class Rule:
         """Nothing is emulated and nothing quantized: torch's own product."""
         return self.accumulator == FP32 and self.weight is None and self.activation is None
 
+    @property
+    def how(self) -> dict[str, Any]:
+        """What a product is told beside its accumulator: keywords of `fmaq.matmul`, `linear` and convolutions."""
+        return {"estimator": self.estimator}
+
 
 def _naming_the_nearest(cls: type[T]) -> type[T]:
     """A dataclass whose constructor names the argument that was meant by an unknown one."""

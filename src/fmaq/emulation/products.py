@@ -90,7 +90,7 @@ class Request:
         steps: K.
         macs: in all; None: the elements of the result times K.
         torch_product: torch's own product of two such operands.
-        emulated_product: ours, of the same two, an accumulator and an estimator.
+        emulated_product: ours, of the same two and an accumulator, with `Rule.how` as keywords.
         options: see `Product`.
     """
 
@@ -99,7 +99,7 @@ class Request:
     is_weight: tuple[bool, bool]
     steps: int
     torch_product: Callable[[Tensor, Tensor], Tensor]
-    emulated_product: Callable[[Tensor, Tensor, Accumulator, str], Tensor]
+    emulated_product: Callable[..., Tensor]
     macs: int | None = None
     options: dict[str, Any] | None = None
 
@@ -121,7 +121,7 @@ def compute(call: Call, request: Request) -> Tensor:
             formats = _formats(rule, request.is_weight)
             operands = _quantized((operands[0].to(dtype), operands[1].to(dtype)), formats)
             accumulator = Accumulator.parse(rule.accumulator)
-            result = request.emulated_product(*operands, accumulator, rule.estimator).to(dtype)
+            result = request.emulated_product(*operands, accumulator, **rule.how).to(dtype)
     macs = result.numel() * request.steps if request.macs is None else request.macs
     announce(call, request.kind, operands, reason, request.steps, macs, request.options, formats)
     return result

@@ -224,6 +224,34 @@ def conv(
     Returns:
         (N, O, *out) in float32.
     """
+    problem = _conv_problem(x, weight, stride, padding, dilation, groups)
+    if problem.run(acc):
+        return problem.c
+    return _spoiled_conv(x, weight, acc, stride, padding, dilation, groups)
+
+
+def count_conv_events(
+    x: Tensor,
+    weight: Tensor,
+    acc: Accumulator,
+    stride: tuple[int, ...],
+    padding: tuple[tuple[int, int], ...],
+    dilation: tuple[int, ...],
+    groups: int,
+) -> list[int]:
+    """How often each of `numerics.reference.EVENTS` happens in the steps, then in the merges, of `conv` (finite)."""
+    return _conv_problem(x, weight, stride, padding, dilation, groups).count(acc)
+
+
+def _conv_problem(
+    x: Tensor,
+    weight: Tensor,
+    stride: tuple[int, ...],
+    padding: tuple[tuple[int, int], ...],
+    dilation: tuple[int, ...],
+    groups: int,
+) -> Problem:
+    """Rows are output channels, columns output positions of all images, batches groups."""
     dims = x.dim() - 2
     images, outputs, kernel_size = x.shape[0], weight.shape[0], weight.shape[2:]
     out = [
@@ -249,9 +277,7 @@ def conv(
             f"dilation_{at}": dilation[d],
             f"out_{at}": out[d],
         }
-    if Problem(flat, x, c, groups, per_group, images * positions, flat.shape[1], fields).run(acc):
-        return c
-    return _spoiled_conv(x, weight, acc, stride, padding, dilation, groups)
+    return Problem(flat, x, c, groups, per_group, images * positions, flat.shape[1], fields)
 
 
 def _spoiled_conv(
