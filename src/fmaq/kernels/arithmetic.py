@@ -9,6 +9,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
+from llvmlite import ir
+
 from fmaq.kernels.ir_blocks import Value
 from fmaq.kernels.lanes import Lanes
 from fmaq.numerics import Accumulator
@@ -20,14 +22,19 @@ class Arithmetic(ABC):
     Attributes:
         acc: the accumulator; its seed does not count.
         element_bytes: width of a lane.
-        toward_zero: the processor rounds toward zero and flushes to zero meanwhile.
+        flushes: the processor flushes what is no normal number to zero.
         by_chunk: a tile's chunk is computed `unclamped` where its bounds prove that nothing in it can saturate.
     """
 
     acc: Accumulator
     element_bytes: ClassVar[int]
-    toward_zero: ClassVar[bool]
+    flushes: ClassVar[bool]
     by_chunk: bool = False
+
+    @property
+    @abstractmethod
+    def toward_zero(self) -> bool:
+        """The processor rounds toward zero meanwhile, else to the nearest."""
 
     @property
     def needs_random(self) -> bool:
@@ -50,3 +57,19 @@ class Arithmetic(ABC):
     def finish(self, v: Lanes, total: Value) -> Value:
         """The value of a finished sum."""
         return total
+
+    def observed_step(self, v: Lanes, x: Value, w: Value, s: Value, word: Value | None) -> tuple[Value, list[Value]]:
+        """FMAq(x, w, s), and masks of lanes from which `events` tells what happened.
+
+        Raises:
+            NotImplementedError: this arithmetic does not look.
+        """
+        raise NotImplementedError(f"{type(self).__name__} sees no events")
+
+    def observed_merge(self, v: Lanes, t: Value, s: Value, word: Value | None) -> tuple[Value, list[Value]]:
+        """Q_acc(t + s), and masks; as `observed_step`."""
+        raise NotImplementedError(f"{type(self).__name__} sees no events")
+
+    def events(self, b: ir.IRBuilder, masks: list[Value]) -> list[Value]:
+        """Of a step's masks, or a merge's, as integers of a bit a lane: those of `numerics.reference.EVENTS`."""
+        return masks

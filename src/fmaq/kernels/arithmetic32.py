@@ -1,13 +1,11 @@
-"""Fast arithmetic in 32-bit lanes, for formats and operands for which it is provably exact.
+"""Fast arithmetic, toward zero, in 32-bit lanes, for formats and operands for which it is provably exact.
 
 The processor rounds toward zero and flushes to zero. Operands are scaled by powers of two on packing, so that
 magnitudes lie where that is of use.
 
-* `Float32`, toward zero: the smallest magnitude of products, and of sums, is scaled to float32's smallest normal
+* `Float32`: the smallest magnitude of products, and of sums, is scaled to float32's smallest normal
   number, so that truncation is one AND, and underflow is free; a fused multiply-add by a power of two brings a product
   into the scale of the sums. Rounding toward zero twice is rounding once, so 24 bits on the way do no harm.
-* `Float32`, to the nearest or stochastic: what 24 bits keep of a product or sum is rounded on its bits, with some
-  headroom above where the processor flushes. That is exact where the lost bits cannot matter: see `choose`.
 * `Fixed32`: products are truncated to 32-bit integers, and added as such. A wrapping sum is wrapped once.
 """
 
@@ -15,25 +13,25 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from llvmlite import ir
+
 from fmaq.kernels.arithmetic import Arithmetic
-from fmaq.kernels.ir_blocks import Value
+from fmaq.kernels.ir_blocks import I1, Value
 from fmaq.kernels.lanes import Lanes
 from fmaq.numerics import Accumulator, FixedFormat, FloatFormat, Format
 
 FLOAT32_EMIN = -126
-HEADROOM = 50  # what is this far below the smallest magnitude may be flushed early, a product's 24 lost bits included
 
 
 @dataclass(frozen=True)
 class Float32(Arithmetic):
-    """Float formats in float32 lanes; the checks that operands make needless are left out.
+    """Float formats, toward zero, in float32 lanes; the checks that operands make needless are left out.
 
     Args:
         acc: float formats.
         product_exact: no product needs rounding or flushing, or there is no product format: x·w goes into the sum as it
             is.
         product_masked: some product may have too many bits.
-        product_sticky: some product may have more than 24 bits, and one that is lost may break a tie.
         product_clamped: some product may exceed the largest.
         sum_clamped: some sum in a chunk may exceed the largest.
         by_chunk: whether they may is known better for a tile and a chunk, from bounds taken while packing.
@@ -42,12 +40,12 @@ class Float32(Arithmetic):
     acc: Accumulator
     product_exact: bool
     product_masked: bool
-    product_sticky: bool
     product_clamped: bool
     sum_clamped: bool = True
     by_chunk: bool = False
 
     element_bytes = 4
+    flushes = True
     toward_zero = True
 
     @property
@@ -55,9 +53,8 @@ class Float32(Arithmetic):
         return replace(self, product_clamped=False, sum_clamped=False, by_chunk=False)
 
     def _scale(self, format: Format) -> int:
-        """The exponent that brings the format's smallest magnitude to where it is flushed, or above by the headroom."""
-        smallest = format.emin if self.acc.underflow else FLOAT32_EMIN
-        return FLOAT32_EMIN - smallest + (0 if self.acc.rounding == "toward_zero" else HEADROOM)
+        """The exponent that brings the format's smallest magnitude to where the processor flushes what is below."""
+        return FLOAT32_EMIN - (_float(format).emin if self.acc.underflow else FLOAT32_EMIN)
 
     @property
     def sum_scale(self) -> int:
@@ -73,54 +70,82 @@ class Float32(Arithmetic):
 
     def step(self, v: Lanes, x: Value, w: Value, s: Value, word: Value | None) -> Value:
         if self.product_exact:
-            total = v.fma(x, w, s)
-        else:
-            lift = v.constant(2.0 ** (self.sum_scale - self.product_scale))
-            total = v.fma(self._product(v, x, w, word), lift, s)
-        return self._sum(v, total, self.sum_clamped, word)
+            return self._sum(v, v.fma(x, w, s), self.sum_clamped)
+        lift = v.constant(2.0 ** (self.sum_scale - self.product_scale))
+        return self._sum(v, v.fma(self._product(v, x, w), lift, s), self.sum_clamped)
 
     def merge(self, v: Lanes, t: Value, s: Value, word: Value | None) -> Value:
-        return self._sum(v, v.add(t, s), clamped=True, word=word)
+        return self._sum(v, v.add(t, s), clamped=True)
 
     def finish(self, v: Lanes, total: Value) -> Value:
         return v.mul(total, v.constant(2.0**-self.sum_scale))
 
-    def _product(self, v: Lanes, x: Value, w: Value, word: Value | None) -> Value:
-        format = _float(self.acc.product)
+    def _product(self, v: Lanes, x: Value, w: Value) -> Value:
+        p = self._rounded_product(v, x, w)
+        return _clamp(v, p, self._product_limit) if self.product_clamped else p
+
+    def _rounded_product(self, v: Lanes, x: Value, w: Value) -> Value:
         p = v.mul(x, w)
-        if self.product_sticky:
-            lost = v.fma(x, w, v.b.fneg(p))
-            is_exact = v.b.fcmp_ordered("==", lost, v.constant(0.0))
-            p = v.b.select(is_exact, p, v.from_bits(v.b.or_(v.bits(p), v.bit_constant(1))))
-        r = None if word is None else _aligned(v, v.b.shl(word, v.word(16)), self.acc.random_bits, 23 - format.mantissa)
-        if self.product_masked:
-            p = self._round(v, p, format, r)
-        p = self._flush(v, p, format, self.product_scale)
-        return _clamp(v, p, format.max * 2.0**self.product_scale) if self.product_clamped else p
+        return v.keep_bits(p, 23 - _float(self.acc.product).mantissa) if self.product_masked else p
 
-    def _sum(self, v: Lanes, total: Value, clamped: bool, word: Value | None) -> Value:
-        format = _float(self.acc.format)
-        r = None if word is None else _aligned(v, word, self.acc.random_bits, 23 - format.mantissa)
-        total = self._flush(v, self._round(v, total, format, r), format, self.sum_scale)
-        return _clamp(v, total, format.max * 2.0**self.sum_scale) if clamped else total
+    @property
+    def _product_limit(self) -> float:
+        return _float(self.acc.product).max * 2.0**self.product_scale
 
-    def _round(self, v: Lanes, x: Value, format: FloatFormat, r: Value | None) -> Value:
-        dropped = 23 - format.mantissa
-        if dropped == 0:
-            return x
-        if self.acc.rounding == "nearest_even":
-            bits = v.bits(x)
-            last = v.b.and_(v.b.lshr(bits, v.bit_constant(dropped)), v.bit_constant(1))
-            x = v.from_bits(v.b.add(v.b.add(bits, v.bit_constant(2 ** (dropped - 1) - 1)), last))
-        elif r is not None:
-            x = v.from_bits(v.b.add(v.bits(x), r))
-        return v.keep_bits(x, dropped)
+    @property
+    def _sum_limit(self) -> float:
+        return _float(self.acc.format).max * 2.0**self.sum_scale
 
-    def _flush(self, v: Lanes, x: Value, format: FloatFormat, scale: int) -> Value:
-        if self.acc.rounding == "toward_zero":
-            return x  # the processor did
-        smallest = format.emin if self.acc.underflow else FLOAT32_EMIN
-        return v.zero_below(x, 2.0 ** (smallest + scale))
+    def _sum(self, v: Lanes, total: Value, clamped: bool) -> Value:
+        total = v.keep_bits(total, 23 - _float(self.acc.format).mantissa)
+        return _clamp(v, total, self._sum_limit) if clamped else total
+
+    # Events. A step of the scaled numbers loses nothing that is looked at, if no operand was flushed on packing, and a
+    # product, which is rounded, has no longer mantissa than a sum (`choose`).
+
+    def observed_step(self, v: Lanes, x: Value, w: Value, s: Value, word: Value | None) -> tuple[Value, list[Value]]:
+        zero = v.constant(0.0)
+        p, overflows = self._rounded_product(v, x, w), None
+        if self.product_clamped:
+            overflows = _is_beyond(v, p, self._product_limit)
+            p = _clamp(v, p, self._product_limit)
+        is_term = v.b.and_(v.b.fcmp_unordered("!=", x, zero), v.b.fcmp_unordered("!=", w, zero))
+        lift = 2.0 ** (self.sum_scale - self.product_scale)
+        after, masks = self._observed_sum(v, p, lift, s, self.sum_clamped)
+        return after, [overflows or _nowhere(v), is_term, *masks]
+
+    def observed_merge(self, v: Lanes, t: Value, s: Value, word: Value | None) -> tuple[Value, list[Value]]:
+        after, masks = self._observed_sum(v, s, 1.0, t, clamped=True)
+        return after, [_nowhere(v), _nowhere(v), *masks]
+
+    def _observed_sum(self, v: Lanes, p: Value, lift: float, s: Value, clamped: bool) -> tuple[Value, list[Value]]:
+        """p·lift + s in its register; whether it overflows, p is zero, the sum is, it is s, and it is not exact.
+
+        The sum is exact if it, less p·lift, is s again. Where s is zero, p alone may be flushed, and so may that
+        difference: `events` tells.
+        """
+        b, zero = v.b, v.constant(0.0)
+        rounded = v.keep_bits(v.fma(p, v.constant(lift), s), 23 - _float(self.acc.format).mantissa)
+        after, overflows = rounded, _nowhere(v)
+        if clamped:
+            after, overflows = _clamp(v, rounded, self._sum_limit), _is_beyond(v, rounded, self._sum_limit)
+        return after, [
+            overflows,
+            b.fcmp_ordered("==", p, zero),
+            b.fcmp_ordered("==", after, zero),
+            b.fcmp_ordered("==", after, s),
+            b.fcmp_unordered("!=", v.fma(p, v.constant(-lift), after), s),
+        ]
+
+    def events(self, b: ir.IRBuilder, masks: list[Value]) -> list[Value]:
+        product_overflows, is_term, sum_overflows, p_is_zero, is_zero, is_same, is_inexact = masks
+        product_underflows = b.and_(is_term, p_is_zero)
+        stays_zero = b.and_(b.not_(p_is_zero), is_same)
+        sum_underflows = b.and_(is_zero, b.or_(is_inexact, stays_zero))
+        events = b.or_(b.or_(p_is_zero, sum_underflows), b.or_(product_overflows, sum_overflows))
+        full = b.and_(b.not_(events), is_same)
+        partial = b.and_(b.not_(b.or_(events, is_same)), is_inexact)
+        return [product_overflows, product_underflows, sum_overflows, sum_underflows, full, partial]
 
 
 def _float(format: Format | None) -> FloatFormat:
@@ -128,14 +153,16 @@ def _float(format: Format | None) -> FloatFormat:
     return format
 
 
+def _nowhere(v: Lanes) -> Value:
+    return ir.Constant(v.mask, [ir.Constant(I1, 0)] * v.count)
+
+
+def _is_beyond(v: Lanes, x: Value, limit: float) -> Value:
+    return v.b.fcmp_ordered(">", v.magnitude(x), v.constant(limit))
+
+
 def _clamp(v: Lanes, x: Value, limit: float) -> Value:
     return v.clamp(x, -limit, limit)
-
-
-def _aligned(v: Lanes, word: Value, random_bits: int, dropped: int) -> Value:
-    """The highest bits of a word as an integer just below the last bit that is kept."""
-    drawn = v.b.lshr(word, v.word(32 - dropped))
-    return v.b.and_(drawn, v.word(-1 << (dropped - random_bits)))
 
 
 @dataclass(frozen=True)
@@ -157,6 +184,7 @@ class Fixed32(Arithmetic):
     by_chunk: bool = False
 
     element_bytes = 4
+    flushes = True
     toward_zero = True
 
     @property

@@ -26,6 +26,7 @@ class General64(Arithmetic):
     acc: Accumulator
 
     element_bytes = 8
+    flushes = False
     toward_zero = False
 
     def step(self, v: Lanes, x: Value, w: Value, s: Value, word: Value | None) -> Value:

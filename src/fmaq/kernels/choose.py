@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 from fmaq.kernels.arithmetic import Arithmetic
 from fmaq.kernels.arithmetic32 import FLOAT32_EMIN, Fixed32, Float32
 from fmaq.kernels.arithmetic64 import General64
 from fmaq.kernels.ranges import Range
+from fmaq.kernels.rounded32 import Rounded32
 from fmaq.kernels.targets import Target
 from fmaq.numerics import Accumulator, FixedFormat, FloatFormat
 
+Fast = Float32 | Rounded32 | Fixed32
+
 NORM_SLACK = 2.0**-80  # above what squares lose that are too small for float32, times norms of at most 2^40
+
+LONGEST_OBSERVED = 20  # bits of mantissa, so that a sum's last one is far above float32's
 
 MOST_TERMS = 2**14  # whose squares float32 adds up with a relative error below 2^−9
 
@@ -37,15 +43,20 @@ class Choice:
     product_limit: float = 0.0
 
 
-def choose(acc: Accumulator, target: Target, a: Range, b: Range, depth: int, use_bounds: bool) -> Choice:
+def choose(
+    acc: Accumulator, target: Target, a: Range, b: Range, depth: int, use_bounds: bool, is_counting: bool = False
+) -> Choice:
     """The arithmetic for operands of these ranges, neither all zero, and sums of `depth` products.
 
     Args:
         use_bounds: bounds of tiles and chunks pay for themselves (many rows and columns share them).
+        is_counting: it is to see events.
     """
     if acc.seed:
         acc = replace(acc, seed=0)  # a kernel is told its seed at run time, and serves them all
     found = _fixed32(acc, a, b, depth) if isinstance(acc.format, FixedFormat) else _float32(acc, target, a, b, depth)
+    if found is not None and is_counting:
+        found = _counting(found, a, b)
     if found is None:
         return Choice(General64(acc))
     arithmetic, scales, terms = found
@@ -54,7 +65,22 @@ def choose(acc: Accumulator, target: Target, a: Range, b: Range, depth: int, use
     return _bounded(arithmetic, scales, a, b, terms)
 
 
-def _bounded(arithmetic: Float32 | Fixed32, scales: tuple[int, int], a: Range, b: Range, terms: int) -> Choice:
+def _counting(found: Found, a: Range, b: Range) -> Found | None:
+    """The same where `Float32` sees every event: see there."""
+    arithmetic, _, terms = found
+    product, format = arithmetic.acc.product, arithmetic.acc.format
+    if not isinstance(arithmetic, Float32) or not isinstance(product, FloatFormat):
+        return None
+    arithmetic = replace(arithmetic, product_exact=False)
+    scales = _flushing_scales(arithmetic.product_scale, a, b)
+    is_short = product.mantissa <= format.mantissa <= LONGEST_OBSERVED  # type: ignore[union-attr]
+    if scales is None or not is_short or not _constants_fit(arithmetic):
+        return None
+    is_flushed = min(a.below + scales[0], b.below + scales[1]) < FLOAT32_EMIN
+    return None if is_flushed else (arithmetic, scales, terms)
+
+
+def _bounded(arithmetic: Fast, scales: tuple[int, int], a: Range, b: Range, terms: int) -> Choice:
     """The choice that decides on saturation by tile and chunk, if float32 holds its limits."""
     acc = arithmetic.acc
     units = (-a.above - scales[0], -b.above - scales[1])
@@ -80,44 +106,44 @@ def _terms(acc: Accumulator, depth: int) -> int:
     return depth if acc.chunk is None else min(depth, acc.chunk)
 
 
-Found = tuple[Float32 | Fixed32, tuple[int, int], int]
+Found = tuple[Fast, tuple[int, int], int]
 
 
 def _float32(acc: Accumulator, target: Target, a: Range, b: Range, depth: int) -> Found | None:
-    """`Float32` with the checks that the operands' ranges leave, and the scales, where it can serve."""
+    """`Float32` or `Rounded32` with the checks that the operands' ranges leave, and the scales, where one can serve."""
     formats = [f for f in (acc.format, acc.product) if f is not None]
     if not target.fused or not all(isinstance(f, FloatFormat) for f in formats):
         return None
     terms = _terms(acc, depth)
     growth = _growth(acc, terms)
     largest = a.largest * b.largest * growth
-    bits = a.significant + b.significant
     is_exact, is_masked, is_clamped = True, False, False
     if isinstance(acc.product, FloatFormat):
         tiny = acc.product.tiny if acc.underflow else 2.0**FLOAT32_EMIN
-        is_masked = bits > acc.product.mantissa + 1
+        is_masked = a.significant + b.significant > acc.product.mantissa + 1
         is_clamped = largest > acc.product.max
         is_exact = not is_masked and not is_clamped and a.smallest * b.smallest >= tiny
         largest = min(largest, acc.product.max)
-    is_sticky = is_masked and acc.rounding == "nearest_even" and bits > 24
     is_summed_up = largest * terms * growth > acc.format.max
-    arithmetic = Float32(acc, is_exact, is_masked, is_sticky, is_clamped, is_summed_up or is_clamped)
-    if not _rounds_exactly(arithmetic) or not _constants_fit(arithmetic):
+    kind = Float32 if acc.rounding == "toward_zero" else Rounded32
+    arithmetic = kind(acc, is_exact, is_masked, is_clamped, is_summed_up or is_clamped)
+    if not _rounds_exactly(acc) or not _constants_fit(arithmetic):
         return None
-    scales = (_exact_scales if is_exact else _flushing_scales)(arithmetic.product_scale, a, b)
+    if isinstance(arithmetic, Rounded32) and not _has_headroom(arithmetic, a, b, largest):
+        return None
+    scales = _scales(arithmetic, a, b)
     return None if scales is None else (arithmetic, scales, terms)
 
 
-def _rounds_exactly(arithmetic: Float32) -> bool:
+def _rounds_exactly(acc: Accumulator) -> bool:
     """What float32 loses on the way cannot change a rounding.
 
     Toward zero, nothing can. Stochastic rounding looks at the `random_bits` behind the last that is kept. To the
-    nearest, lost bits matter only where those kept look like a tie. A sum loses bits only if its terms lie more than 23
-    places apart, and then the bit behind the last that is kept would have to be the smaller term's (too far away, if
-    the mantissas have at most 20 bits together) or the larger one's (which is a product only if it has more bits than
-    the sum). With no mantissa, the bit that decides a tie is the hidden one.
+    nearest, a product is rounded once; a sum that float32 rounds first is rounded twice, which differs from once only
+    next to a tie of the format. A sum loses bits only if its terms lie more than 23 places apart, and then it lies next
+    to the larger one, which is no tie: a sum has no more bits than the format, nor has a product, if its mantissa is no
+    longer. With no mantissa, the bit that decides a tie is the hidden one.
     """
-    acc = arithmetic.acc
     m = acc.format.mantissa  # type: ignore[union-attr]
     p = acc.product.mantissa if isinstance(acc.product, FloatFormat) else None
     if acc.rounding == "toward_zero":
@@ -127,7 +153,7 @@ def _rounds_exactly(arithmetic: Float32) -> bool:
     return p is not None and 1 <= p <= m <= 10
 
 
-def _constants_fit(arithmetic: Float32) -> bool:
+def _constants_fit(arithmetic: Float32 | Rounded32) -> bool:
     """The powers of two that a step and the result are multiplied with, and the largest sum, are normal float32."""
     lift = arithmetic.sum_scale - arithmetic.product_scale
     is_normal = abs(lift) <= 126 and abs(arithmetic.sum_scale) <= 126
@@ -158,6 +184,32 @@ def _fixed32(acc: Accumulator, a: Range, b: Range, depth: int) -> Found | None:
     may_saturate = format.overflow == "saturate" and largest * terms > format.max
     is_clamped = is_limited and product is not None and product.overflow == "saturate"
     return Fixed32(acc, is_limited, may_saturate or is_clamped), scales, terms
+
+
+def _has_headroom(arithmetic: Rounded32, a: Range, b: Range, largest: float) -> bool:
+    """Products, sums with a product of up to `largest`, and what they are rounded with, are finite."""
+    product = a.above + b.above + arithmetic.product_scale
+    total = math.frexp(max(largest, arithmetic.acc.format.max))[1] + 1 + arithmetic.sum_scale
+    return max(product, total) + arithmetic.headroom <= 126
+
+
+def _scales(arithmetic: Float32 | Rounded32, a: Range, b: Range) -> tuple[int, int] | None:
+    """Exponents that A and B are multiplied with, which add up to the product's; None if float32 cannot hold them."""
+    total = arithmetic.product_scale
+    if arithmetic.product_exact:
+        return _exact_scales(total, a, b)
+    return (_balanced_scales if isinstance(arithmetic, Rounded32) else _flushing_scales)(total, a, b)
+
+
+def _balanced_scales(total: int, a: Range, b: Range) -> tuple[int, int] | None:
+    """Exponents that add up to `total` and bring both operands' largest magnitudes to about the same.
+
+    An operand that is flushed on the way has products far below 2, which are flushed too, if the others are no larger
+    than 2^64.
+    """
+    top = total + a.above + b.above
+    a_exponent = top // 2 - a.above
+    return _normal(a_exponent, total - a_exponent) if -200 <= top <= 126 else None
 
 
 def _flushing_scales(total: int, a: Range, b: Range) -> tuple[int, int] | None:

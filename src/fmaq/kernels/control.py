@@ -7,12 +7,14 @@ from llvmlite import ir
 from fmaq.kernels.ir_blocks import I32, I64, POINTER
 from fmaq.kernels.targets import Target
 
-# x86 MXCSR: exceptions masked; then rounding toward zero, flush results to zero, take subnormal operands as zero.
+# x86 MXCSR: exceptions masked; rounding toward zero; flush results to zero and take subnormal operands as zero.
 MXCSR_DEFAULT = 0x1F80
-MXCSR_TOWARD_ZERO = MXCSR_DEFAULT | 0x6000 | 0x8000 | 0x0040
+MXCSR_TOWARD_ZERO = 0x6000
+MXCSR_FLUSH = 0x8000 | 0x0040
 # AArch64 FPCR: rounding mode 3 is toward zero; FZ flushes operands and results.
 FPCR_DEFAULT = 0
-FPCR_TOWARD_ZERO = (3 << 22) | (1 << 24)
+FPCR_TOWARD_ZERO = 3 << 22
+FPCR_FLUSH = 1 << 24
 
 
 class FloatControl:
@@ -28,13 +30,15 @@ class FloatControl:
         else:
             self.callers = builder.call(self._intrinsic("llvm.aarch64.get.fpcr", I64, []), [])
 
-    def set(self, toward_zero: bool) -> None:
-        """To the nearest without flushing, or toward zero with flushing."""
+    def set(self, toward_zero: bool = False, flushes: bool = False) -> None:
+        """Round to the nearest or toward zero, and flush subnormal numbers or not."""
         if self.is_x86:
-            self.b.store(ir.Constant(I32, MXCSR_TOWARD_ZERO if toward_zero else MXCSR_DEFAULT), self.slot)
+            bits = MXCSR_DEFAULT | (MXCSR_TOWARD_ZERO if toward_zero else 0) | (MXCSR_FLUSH if flushes else 0)
+            self.b.store(ir.Constant(I32, bits), self.slot)
             self._load(self.slot)
         else:
-            self._set_fpcr(ir.Constant(I64, FPCR_TOWARD_ZERO if toward_zero else FPCR_DEFAULT))
+            bits = FPCR_DEFAULT | (FPCR_TOWARD_ZERO if toward_zero else 0) | (FPCR_FLUSH if flushes else 0)
+            self._set_fpcr(ir.Constant(I64, bits))
 
     def restore(self) -> None:
         """To what the caller had."""

@@ -245,7 +245,7 @@ class Gemm:
         pack_rows, pack_columns = (_function_at(b, parameters[name]) for name in ("pack_rows", "pack_columns"))
         height = i64(self.tile.rows)
         control = FloatControl(b, self.target)
-        control.set(toward_zero=False)
+        control.set()
 
         def one_task(t: Value, previous: list[Value]) -> list[Value]:
             group = b.sdiv(t, panels)
@@ -257,7 +257,7 @@ class Gemm:
             b.call(pack_columns, [array, panel, column_bounds, table, batch, column])
             c = element(b, parameters.pointer("c"), b.mul(batch, parameters["c_batch"]), F32)
             left = _smaller(b, b.sub(rows, row), block_rows)
-            control.set(self.arithmetic.toward_zero)
+            control.set(self.arithmetic.toward_zero, self.arithmetic.flushes)
 
             def one_tile(i: Value) -> None:
                 at = b.mul(i, height)
@@ -270,7 +270,7 @@ class Gemm:
                 b.call(store, [buffer, target, table, c_row, _smaller(b, b.sub(left, at), height)])
 
             repeat(b, b.sdiv(b.add(left, i64(self.tile.rows - 1)), height), one_tile)
-            control.set(toward_zero=False)
+            control.set()
             return [group]
 
         for_range(b, first, last, [i64(-1)], one_task)

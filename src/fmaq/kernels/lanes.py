@@ -139,6 +139,8 @@ class Lanes:
 
     def keep_bits(self, x: Value, dropped: int) -> Value:
         """x without its lowest bits."""
+        if dropped == 0:
+            return x
         mask = self.bit_constant(-1 << dropped)
         if self.target.name == "avx2":
             mask = self._from_memory(f"mask{dropped}", mask)

@@ -9,21 +9,20 @@ import ctypes
 import functools
 import math
 import struct
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fmaq.kernels.arithmetic import Arithmetic
-from fmaq.kernels.arithmetic64 import General64
 from fmaq.kernels.choose import Choice, choose
 from fmaq.kernels.compile import Compiled, compile_module
 from fmaq.kernels.events import CountingGemm
 from fmaq.kernels.gemm import COUNTERS, Gemm
 from fmaq.kernels.packing import Packing
 from fmaq.kernels.parameters import FIELD, FIELDS, SPATIAL, Tile
-from fmaq.kernels.ranges import measure
+from fmaq.kernels.ranges import Range, measure
 from fmaq.kernels.targets import Target, current_target
 from fmaq.kernels.threads import run_tasks, scratch
 from fmaq.numerics import Accumulator, random
@@ -79,28 +78,38 @@ class Problem:
 
     def run(self, acc: Accumulator) -> bool:
         """Fill `c`; False, and `c` is left as it is, if an operand is not finite."""
-        target = current_target()
         if self.c.numel() == 0:
             return True
         if self.depth == 0:
             self.c.zero_()
             return True
+        target = current_target()
         a, b = measure(self.a, target), measure(self.b, target)
         if not (a.is_finite and b.is_finite):
             return False
         if a.largest == 0 or b.largest == 0:
             self.c.zero_()
             return True
-        choice = choose(acc, target, a, b, self.depth, use_bounds=min(self.rows, self.columns) >= SHARED)
+        choice = self._choose(acc, target, a, b)
         self._launch(self._kernel(choice, acc, target, is_counting=False), choice, acc)
         return True
 
     def count(self, acc: Accumulator) -> list[int]:
         """Fill `c`, of finite operands, and count `gemm.COUNTERS` events."""
+        nothing = [0] * COUNTERS
         if self.c.numel() == 0 or self.depth == 0:
-            return [0] * COUNTERS
-        choice = Choice(General64(replace(acc, seed=0)))
-        return self._launch(self._kernel(choice, acc, current_target(), is_counting=True), choice, acc)
+            return nothing
+        target = current_target()
+        a, b = measure(self.a, target), measure(self.b, target)
+        if a.largest == 0 or b.largest == 0:
+            self.c.zero_()
+            return nothing
+        choice = self._choose(acc, target, a, b, is_counting=True)
+        return self._launch(self._kernel(choice, acc, target, is_counting=True), choice, acc)
+
+    def _choose(self, acc: Accumulator, target: Target, a: Range, b: Range, is_counting: bool = False) -> Choice:
+        use_bounds = min(self.rows, self.columns) >= SHARED
+        return choose(acc, target, a, b, self.depth, use_bounds, is_counting)
 
     def _kernel(self, choice: Choice, acc: Accumulator, target: Target, is_counting: bool) -> Kernel:
         rows, vectors = target.tile
