@@ -4,8 +4,9 @@
 
 A column is an output position and k runs over (channel, kernel depth, row, column), so that B is read straight from
 the image and no im2col matrix exists; a matrix product is the convolution whose kernel is 1×1 and whose image is one
-line. A *task* is a panel of columns of a block of rows of a batch: it packs its panel of B (and, when the block
-changes, of A), then computes tile after tile in registers. Tasks are independent, which is all that threads need.
+line. A *task* is a panel of columns of a block of rows of a batch: it packs its panel of B (unless that was kept from
+an earlier call: see `panels`) and, when the block changes, of A, then computes tile after tile in registers. Tasks are
+independent, which is all that threads need.
 """
 
 from __future__ import annotations
@@ -242,7 +243,12 @@ class Gemm:
         counters, table, buffer, words, column_bounds, panel, row_bounds, block = (
             element(b, scratch, parameters[f"at_{part}"], I8) for part in parts
         )
-        pack_rows, pack_columns = (_function_at(b, parameters[name]) for name in ("pack_rows", "pack_columns"))
+        pack_rows, pack_columns, locate_columns = (
+            _function_at(b, parameters[name]) for name in ("pack_rows", "pack_columns", "locate_columns")
+        )
+        kept, panel_bytes, is_packed = parameters["kept_panels"], parameters["panel_bytes"], parameters["is_packed"]
+        is_kept = b.icmp_signed("!=", kept, i64(0))
+        own = [panel, column_bounds]
         height = i64(self.tile.rows)
         control = FloatControl(b, self.target)
         control.set()
@@ -254,7 +260,15 @@ class Gemm:
             column = b.mul(b.srem(t, panels), i64(self.width))
             with b.if_then(b.icmp_signed("!=", group, previous[0])):
                 b.call(pack_rows, [array, block, row_bounds, table, batch, row])
-            b.call(pack_columns, [array, panel, column_bounds, table, batch, column])
+            index = b.add(b.mul(batch, panels), b.srem(t, panels))
+            place = b.inttoptr(b.add(kept, b.mul(index, panel_bytes)), POINTER)
+            behind = element(b, place, b.mul(depth, i64(self.width)), F32)
+            panel, column_bounds = (b.select(is_kept, *pair) for pair in zip((place, behind), own, strict=True))
+            with b.if_else(b.icmp_signed("!=", is_packed, i64(0))) as (then, otherwise):
+                with then:
+                    b.call(locate_columns, [array, panel, column_bounds, table, batch, column])
+                with otherwise:
+                    b.call(pack_columns, [array, panel, column_bounds, table, batch, column])
             c = element(b, parameters.pointer("c"), b.mul(batch, parameters["c_batch"]), F32)
             left = _smaller(b, b.sub(rows, row), block_rows)
             control.set(self.arithmetic.toward_zero, self.arithmetic.flushes)
@@ -277,6 +291,11 @@ class Gemm:
         control.restore()
         b.ret_void()
 
+    def panel_bytes(self, depth: int) -> int:
+        """The size of a kept panel of B, with its bounds."""
+        chunks = 1 if self.chunk is None else -(-depth // self.chunk)
+        return _up_to_a_line(FLOAT32_BYTES * (depth * self.width + 2 * chunks))
+
     def scratch_layout(self, depth: int, block_rows: int) -> tuple[dict[str, int], int]:
         """Offsets of the parts of a thread's scratch memory, as parameters, and its size in bytes.
 
@@ -297,8 +316,12 @@ class Gemm:
         offsets, end = {}, 0
         for name, size in sizes.items():
             offsets[name] = end
-            end += -(-size // CACHE_LINE) * CACHE_LINE
+            end += _up_to_a_line(size)
         return offsets, end
+
+
+def _up_to_a_line(size: int) -> int:
+    return -(-size // CACHE_LINE) * CACHE_LINE
 
 
 def _function_at(b: ir.IRBuilder, address: Value) -> Value:

@@ -37,7 +37,7 @@ PACKING_TYPE = ir.FunctionType(ir.VoidType(), [POINTER] * 4 + [I64, I64])
 
 
 class Packing:
-    """Generates `pack_rows` and `pack_columns`, which know no format and so serve many kernels.
+    """Generates `pack_rows`, `pack_columns` and `locate_columns`, which know no format and so serve many kernels.
 
     Args:
         height: rows of a panel.
@@ -64,6 +64,7 @@ class Packing:
         """The module."""
         self._rows()
         self._columns()
+        self._locations()
         return self.module
 
     # --- Rows of A ---------------------------------------------------------------------------------------------------
@@ -179,9 +180,7 @@ class Packing:
         function, v, parameters = self._start("pack_columns")
         b = v.b
         _, packed, bounds, table, batch, first = function.args
-        starts = element(b, table, i64(self.width), I64)  # offset of each column's first element in B
-        corners = element(b, starts, i64(self.width), I64)  # its coordinates in the image, int32: [dimension][width]
-        self._locate_columns(b, parameters, table, starts, corners, first)
+        starts, corners = self._locate_columns(b, parameters, table, first)
 
         image = element(b, parameters.pointer("b"), b.mul(batch, parameters["b_batch"]), F32)
         scale = v.splat(parameters.number("b_scale"))
@@ -238,10 +237,23 @@ class Packing:
         for_range(b, i64(0), end, [], one_block, step=v.count)
         return end
 
+    def _locations(self) -> None:
+        """`locate_columns(parameters, unused, unused, table, unused, first column)`: the table of `pack_columns`."""
+        function, v, parameters = self._start("locate_columns")
+        *_, table, _, first = function.args
+        self._locate_columns(v.b, parameters, table, first)
+        v.b.ret_void()
+
     def _locate_columns(
-        self, b: ir.IRBuilder, parameters: Parameters, table: Value, starts: Value, corners: Value, first: Value
-    ) -> None:
-        """Column after column, counting up (image, position) without a division each."""
+        self, b: ir.IRBuilder, parameters: Parameters, table: Value, first: Value
+    ) -> tuple[Value, Value]:
+        """Column after column, counting up (image, position) without a division each.
+
+        Returns the arrays behind the table: the offset of each column's first element in B, and its coordinates in the
+        image, int32 [dimension][width].
+        """
+        starts = element(b, table, i64(self.width), I64)
+        corners = element(b, starts, i64(self.width), I64)
         out, strides = parameters.spatial("out"), parameters.spatial("b")
         steps, before = parameters.spatial("stride"), parameters.spatial("before")
         columns, b_image = parameters["columns"], parameters["b_image"]
@@ -270,6 +282,7 @@ class Packing:
             return _count_up(b, image, position, out)
 
         for_range(b, i64(0), i64(self.width), counters, one)
+        return starts, corners
 
     def _locate_vector(
         self, v: Lanes, table: Value, starts: Value, corners: Value, i: int

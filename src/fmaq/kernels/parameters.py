@@ -10,7 +10,7 @@ from fmaq.kernels.ir_blocks import F32, I32, I64, POINTER, Value, i64, load
 
 FIELDS = (
     # Addresses of the packing functions, and of float32.
-    *("pack_rows", "pack_columns"),
+    *("pack_rows", "pack_columns", "locate_columns"),
     *("a", "b", "c"),
     # Sizes of the product; `panels` counts the panels of columns, `row_blocks` the blocks of `block_rows` rows.
     *("rows", "columns", "depth", "panels", "block_rows", "row_blocks"),
@@ -28,6 +28,9 @@ FIELDS = (
     *("norm_limit", "product_limit"),
     # Positions for stochastic rounding: m counts rows, or columns if `lanes_are_m`; a batch adds `m_batch`, `n_batch`.
     *("key", "lanes_are_m", "m_batch", "n_batch"),
+    # Where panels of B are kept from call to call (0: nowhere), the bytes of each, its bounds included, and 1 if all of
+    # them are packed already.
+    *("kept_panels", "panel_bytes", "is_packed"),
     # Chunks in the sum, and offsets in bytes of the parts of a thread's scratch memory.
     *(
         "chunks",

@@ -21,6 +21,7 @@ from fmaq.kernels.compile import Compiled, compile_module
 from fmaq.kernels.events import CountingGemm
 from fmaq.kernels.gemm import COUNTERS, Gemm
 from fmaq.kernels.packing import Packing
+from fmaq.kernels.panels import Panels, kept
 from fmaq.kernels.parameters import FIELD, FIELDS, SPATIAL, Tile
 from fmaq.kernels.ranges import Range, measure
 from fmaq.kernels.targets import Target, current_target
@@ -29,10 +30,13 @@ from fmaq.numerics import Accumulator, random
 
 BLOCK_BYTES = 4 << 20  # of A that a thread packs at a time
 SHARED = 16  # rows and columns from which on bounds pay
+PACKING = ("pack_rows", "pack_columns", "locate_columns")
 PARAMETERS = ctypes.c_int64 * len(FIELDS)
 _OF_ONE_POINT = {f"{name}_{d}" for name in ("size", "kernel", "stride", "dilation", "out") for d in SPATIAL}
 USUAL = [int(name in _OF_ONE_POINT) for name in FIELDS]  # a kernel and an image of one point
 SMALL = 1 << 16  # multiply-adds that are not worth a second thread
+FEW_ROWS = 64  # that share a panel: up to so many, keeping panels pays
+LARGE = 1 << 14  # elements of an operand that is worth keeping
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,7 @@ def kernel(arithmetic: Arithmetic, chunk: int | None, target: Target, tile: Tile
     packing = _packing(target, tile.rows, gemm.width, arithmetic.by_chunk, chunk if arithmetic.by_chunk else None)
     code = compile_module(gemm.build(), target)
     run = code.function("run", ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p)
-    return Kernel(gemm, run, {name: packing.address(name) for name in ("pack_rows", "pack_columns")}, (code, packing))
+    return Kernel(gemm, run, {name: packing.address(name) for name in PACKING}, (code, packing))
 
 
 @functools.cache
@@ -75,6 +79,7 @@ class Problem:
     columns: int
     depth: int
     fields: dict[str, int] = field(default_factory=dict)
+    is_matrix: bool = False
 
     def run(self, acc: Accumulator) -> bool:
         """Fill `c`; False, and `c` is left as it is, if an operand is not finite."""
@@ -84,14 +89,18 @@ class Problem:
             self.c.zero_()
             return True
         target = current_target()
-        a, b = measure(self.a, target), measure(self.b, target)
+        a, b = measure(self.a, target), measure(self.b, target, self._is_kept)
         if not (a.is_finite and b.is_finite):
             return False
         if a.largest == 0 or b.largest == 0:
             self.c.zero_()
             return True
         choice = self._choose(acc, target, a, b)
-        self._launch(self._kernel(choice, acc, target, is_counting=False), choice, acc)
+        kernel = self._kernel(choice, acc, target, is_counting=False)
+        panels = self._panels(kernel.gemm, choice, b.fingerprint) if self._is_kept else None
+        self._launch(kernel, choice, acc, panels)
+        if panels is not None:
+            panels.is_packed = True
         return True
 
     def count(self, acc: Accumulator) -> list[int]:
@@ -107,16 +116,31 @@ class Problem:
         choice = self._choose(acc, target, a, b, is_counting=True)
         return self._launch(self._kernel(choice, acc, target, is_counting=True), choice, acc)
 
+    @property
+    def _is_kept(self) -> bool:
+        """Panels of B are worth keeping: they take longer to pack than to use, and B may be a weight."""
+        return self.is_matrix and self.rows <= FEW_ROWS and self.b.numel() >= LARGE
+
+    def _panels(self, gemm: Gemm, choice: Choice, fingerprint: bytes) -> Panels | None:
+        """Kept panels of B, as this kernel reads them."""
+        size = self.batches * -(-self.columns // gemm.width) * gemm.panel_bytes(self.depth)
+        how = (gemm.target.name, gemm.width, choice.arithmetic.by_chunk and (gemm.chunk or 0))
+        key = (fingerprint, self.b.shape, self.b.stride(), self.columns, choice.b_exponent, choice.b_unit, how)
+        return kept.find(key, size)
+
     def _choose(self, acc: Accumulator, target: Target, a: Range, b: Range, is_counting: bool = False) -> Choice:
         use_bounds = min(self.rows, self.columns) >= SHARED
         return choose(acc, target, a, b, self.depth, use_bounds, is_counting)
 
     def _kernel(self, choice: Choice, acc: Accumulator, target: Target, is_counting: bool) -> Kernel:
         rows, vectors = target.tile
-        tile = Tile(min(rows, self.rows), vectors)
-        return kernel(choice.arithmetic, acc.chunk, target, tile, is_counting)
+        height = min(rows, self.rows)
+        lanes = target.lanes(choice.arithmetic.element_bytes)
+        while height * vectors * 2 <= rows * target.tile[1] and vectors * lanes * 2 <= self.columns:
+            vectors *= 2  # few rows leave registers to more columns
+        return kernel(choice.arithmetic, acc.chunk, target, Tile(height, vectors), is_counting)
 
-    def _launch(self, kernel: Kernel, choice: Choice, acc: Accumulator) -> list[int]:
+    def _launch(self, kernel: Kernel, choice: Choice, acc: Accumulator, own: Panels | None = None) -> list[int]:
         """Run all tasks; returns the sums of the threads' counters."""
         gemm = kernel.gemm
         panels = -(-self.columns // gemm.width)
@@ -132,6 +156,9 @@ class Problem:
         offsets, size = gemm.scratch_layout(self.depth, block_rows)
         chunks = 1 if acc.chunk is None else -(-self.depth // acc.chunk)
         sizes = {"panels": panels, "block_rows": block_rows, "row_blocks": blocks, "chunks": chunks}
+        if own is not None:
+            sizes |= {"kept_panels": own.address, "is_packed": int(own.is_packed)}
+            sizes |= {"panel_bytes": gemm.panel_bytes(self.depth)}
         for name, value in (sizes | offsets | kernel.packing).items():
             parameters[FIELD[name]] = value
 
@@ -203,7 +230,7 @@ def _matrix_problem(a: Tensor, b: Tensor) -> Problem:
         **{"channels": depth, "size_2": columns, "out_2": columns},
         **{"lanes_are_m": int(swap), "m_batch": m},
     }
-    return Problem(a, b, c, batches, rows, columns, depth, fields)
+    return Problem(a, b, c, batches, rows, columns, depth, fields, is_matrix=True)
 
 
 def _finite_part(x: Tensor) -> Tensor:
