@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 import fmaq
 from fmaq.kernels import available_targets, matmul, use_target
 from fmaq.kernels.products import count_events
-from fmaq.numerics import Accumulator, reference
+from fmaq.numerics import Accumulator, FixedFormat, reference
 from strategies import (
     Machine,
     Operands,
@@ -17,6 +17,7 @@ from strategies import (
     accumulators,
     depths,
     examples,
+    fresh_accumulators,
     machines,
     operands,
     pooled,
@@ -70,6 +71,29 @@ def test_stochastic_rounding_is_the_same_however_computed(data, acc, layout):
         for threads, block_bytes in ((1, None), (2, 1)):
             with Machine(target, threads, block_bytes, False).applied():
                 np.testing.assert_array_equal(matmul(a, b, acc).numpy(), wanted, err_msg=str(acc))
+
+
+fixed = st.builds(
+    FixedFormat,
+    width=st.integers(2, 32),
+    fraction=st.integers(0, 4),
+    overflow=st.sampled_from(["saturate", "wrap"]),
+)
+whole = fresh_accumulators(
+    fixed, st.one_of(st.none(), st.none(), fixed), st.sampled_from(["toward_zero", "nearest_even", "stochastic"])
+)
+
+
+@examples(60)
+@given(acc=whole, machine=machines, largest=st.sampled_from([1, 7, 127, 2000]), seed=st.integers(0, 2**32 - 1))
+def test_whole_numbers_into_fixed_point(acc, machine, largest, seed):
+    """Integer operands, whose products need no rounding: sums that saturate, wrap, or do neither, by tile and chunk."""
+    rng = np.random.default_rng(seed)
+    a, b = (
+        torch.from_numpy(rng.integers(-largest, largest + 1, s).astype(np.float32)) for s in ((1, 19, 37), (1, 37, 35))
+    )
+    assert_equal(a, b, acc, machine)
+    assert_equal(a * (torch.arange(37) < 16), b.abs(), acc, machine)
 
 
 @examples(40)

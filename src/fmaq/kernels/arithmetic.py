@@ -46,9 +46,13 @@ class Arithmetic(ABC):
         """The same without saturation in a chunk."""
         return self
 
+    def zero(self, v: Lanes) -> Value:
+        """An empty sum."""
+        return v.constant(0.0)
+
     @abstractmethod
     def step(self, v: Lanes, x: Value, w: Value, s: Value, word: Value | None) -> Value:
-        """FMAq(x, w, s), sums held as the arithmetic likes, a zero as zero bits."""
+        """FMAq(x, w, s), sums held as the arithmetic likes, an empty one as `zero`."""
 
     @abstractmethod
     def merge(self, v: Lanes, t: Value, s: Value, word: Value | None) -> Value:

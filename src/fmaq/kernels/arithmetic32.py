@@ -199,7 +199,7 @@ class Fixed32(Arithmetic):
             p = v.clamp(p, -half, half - 1)
         whole = v.b.fptosi(p, v.bit_vector)
         if isinstance(product, FixedFormat) and self.product_limited and product.overflow == "wrap":
-            whole = _wrapped(v, whole, product.width)
+            whole = wrapped(v, whole, product.width)
         return self._add(v, s, whole, self.sum_clamped and _fixed(self.acc.format).overflow == "saturate")
 
     def merge(self, v: Lanes, t: Value, s: Value, word: Value | None) -> Value:
@@ -209,8 +209,8 @@ class Fixed32(Arithmetic):
         format = _fixed(self.acc.format)
         whole = v.bits(total)
         if format.overflow == "wrap":
-            whole = _wrapped(v, whole, format.width)
-        return v.mul(v.b.sitofp(whole, v.vector), v.constant(format.tiny))
+            whole = wrapped(v, whole, format.width)
+        return v.mul(to_nearest(v, whole, format.width), v.constant(format.tiny))
 
     def _add(self, v: Lanes, s: Value, p: Value, clamped: bool) -> Value:
         total = v.b.add(v.bits(s), p)
@@ -227,7 +227,25 @@ def _fixed(format: Format) -> FixedFormat:
     return format
 
 
-def _wrapped(v: Lanes, whole: Value, width: int) -> Value:
+def wrapped(v: Lanes, whole: Value, width: int) -> Value:
     """The low `width` bits, sign-extended."""
     unused = v.bit_constant(32 - width)
     return v.b.ashr(v.b.shl(whole, unused), unused)
+
+
+def to_nearest(v: Lanes, whole: Value, width: int) -> Value:
+    """Integers of `width` bits as the nearest float32, ties to even, while the processor rounds toward zero."""
+    b, zero, one = v.b, v.bit_constant(0), v.bit_constant(1)
+    if width <= 25:  # float32 holds them
+        return b.sitofp(whole, v.vector)
+    sign = b.ashr(whole, v.bit_constant(31))
+    magnitude = b.sub(b.xor(whole, sign), sign)  # unsigned
+    leading_zeros = v.declare(f"llvm.ctlz.v{v.count}i32", v.bit_vector, [v.bit_vector, I1])
+    excess = b.sub(v.bit_constant(8), b.call(leading_zeros, [magnitude, ir.Constant(I1, 0)]))
+    is_long = b.icmp_signed(">", excess, zero)
+    dropped = b.select(is_long, excess, zero)
+    unit = b.shl(one, dropped)
+    last = b.and_(b.lshr(magnitude, dropped), one)
+    half = b.add(b.sub(b.lshr(unit, one), one), last)
+    rounded = b.and_(b.add(magnitude, b.select(is_long, half, zero)), b.sub(zero, unit))
+    return v.copy_sign(b.uitofp(rounded, v.vector), b.sitofp(whole, v.vector))

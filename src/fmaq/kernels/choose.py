@@ -11,9 +11,10 @@ from fmaq.kernels.arithmetic64 import General64
 from fmaq.kernels.ranges import Range
 from fmaq.kernels.rounded32 import Rounded32
 from fmaq.kernels.targets import Target
+from fmaq.kernels.whole32 import Whole32
 from fmaq.numerics import Accumulator, FixedFormat, FloatFormat
 
-Fast = Float32 | Rounded32 | Fixed32
+Fast = Float32 | Rounded32 | Fixed32 | Whole32
 
 NORM_SLACK = 2.0**-80  # above what squares lose that are too small for float32, times norms of at most 2^40
 
@@ -54,7 +55,7 @@ def choose(
     """
     if acc.seed:
         acc = replace(acc, seed=0)  # a kernel is told its seed at run time, and serves them all
-    found = _fixed32(acc, a, b, depth) if isinstance(acc.format, FixedFormat) else _float32(acc, target, a, b, depth)
+    found = (_fixed if isinstance(acc.format, FixedFormat) else _float32)(acc, target, a, b, depth)
     if found is not None and is_counting:
         found = _counting(found, a, b)
     if found is None:
@@ -96,7 +97,7 @@ def _bounded(arithmetic: Fast, scales: tuple[int, int], a: Range, b: Range, term
 
 def _growth(acc: Accumulator, terms: int) -> float:
     """How much larger than the exact one rounding can make a product, or a sum of `terms` of them."""
-    if acc.rounding == "toward_zero":
+    if acc.rounding == "toward_zero" or isinstance(acc.format, FixedFormat):
         return 1.0
     formats = [f for f in (acc.format, acc.product) if isinstance(f, FloatFormat)]
     return (1 + max(2.0**-f.mantissa for f in formats)) ** min(terms + 1, 1000)
@@ -160,7 +161,37 @@ def _constants_fit(arithmetic: Float32 | Rounded32) -> bool:
     return is_normal and arithmetic.acc.format.emax + arithmetic.sum_scale <= 126
 
 
-def _fixed32(acc: Accumulator, a: Range, b: Range, depth: int) -> Found | None:
+def _fixed(acc: Accumulator, target: Target, a: Range, b: Range, depth: int) -> Found | None:
+    """`Whole32` or `Fixed32`, where one can serve."""
+    format = acc.format
+    assert isinstance(format, FixedFormat)
+    first = format.fraction // 2
+    scales = (first, format.fraction - first)
+    low, high = min(a.below + scales[0], b.below + scales[1]), max(a.above + scales[0], b.above + scales[1])
+    if low < FLOAT32_EMIN or high > 60:
+        return None
+    terms = _terms(acc, depth)
+    found = _whole32(acc, target, a, b, terms) or _fixed32(acc, a, b, terms)
+    return None if found is None else (found, scales, terms)
+
+
+def _whole32(acc: Accumulator, target: Target, a: Range, b: Range, terms: int) -> Whole32 | None:
+    """Of whole operands whose products need no rounding, if 24 bits hold every sum (and one half, if it saturates)."""
+    format, product = acc.format, acc.product
+    assert isinstance(format, FixedFormat)
+    largest = a.largest * b.largest
+    if product is not None:
+        is_open = isinstance(product, FixedFormat) and product.fraction >= 0 and largest <= product.max
+        if not is_open:
+            return None
+    if not (a.is_whole and b.is_whole and format.fraction >= 0 and target.fused):
+        return None
+    units, half = largest * 2.0**format.fraction, 2.0 ** (format.width - 1)
+    fits = units * terms < 2.0**24 if format.overflow == "wrap" else units + half < 2.0**23
+    return Whole32(acc, format.overflow == "saturate" and largest * terms > format.max) if fits else None
+
+
+def _fixed32(acc: Accumulator, a: Range, b: Range, terms: int) -> Fixed32 | None:
     """`Fixed32` where products fit in int32 and are truncated exactly."""
     format, product = acc.format, acc.product
     assert isinstance(format, FixedFormat)
@@ -174,16 +205,12 @@ def _fixed32(acc: Accumulator, a: Range, b: Range, depth: int) -> Found | None:
         is_limited, fits = False, steps < 2.0**24
     else:
         return None
-    first = format.fraction // 2
-    scales = (first, format.fraction - first)
-    low, high = min(a.below + scales[0], b.below + scales[1]), max(a.above + scales[0], b.above + scales[1])
-    if not fits or low < FLOAT32_EMIN or high > 60:
+    if not fits:
         return None
-    terms = _terms(acc, depth)
     largest = min(a.largest * b.largest, product.max if isinstance(product, FixedFormat) else float("inf"))
     may_saturate = format.overflow == "saturate" and largest * terms > format.max
     is_clamped = is_limited and product is not None and product.overflow == "saturate"
-    return Fixed32(acc, is_limited, may_saturate or is_clamped), scales, terms
+    return Fixed32(acc, is_limited, may_saturate or is_clamped)
 
 
 def _has_headroom(arithmetic: Rounded32, a: Range, b: Range, largest: float) -> bool:

@@ -87,7 +87,7 @@ class Gemm:
         a, packed, buffer, words, counters, depth, *bounds = function.args
         v = self._lanes(b)
         cells = [(r, i) for r in range(self.tile.rows) for i in range(self.tile.vectors)]
-        zeros = [v.constant(0.0)] * len(cells)
+        zeros = [self.arithmetic.zero(v)] * len(cells)
         draw = self._drawing(v, words, cells)
 
         def one_chunk(index: Value, start: Value, end: Value, carried: list[Value]) -> list[Value]:
