@@ -1,6 +1,13 @@
 """From an accumulator to machine code: products of float32 tensors, equal bit for bit to `numerics.reference`."""
 
-from fmaq.kernels.products import conv, count_conv_events, count_events, matmul
+from fmaq.kernels.products import (
+    conv,
+    count_conv_events,
+    count_conv_exponents,
+    count_events,
+    count_exponents,
+    matmul,
+)
 from fmaq.kernels.rounding import round_to_float
 from fmaq.kernels.targets import available_targets, current_target, use_target
 
@@ -8,7 +15,9 @@ __all__ = [
     "available_targets",
     "conv",
     "count_conv_events",
+    "count_conv_exponents",
     "count_events",
+    "count_exponents",
     "current_target",
     "matmul",
     "round_to_float",

@@ -30,10 +30,14 @@ class General64(Arithmetic):
     toward_zero = False
 
     def step(self, v: Lanes, x: Value, w: Value, s: Value, word: Value | None) -> Value:
+        return self.product_and_sum(v, x, w, s, word)[1]
+
+    def product_and_sum(self, v: Lanes, x: Value, w: Value, s: Value, word: Value | None) -> tuple[Value, Value]:
+        """Q_prod(x·w), and FMAq(x, w, s)."""
         p = v.mul(x, w)
         if self.acc.product is not None:
             p = self._keep(v, self._round(v, p, self.acc.product, self._product_bits(v, word)), self.acc.product)
-        return self._add(v, s, p, word, sum_is_exact(self.acc)).after
+        return p, self._add(v, s, p, word, sum_is_exact(self.acc)).after
 
     def merge(self, v: Lanes, t: Value, s: Value, word: Value | None) -> Value:
         return self._add(v, t, s, word, merge_is_exact(self.acc)).after

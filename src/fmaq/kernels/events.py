@@ -39,10 +39,10 @@ class CountingGemm(Gemm):
         of_merges = _count(v, self.arithmetic, counted[len(EVENTS) :], [masks for _, masks in seen])
         return [*(after for after, _ in seen), *counted[: len(EVENTS)], *of_merges]
 
-    def _store_counters(self, v: Lanes, counted: list[Value], counters: Value) -> None:
+    def _store_counters(self, v: Lanes, counted: list[Value]) -> None:
         for i, found in enumerate(counted):
-            sum_so_far = v.b.add(load(v.b, counters, i64(i), I64), found)
-            v.b.store(sum_so_far, element(v.b, counters, i64(i), I64))
+            sum_so_far = v.b.add(load(v.b, self._counters_at, i64(i), I64), found)
+            v.b.store(sum_so_far, element(v.b, self._counters_at, i64(i), I64))
 
 
 def _count(v: Lanes, arithmetic: Arithmetic, counters: list[Value], cells: list[list[Value]]) -> list[Value]:

@@ -84,7 +84,7 @@ class Gemm:
         `tile(a, b, buffer, words, counters, depth, row bounds, column bounds, norm limit, product limit)`
         """
         function, b = self._function("tile", [POINTER] * 5 + [I64, POINTER, POINTER, F32, F32])
-        a, packed, buffer, words, counters, depth, *bounds = function.args
+        a, packed, buffer, words, self._counters_at, depth, *bounds = function.args
         v = self._lanes(b)
         cells = [(r, i) for r in range(self.tile.rows) for i in range(self.tile.vectors)]
         zeros = [self.arithmetic.zero(v)] * len(cells)
@@ -111,13 +111,18 @@ class Gemm:
 
         carried = for_chunks(b, depth, self.chunk, [*zeros, *self._counters(v)], one_chunk)
         totals = carried[: len(cells)]
-        self._store_counters(v, carried[len(cells) :], counters)
+        self._store_counters(v, carried[len(cells) :])
         for (r, i), total in zip(cells, totals, strict=True):
             v.store(self.arithmetic.finish(v, total), element(b, buffer, i64(r * self.width + i * v.count), F32))
         b.ret_void()
         return function
 
-    # What a step and a merge do to all cells; `events.CountingGemm` carries counters along.
+    # What a step and a merge do to all cells; `events` and `histograms` carry counters along.
+
+    @property
+    def counters(self) -> int:
+        """64-bit counters in a thread's scratch memory."""
+        return COUNTERS
 
     def _counters(self, v: Lanes) -> list[Value]:
         return []
@@ -138,7 +143,7 @@ class Gemm:
     ) -> list[Value]:
         return [self.arithmetic.merge(v, t, s, word) for t, s, word in zip(totals, sums, words, strict=True)]
 
-    def _store_counters(self, v: Lanes, counted: list[Value], counters: Value) -> None:
+    def _store_counters(self, v: Lanes, counted: list[Value]) -> None:
         pass
 
     def _operands(self, v: Lanes, a: Value, packed: Value, k: Value) -> tuple[list[Value], list[Value]]:
@@ -304,7 +309,7 @@ class Gemm:
         chunks = 1 if self.chunk is None else -(-depth // self.chunk)
         cell = self.tile.rows * self.width * FLOAT32_BYTES
         sizes = {
-            "at_counters": 8 * COUNTERS,
+            "at_counters": 8 * self.counters,
             "at_table": 28 * self.width,
             "at_buffer": cell,
             "at_words": cell,

@@ -9,17 +9,20 @@ import ctypes
 import functools
 import math
 import struct
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fmaq.kernels.arithmetic import Arithmetic
+from fmaq.kernels.arithmetic64 import General64
 from fmaq.kernels.choose import Choice, choose
 from fmaq.kernels.compile import Compiled, compile_module
 from fmaq.kernels.events import CountingGemm
 from fmaq.kernels.gemm import COUNTERS, Gemm
+from fmaq.kernels.histograms import BINS, HistogramGemm
 from fmaq.kernels.packing import Packing
 from fmaq.kernels.panels import Panels, kept
 from fmaq.kernels.parameters import FIELD, FIELDS, SPATIAL, Tile
@@ -50,12 +53,9 @@ class Kernel:
 
 
 @functools.cache
-def kernel(arithmetic: Arithmetic, chunk: int | None, target: Target, tile: Tile, is_counting: bool) -> Kernel:
+def kernel(arithmetic: Arithmetic, chunk: int | None, target: Target, tile: Tile, kind: type[Gemm] = Gemm) -> Kernel:
     """The kernel of an arithmetic, compiled at its first use."""
-    if is_counting:
-        gemm: Gemm = CountingGemm(arithmetic, chunk, target, tile)
-    else:
-        gemm = Gemm(arithmetic, chunk, target, tile)
+    gemm = kind(arithmetic, chunk, target, tile)
     packing = _packing(target, tile.rows, gemm.width, arithmetic.by_chunk, chunk if arithmetic.by_chunk else None)
     code = compile_module(gemm.build(), target)
     run = code.function("run", ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p)
@@ -96,7 +96,7 @@ class Problem:
             self.c.zero_()
             return True
         choice = self._choose(acc, target, a, b)
-        kernel = self._kernel(choice, acc, target, is_counting=False)
+        kernel = self._kernel(choice, acc, target)
         panels = self._panels(kernel.gemm, choice, b.fingerprint) if self._is_kept else None
         self._launch(kernel, choice, acc, panels)
         if panels is not None:
@@ -114,7 +114,18 @@ class Problem:
             self.c.zero_()
             return nothing
         choice = self._choose(acc, target, a, b, is_counting=True)
-        return self._launch(self._kernel(choice, acc, target, is_counting=True), choice, acc)
+        return self._launch(self._kernel(choice, acc, target, CountingGemm), choice, acc).tolist()
+
+    def exponents(self, acc: Accumulator) -> np.ndarray:
+        """Fill `c`, of finite operands, and count exponents: (2, BINS), of rounded products, then of partial sums."""
+        if self.c.numel() == 0 or self.depth == 0:
+            return np.zeros((2, BINS), np.int64)
+        choice = Choice(General64(replace(acc, seed=0)))
+        found = self._launch(self._kernel(choice, acc, current_target(), HistogramGemm), choice, acc)
+        bins = found.reshape(2, BINS, -1).sum(2)
+        # A tile's rows and columns beyond the last have zeros, too.
+        bins[:, 0] = self.c.numel() * self.depth - bins[:, 1:].sum(1)
+        return bins
 
     @property
     def _is_kept(self) -> bool:
@@ -132,15 +143,15 @@ class Problem:
         use_bounds = min(self.rows, self.columns) >= SHARED
         return choose(acc, target, a, b, self.depth, use_bounds, is_counting)
 
-    def _kernel(self, choice: Choice, acc: Accumulator, target: Target, is_counting: bool) -> Kernel:
+    def _kernel(self, choice: Choice, acc: Accumulator, target: Target, kind: type[Gemm] = Gemm) -> Kernel:
         rows, vectors = target.tile
         height = min(rows, self.rows)
         lanes = target.lanes(choice.arithmetic.element_bytes)
         while height * vectors * 2 <= rows * target.tile[1] and vectors * lanes * 2 <= self.columns:
             vectors *= 2  # few rows leave registers to more columns
-        return kernel(choice.arithmetic, acc.chunk, target, Tile(height, vectors), is_counting)
+        return kernel(choice.arithmetic, acc.chunk, target, Tile(height, vectors), kind)
 
-    def _launch(self, kernel: Kernel, choice: Choice, acc: Accumulator, own: Panels | None = None) -> list[int]:
+    def _launch(self, kernel: Kernel, choice: Choice, acc: Accumulator, own: Panels | None = None) -> np.ndarray:
         """Run all tasks; returns the sums of the threads' counters."""
         gemm = kernel.gemm
         panels = -(-self.columns // gemm.width)
@@ -162,16 +173,17 @@ class Problem:
         for name, value in (sizes | offsets | kernel.packing).items():
             parameters[FIELD[name]] = value
 
-        def work(first: int, last: int) -> list[int]:
+        def work(first: int, last: int) -> np.ndarray:
             memory = scratch(size)
-            counters = (ctypes.c_int64 * COUNTERS).from_address(memory + offsets["at_counters"])
-            counters[:] = [0] * COUNTERS
+            place = (ctypes.c_int64 * gemm.counters).from_address(memory + offsets["at_counters"])
+            counters = np.ctypeslib.as_array(place)
+            counters[:] = 0
             kernel.run(parameters, first, last, memory)
-            return list(counters)
+            return counters.copy()
 
         work_size = self.batches * self.rows * self.columns * self.depth
         counted = run_tasks(self.batches * blocks * panels, work, is_small=work_size < SMALL)
-        return [sum(column) for column in zip(*counted, strict=True)]
+        return np.sum(counted, axis=0)
 
     def _parameters(self, choice: Choice, acc: Accumulator) -> ctypes.Array[ctypes.c_int64]:
         values = {
@@ -210,6 +222,15 @@ def matmul(a: Tensor, b: Tensor, acc: Accumulator) -> Tensor:
 def count_events(a: Tensor, b: Tensor, acc: Accumulator) -> list[int]:
     """How often each of `numerics.reference.EVENTS` happens in the steps, then in the merges, of `matmul` (finite)."""
     return _matrix_problem(a, b).count(acc)
+
+
+def count_exponents(a: Tensor, b: Tensor, acc: Accumulator) -> np.ndarray:
+    """How often each exponent happens among the rounded products, then the partial sums, of `matmul` (finite).
+
+    Returns:
+        (2, BINS): zeros first, then exponents from LOWEST (and below) on; see `histograms`.
+    """
+    return _matrix_problem(a, b).exponents(acc)
 
 
 def _matrix_problem(a: Tensor, b: Tensor) -> Problem:
@@ -277,6 +298,19 @@ def count_conv_events(
 ) -> list[int]:
     """How often each of `numerics.reference.EVENTS` happens in the steps, then in the merges, of `conv` (finite)."""
     return _conv_problem(x, weight, stride, padding, dilation, groups).count(acc)
+
+
+def count_conv_exponents(
+    x: Tensor,
+    weight: Tensor,
+    acc: Accumulator,
+    stride: tuple[int, ...],
+    padding: tuple[tuple[int, int], ...],
+    dilation: tuple[int, ...],
+    groups: int,
+) -> np.ndarray:
+    """`count_exponents` of `conv`."""
+    return _conv_problem(x, weight, stride, padding, dilation, groups).exponents(acc)
 
 
 def _conv_problem(
