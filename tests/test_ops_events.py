@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 import fmaq
 from fmaq import kernels
 from fmaq.numerics import Accumulator, reference
+from fmaq.ops import count_events_by_rows, count_exponents
 
 ACCUMULATORS = (
     "paper12",
@@ -53,6 +54,24 @@ def test_counts_are_the_same_on_every_target_and_thread(target):
         torch.set_num_threads(threads)
     assert expected.steps == 150 * 30 * 70 and expected.merges == 150 * 2 * 70
     assert expected.partial_swamping > 0
+
+
+def test_counts_by_rows_add_up_to_the_total():
+    torch.manual_seed(0)
+    a, b = torch.randn(70, 50), torch.randn(50, 30)
+    total = fmaq.count_events(a, b, "M4E3b4 product=M4E3b6")
+    blocks = count_events_by_rows(a, b, "M4E3b4 product=M4E3b6", rows=32)
+    assert [block.steps for block in blocks] == [32 * 1500, 32 * 1500, 6 * 1500]
+    assert blocks[1] == fmaq.count_events(a[32:64], b, "M4E3b4 product=M4E3b6")
+    assert {name: sum(block[name] for block in blocks) for name in total} == dict(total)
+    with pytest.raises(ValueError, match="at least 1 row a block.*rows=0"):
+        count_events_by_rows(a, b, "paper12", rows=0)
+
+
+def test_exponents_are_those_of_products_and_sums():
+    found = count_exponents(torch.tensor([[1.0, 0.0, 3.0]]), torch.tensor([[4.0], [1.0], [1.0]]), "paper12")
+    assert found.products == {None: 1, 1: 1, 2: 1}  # 4, 0, 3
+    assert found.sums == {2: 3}  # 4, 4, 7
 
 
 def test_nothing_to_sum_has_no_events():

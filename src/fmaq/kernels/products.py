@@ -149,7 +149,7 @@ class Problem:
         lanes = target.lanes(choice.arithmetic.element_bytes)
         while height * vectors * 2 <= rows * target.tile[1] and vectors * lanes * 2 <= self.columns:
             vectors *= 2  # few rows leave registers to more columns
-        return kernel(choice.arithmetic, acc.chunk, target, Tile(height, vectors), kind)
+        return kernel(choice.arithmetic, acc.chunk, target, Tile(height, vectors), kind)  # type: ignore[arg-type]
 
     def _launch(self, kernel: Kernel, choice: Choice, acc: Accumulator, own: Panels | None = None) -> np.ndarray:
         """Run all tasks; returns the sums of the threads' counters."""

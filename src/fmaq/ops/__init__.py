@@ -2,12 +2,13 @@
 
 from fmaq.ops.attention import scaled_dot_product_attention
 from fmaq.ops.conv import conv1d, conv2d, conv3d, conv_transpose1d, conv_transpose2d, conv_transpose3d
-from fmaq.ops.events import Events, count_events
+from fmaq.ops.events import Events, Exponents, count_events, count_events_by_rows, count_exponents
 from fmaq.ops.matmul import linear, matmul
 from fmaq.ops.quantize import parse_tensor_format, quantize
 
 __all__ = [
     "Events",
+    "Exponents",
     "conv1d",
     "conv2d",
     "conv3d",
@@ -15,6 +16,8 @@ __all__ = [
     "conv_transpose2d",
     "conv_transpose3d",
     "count_events",
+    "count_events_by_rows",
+    "count_exponents",
     "linear",
     "matmul",
     "parse_tensor_format",
