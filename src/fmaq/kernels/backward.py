@@ -67,12 +67,10 @@ def gradient_kernel(
     unpacking = _unpacking(target, gemm.width)
     code = compile_module(gemm.build(), target)
     run = code.function("run", ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p)
-    addresses = [
-        {name: module.address(name) for name in ("pack_rows", "pack_columns")}
-        | {"add_columns": unpacking.address("add_columns")}
-        for module in (packing, true_packing)
-    ]
-    return GradientKernel(gemm, run, *addresses, (code, packing, true_packing, unpacking))
+    names = ("pack_rows", "pack_columns")
+    first, second = ({name: module.address(name) for name in names} for module in (packing, true_packing))
+    first["add_columns"] = unpacking.address("add_columns")
+    return GradientKernel(gemm, run, first, second, (code, packing, true_packing, unpacking))
 
 
 @functools.cache

@@ -76,9 +76,7 @@ class GradientGemm(Gemm):
     A is [batch][tile of rows][k][row].
     """
 
-    def __init__(
-        self, arithmetic: Arithmetic, chunk: int | None, target: Target, tile: Tile, wanted: Wanted
-    ) -> None:
+    def __init__(self, arithmetic: Arithmetic, chunk: int | None, target: Target, tile: Tile, wanted: Wanted) -> None:
         super().__init__(arithmetic, chunk, target, tile)
         self.wanted = wanted
         self.word_bits = max(BYTE, self.width)
@@ -341,9 +339,9 @@ class GradientGemm(Gemm):
         table, buffer, words, column_bounds, panel, row_bounds, block = (
             element(b, scratch, parameters[f"at_{part}"], I8) for part in parts
         )
-        parts = ("true_panel", "true_block", "masks", "merges", "grad_panel")
+        more = ("true_panel", "true_block", "masks", "merges", "grad_panel")
         true_panel, true_block, masks, merges, grad_panel = (
-            element(b, scratch, parameters[f"at_{part}"], I8) for part in parts
+            element(b, scratch, parameters[f"at_{part}"], I8) for part in more
         )
         pack = [
             [_function_at(b, Parameters(b, which)[name]) for name in ("pack_rows", "pack_columns")]
