@@ -878,6 +878,6 @@ def test_an_accumulator_alone_attaches() -> None:
     assert torch.equal(model(x), ops.linear(x, model.weight, model.bias, Accumulator.paper12))
 
 
-def test_an_estimator_without_a_kernel_is_refused_at_once() -> None:
-    with pytest.raises(NotImplementedError, match="recursive/of"):
-        attach(nn.Linear(4, 2), Policy(accumulator=ACC, estimator="recursive/of"))
+def test_gradients_in_an_accumulator_are_those_of_identity_alone() -> None:
+    with pytest.raises(ValueError, match=r'backward is the accumulator .* estimator "recursive/of" sums'):
+        attach(nn.Linear(4, 2), Policy(accumulator=ACC, estimator="recursive/of", backward=ACC))

@@ -64,7 +64,7 @@ def test_counts_by_rows_add_up_to_the_total():
     assert [block.steps for block in blocks] == [32 * 1500, 32 * 1500, 6 * 1500]
     assert blocks[1] == fmaq.count_events(a[32:64], b, "M4E3b4 product=M4E3b6")
     assert {name: sum(block[name] for block in blocks) for name in total} == dict(total)
-    with pytest.raises(ValueError, match="at least 1 row a block.*rows=0"):
+    with pytest.raises(ValueError, match=r"at least 1 row a block.*rows=0"):
         count_events_by_rows(a, b, "paper12", rows=0)
 
 

@@ -40,12 +40,6 @@ def test_operands_that_are_refused(x, error, message):
         widen(x, "weight")
 
 
-@pytest.mark.parametrize("estimator", ["immediate/of", "immediate/diff", "recursive/of", "recursive/diff"])
-def test_estimators_without_kernels(estimator):
-    with pytest.raises(NotImplementedError, match=f'"{estimator}" has no kernel yet; use "identity"'):
-        fmaq.matmul(X, X, "paper12", estimator)
-
-
 def test_an_unknown_estimator_is_answered_with_the_nearest():
     with pytest.raises(ValueError, match="got 'recursive/dif'; did you mean 'recursive/diff'"):
         check("paper12", "recursive/dif")

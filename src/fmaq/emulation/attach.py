@@ -18,6 +18,7 @@ from fmaq.emulation.mode import EmulationMode
 from fmaq.emulation.policy import Policy
 from fmaq.emulation.products import RECURRENT, FmaqCoverageWarning
 from fmaq.numerics import Accumulator
+from fmaq.ops.estimators import Estimate
 from fmaq.ops.operands import AccumulatorLike, check
 
 STATE = "_fmaq"
@@ -47,8 +48,8 @@ def attach(model: nn.Module, policy: Policy | AccumulatorLike) -> nn.Module:
 
     Raises:
         TypeError: `model` is no module.
-        ValueError: an entry of the policy matches no module, or a format in it still needs a bias.
-        NotImplementedError: an estimator in it has no kernel yet.
+        ValueError: an entry of the policy matches no module, a format in it still needs a bias, or a rule has both
+            `backward` and an estimator other than identity.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"attach takes a torch.nn.Module, got {type(model).__name__}")
@@ -120,6 +121,7 @@ def _check_kernels(attachment: Attachment) -> None:
             'Write one, like "M7E4b10"'
         )
     check(accumulator, rule.estimator)
+    Estimate.parse(rule.estimator, rule.backward)
 
 
 def _warn(attachments: dict[nn.Module, Attachment]) -> None:

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 FP32 = "fp32"
-RULE_FIELDS = ("accumulator", "weight", "activation", "estimator")
+RULE_FIELDS = ("accumulator", "weight", "activation", "estimator", "backward")
 
 
 @dataclass(frozen=True)
@@ -45,12 +45,14 @@ class Rule:
         weight: format that weights are quantized to, or None.
         activation: format that activations are quantized to, or None.
         estimator: of the gradients, see `fmaq.matmul`.
+        backward: accumulator of the gradient products, see `fmaq.matmul`; None is float32.
     """
 
     accumulator: Accumulator | str = FP32
     weight: str | None = None
     activation: str | None = None
     estimator: str = "identity"
+    backward: Accumulator | None = None
 
     @property
     def is_plain(self) -> bool:
@@ -60,7 +62,7 @@ class Rule:
     @property
     def how(self) -> dict[str, Any]:
         """What a product is told beside its accumulator: keywords of `fmaq.matmul`, `linear` and convolutions."""
-        return {"estimator": self.estimator}
+        return {"estimator": self.estimator, "backward": self.backward}
 
 
 def _naming_the_nearest(cls: type[T]) -> type[T]:
@@ -88,7 +90,8 @@ class Policy:
         weight: format that weights are quantized to, such as `"M4E3"` or `"int8"`; None leaves them float32.
         activation: the same for activations.
         estimator: of the gradients, see `fmaq.matmul`.
-        layers: module name or glob → a mapping of any of the four fields above, laid over them, or None: torch's own
+        backward: an accumulator of the two gradient products of the estimator identity, or None: float32.
+        layers: module name or glob → a mapping of any of the five fields above, laid over them, or None: torch's own
             product on operands as they are.
 
     Raises:
@@ -99,6 +102,7 @@ class Policy:
     weight: str | None = None
     activation: str | None = None
     estimator: str = "identity"
+    backward: Accumulator | None = None
     layers: Mapping[str, Mapping[str, Any] | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -322,6 +326,8 @@ def _checked(name: str, value: Any) -> Any:
             hint = _nearest(str(value), ESTIMATORS)
             raise ValueError(f"estimator {value!r} is none of: {', '.join(ESTIMATORS)}{hint}")
         return value
+    if name == "backward":
+        return _backward(value)
     return _tensor_format(name, value)
 
 
@@ -333,6 +339,14 @@ def _accumulator(value: Any) -> Accumulator | str:
     accumulator = Accumulator.parse(value)
     if not accumulator.is_template:
         accumulator.check_float32()
+    return accumulator
+
+
+def _backward(value: Any) -> Accumulator | None:
+    accumulator = FP32 if value is None else _accumulator(value)
+    if not isinstance(accumulator, Accumulator):
+        return None
+    accumulator.check_float32()
     return accumulator
 
 

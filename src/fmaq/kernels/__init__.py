@@ -1,5 +1,6 @@
 """From an accumulator to machine code: products of float32 tensors, equal bit for bit to `numerics.reference`."""
 
+from fmaq.kernels.backward import conv_gradients, matmul_gradients
 from fmaq.kernels.products import (
     conv,
     count_conv_events,
@@ -7,6 +8,7 @@ from fmaq.kernels.products import (
     count_events,
     count_exponents,
     matmul,
+    spoiled_outputs,
 )
 from fmaq.kernels.rounding import round_to_float
 from fmaq.kernels.targets import available_targets, current_target, use_target
@@ -14,12 +16,15 @@ from fmaq.kernels.targets import available_targets, current_target, use_target
 __all__ = [
     "available_targets",
     "conv",
+    "conv_gradients",
     "count_conv_events",
     "count_conv_exponents",
     "count_events",
     "count_exponents",
     "current_target",
     "matmul",
+    "matmul_gradients",
     "round_to_float",
+    "spoiled_outputs",
     "use_target",
 ]

@@ -23,12 +23,16 @@ class Arithmetic(ABC):
         acc: the accumulator; its seed does not count.
         element_bytes: width of a lane.
         flushes: the processor flushes what is no normal number to zero.
+        sees_loss: has `unchanged`.
+        sees_overflow: has `overflowing_step` and `overflowing_merge`.
         by_chunk: a tile's chunk is computed `unclamped` where its bounds prove that nothing in it can saturate.
     """
 
     acc: Accumulator
     element_bytes: ClassVar[int]
     flushes: ClassVar[bool]
+    sees_loss: ClassVar[bool] = True
+    sees_overflow: ClassVar[bool] = False
     by_chunk: bool = False
 
     @property
@@ -77,3 +81,17 @@ class Arithmetic(ABC):
     def events(self, b: ir.IRBuilder, masks: list[Value]) -> list[Value]:
         """Of a step's masks, or a merge's, as integers of a bit a lane: those of `numerics.reference.EVENTS`."""
         return masks
+
+    # What the gradient estimators look at.
+
+    def unchanged(self, v: Lanes, before: Value, after: Value) -> Value:
+        """In which lanes a sum is the same as before."""
+        return v.b.fcmp_ordered("==", before, after)
+
+    def overflowing_step(self, v: Lanes, x: Value, w: Value, s: Value, word: Value | None) -> tuple[Value, Value]:
+        """FMAq(x, w, s), and in which lanes the product or the sum overflows."""
+        raise NotImplementedError(f"{type(self).__name__} sees no overflow")
+
+    def overflowing_merge(self, v: Lanes, t: Value, s: Value, word: Value | None) -> tuple[Value, Value]:
+        """Q_acc(t + s), and in which lanes it overflows."""
+        raise NotImplementedError(f"{type(self).__name__} sees no overflow")

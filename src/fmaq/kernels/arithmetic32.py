@@ -47,6 +47,7 @@ class Float32(Arithmetic):
     element_bytes = 4
     flushes = True
     toward_zero = True
+    sees_overflow = True
 
     @property
     def unclamped(self) -> Float32:
@@ -147,6 +148,27 @@ class Float32(Arithmetic):
         partial = b.and_(b.not_(b.or_(events, is_same)), is_inexact)
         return [product_overflows, product_underflows, sum_overflows, sum_underflows, full, partial]
 
+    # Overflows alone are seen whatever is flushed: what is flushed does not overflow.
+
+    def overflowing_step(self, v: Lanes, x: Value, w: Value, s: Value, word: Value | None) -> tuple[Value, Value]:
+        if self.product_exact:
+            return self._limited_sum(v, v.fma(x, w, s), self.sum_clamped)
+        p, of_product = self._rounded_product(v, x, w), _nowhere(v)
+        if self.product_clamped:
+            p, of_product = _clamp(v, p, self._product_limit), _is_beyond(v, p, self._product_limit)
+        lift = v.constant(2.0 ** (self.sum_scale - self.product_scale))
+        after, of_sum = self._limited_sum(v, v.fma(p, lift, s), self.sum_clamped)
+        return after, v.b.or_(of_product, of_sum)
+
+    def overflowing_merge(self, v: Lanes, t: Value, s: Value, word: Value | None) -> tuple[Value, Value]:
+        return self._limited_sum(v, v.add(t, s), clamped=True)
+
+    def _limited_sum(self, v: Lanes, total: Value, clamped: bool) -> tuple[Value, Value]:
+        total = self._sum(v, total, clamped=False)
+        if not clamped:
+            return total, _nowhere(v)
+        return _clamp(v, total, self._sum_limit), _is_beyond(v, total, self._sum_limit)
+
 
 def _float(format: Format | None) -> FloatFormat:
     assert isinstance(format, FloatFormat)
@@ -211,6 +233,12 @@ class Fixed32(Arithmetic):
         if format.overflow == "wrap":
             whole = wrapped(v, whole, format.width)
         return v.mul(to_nearest(v, whole, format.width), v.constant(format.tiny))
+
+    def unchanged(self, v: Lanes, before: Value, after: Value) -> Value:
+        changed, format = v.b.xor(v.bits(before), v.bits(after)), _fixed(self.acc.format)
+        if format.overflow == "wrap":
+            changed = v.b.shl(changed, v.bit_constant(32 - format.width))  # the bits above are wrapped only at the end
+        return v.b.icmp_signed("==", changed, v.bit_constant(0))
 
     def _add(self, v: Lanes, s: Value, p: Value, clamped: bool) -> Value:
         total = v.b.add(v.bits(s), p)

@@ -28,6 +28,7 @@ class General64(Arithmetic):
     element_bytes = 8
     flushes = False
     toward_zero = False
+    sees_overflow = True
 
     def step(self, v: Lanes, x: Value, w: Value, s: Value, word: Value | None) -> Value:
         return self.product_and_sum(v, x, w, s, word)[1]
@@ -59,6 +60,14 @@ class General64(Arithmetic):
         total = self._add(v, t, s, word, merge_is_exact(self.acc))
         nowhere = ir.Constant(v.mask, [ir.Constant(I1, 0)] * v.count)
         return total.after, [nowhere, nowhere, *_sum_events(v, s, t, total, nowhere)]
+
+    def overflowing_step(self, v: Lanes, x: Value, w: Value, s: Value, word: Value | None) -> tuple[Value, Value]:
+        after, (of_product, _, of_sum, *_) = self.observed_step(v, x, w, s, word)
+        return after, v.b.or_(of_product, of_sum)
+
+    def overflowing_merge(self, v: Lanes, t: Value, s: Value, word: Value | None) -> tuple[Value, Value]:
+        after, (_, _, of_sum, *_) = self.observed_merge(v, t, s, word)
+        return after, of_sum
 
     def _product_bits(self, v: Lanes, word: Value | None) -> Value | None:
         if word is None:

@@ -43,6 +43,10 @@ FIELDS = (
         "at_row_bounds",
         "at_block",
     ),
+    # Gradients: positions of the first row and column among all, addresses of a function and of the gradient of A, its
+    # strides in elements of a batch and of a tile of rows, 1 where panels differ from the operands, and scratch memory.
+    *("row_first", "column_first", "add_columns", "grad_a", "grad_a_batch", "grad_a_tile", "is_scaled"),
+    *("at_true_panel", "at_true_block", "at_masks", "at_merges", "at_grad_panel"),
 )
 FIELD = {name: index for index, name in enumerate(FIELDS)}
 SPATIAL = (0, 1, 2)

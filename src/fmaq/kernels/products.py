@@ -361,9 +361,21 @@ def _spoiled_conv(
 ) -> Tensor:
     """A convolution whose operands are not all finite: NaN where a window holds such a value, or a filter does."""
     y = conv(_finite_part(x), _finite_part(weight), acc, stride, padding, dilation, groups)
+    return y.masked_fill_(spoiled_outputs(x, weight, stride, padding, dilation, groups), torch.nan)
+
+
+def spoiled_outputs(
+    x: Tensor,
+    weight: Tensor,
+    stride: tuple[int, ...],
+    padding: tuple[tuple[int, int], ...],
+    dilation: tuple[int, ...],
+    groups: int,
+) -> Tensor:
+    """Which outputs of a convolution depend on a value that is not finite."""
     flat = [p for pair in reversed(padding) for p in pair]
     marks = torch.nn.functional.pad((~torch.isfinite(x)).float(), flat)
     convolution = (torch.conv1d, torch.conv2d, torch.conv3d)[x.dim() - 3]
     in_window = convolution(marks, torch.ones_like(weight), None, stride, 0, dilation, groups) > 0
     in_filter = ~torch.isfinite(weight).flatten(1).all(1)
-    return y.masked_fill_(in_window | in_filter.reshape(-1, *[1] * (x.dim() - 2)), torch.nan)
+    return in_window | in_filter.reshape(-1, *[1] * (x.dim() - 2))

@@ -36,6 +36,7 @@ class Whole32(Arithmetic):
     flushes = True
     toward_zero = True
     needs_random = False
+    sees_loss = False
 
     @property
     def _format(self) -> FixedFormat:

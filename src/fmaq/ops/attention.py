@@ -24,6 +24,7 @@ def scaled_dot_product_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
     estimator: str = "identity",
+    backward: AccumulatorLike | None = None,
 ) -> Tensor:
     """`torch.nn.functional.scaled_dot_product_attention` whose two products are summed in `acc`.
 
@@ -32,7 +33,7 @@ def scaled_dot_product_attention(
         attn_mask: boolean (True takes part) or float (added to the scores), broadcastable to (…, L, S).
         scale: of the scores, after the product; 1/√E unless given.
         enable_gqa: heads of k and v, the third dimension from the end, serve several of q's each.
-        acc, estimator: see `matmul`.
+        acc, estimator, backward: see `matmul`.
 
     Returns:
         (…, L, Ev) in float32. A row that is masked everywhere is zero, as in torch.
@@ -44,7 +45,7 @@ def scaled_dot_product_attention(
     q, k, v = widen(q, "q"), widen(k, "k"), widen(v, "v")
 
     def product(a: Tensor, b: Tensor) -> Tensor:
-        return matmul(a, b, acc, estimator)
+        return matmul(a, b, acc, estimator, backward)
 
     return attend(q, k, v, product, product, attn_mask, dropout_p, is_causal, scale, enable_gqa)
 

@@ -16,13 +16,14 @@ from torch import Tensor
 from fmaq import kernels
 from fmaq.numerics import Accumulator
 from fmaq.ops.columns import Columns, Gain, Offset
-from fmaq.ops.operands import AccumulatorLike, check, full_precision, widen
+from fmaq.ops.estimators import STRAIGHT, ConvGradients, Estimate, straight_conv, unpacked
+from fmaq.ops.operands import AccumulatorLike, check, widen
 
 Size = int | Sequence[int]
 
 
 class _Convolution(torch.autograd.Function):
-    """(N, C, *spatial) with (O, C/groups, *kernel); the gradients are ordinary float32 products (`identity`)."""
+    """(N, C, *spatial) with (O, C/groups, *kernel)."""
 
     @staticmethod
     def forward(
@@ -33,24 +34,29 @@ class _Convolution(torch.autograd.Function):
         padding: tuple[int, ...],
         dilation: tuple[int, ...],
         groups: int,
+        how: Estimate,
     ) -> Tensor:
         return kernels.conv(x, weight, acc, stride, tuple((p, p) for p in padding), dilation, groups)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, _, *ctx.geometry = inputs
+        x, weight, ctx.acc, *ctx.geometry, ctx.how = inputs
         ctx.save_for_backward(x, weight)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        stride, padding, dilation, groups = ctx.geometry
-        wanted = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], False]
-        with full_precision():
-            grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
-                grads[0], x, weight, None, stride, padding, dilation, False, [0] * len(stride), groups, wanted
+        (x, weight), (grad,), wanted = ctx.saved_tensors, grads, ctx.needs_input_grad[:2]
+        if ctx.how.looks_inside:
+            found = ConvGradients.apply(x, weight, grad, ctx.acc, ctx.how.estimator, wanted, *ctx.geometry)
+            grad_x, grad_weight = unpacked(found, wanted)
+        elif ctx.how.backward is None:
+            grad_x, grad_weight = straight_conv(x, weight, grad, wanted, *ctx.geometry)
+        else:
+            grad_x = _accumulated_grad_x(x, weight, grad, ctx.how.backward, *ctx.geometry) if wanted[0] else None
+            grad_weight = (
+                _accumulated_grad_weight(x, weight, grad, ctx.how.backward, *ctx.geometry) if wanted[1] else None
             )
-        return grad_x, grad_weight, None, None, None, None, None
+        return grad_x, grad_weight, *[None] * 6
 
     @staticmethod
     def vmap(
@@ -71,6 +77,48 @@ class _Convolution(torch.autograd.Function):
             for i in range(info.batch_size)
         ]
         return torch.stack(single), 0
+
+
+def _accumulated_grad_x(
+    x: Tensor,
+    weight: Tensor,
+    grad: Tensor,
+    acc: Accumulator,
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+    groups: int,
+) -> Tensor:
+    """The gradient of x, summed in an accumulator: the transposed convolution of the output's gradient."""
+    stuffed, spans = _zero_stuffed(grad, stride), [d * (k - 1) for k, d in zip(weight.shape[2:], dilation, strict=True)]
+    margins = [span - p for span, p in zip(spans, padding, strict=True)]
+    sizes = zip(x.shape[2:], stuffed.shape[2:], margins, spans, strict=True)
+    extra = [size - have - 2 * margin + span for size, have, margin, span in sizes]  # that no window of stride saw
+    pads = [p for m, e in zip(reversed(margins), reversed(extra), strict=True) for p in (m, m + e)]
+    return _convolve(stuffed, _flipped(weight, groups), acc, (1,) * len(stride), pads, dilation, groups, STRAIGHT)
+
+
+def _accumulated_grad_weight(
+    x: Tensor,
+    weight: Tensor,
+    grad: Tensor,
+    acc: Accumulator,
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+    groups: int,
+) -> Tensor:
+    """The gradient of the weight, summed in an accumulator over (image, position).
+
+    It is the convolution of x, whose images are its channels, with the output's gradient; stride and dilation trade
+    places.
+    """
+    images = x.unflatten(1, (groups, weight.shape[1])).movedim(0, 2)  # (groups, C/groups, N, *spatial)
+    channels = images.transpose(0, 1).flatten(1, 2)  # (C/groups, groups·N, *spatial)
+    found = _Convolution.apply(channels, grad.transpose(0, 1), acc, dilation, padding, stride, groups, STRAIGHT)
+    for d, size in enumerate(weight.shape[2:], 2):
+        found = found.narrow(d, 0, size)  # what lies behind belongs to no tap
+    return found.transpose(0, 1)
 
 
 def _per_dimension(value: Size, name: str, dims: int, least: int) -> tuple[int, ...]:
@@ -129,6 +177,7 @@ def _convolve(
     pads: list[int],
     dilation: tuple[int, ...],
     groups: int,
+    how: Estimate,
 ) -> Tensor:
     """With padding as F.pad takes it; what is not the same on both sides is applied to the image first."""
     if pads[::2] != pads[1::2] or min(pads) < 0:
@@ -140,7 +189,7 @@ def _convolve(
                 f"kernel {tuple(weight.shape[2:])} with dilation {dilation} is larger than the padded input "
                 f"{tuple(s + 2 * q for s, q in zip(x.shape[2:], padding, strict=True))}"
             )
-    return _Convolution.apply(x, weight, acc, stride, padding, dilation, groups)
+    return _Convolution.apply(x, weight, acc, stride, padding, dilation, groups, how)
 
 
 def _conv(
@@ -153,16 +202,16 @@ def _conv(
     padding: Size | str,
     dilation: Size,
     groups: int,
-    estimator: str,
+    how: Estimate,
     columns: Columns,
 ) -> Tensor:
-    acc = check(acc, estimator)
+    acc = check(acc, how.estimator)
     x, weight = widen(x, "x"), widen(weight, "weight")
     _check_shapes(x, weight, bias, dims, groups)
     stride, dilation = _per_dimension(stride, "stride", dims, 1), _per_dimension(dilation, "dilation", dims, 1)
     pads = _padding(padding, weight.shape[2:], dilation, stride)
     batched = x if x.dim() == dims + 2 else x[None]
-    y = _convolve(batched, columns.scale(weight, 0), acc, stride, pads, dilation, groups)
+    y = _convolve(batched, columns.scale(weight, 0), acc, stride, pads, dilation, groups, how)
     return _finish(columns.finish(y, 1), bias, is_batched=x.dim() == dims + 2)
 
 
@@ -182,11 +231,13 @@ def conv1d(
     dilation: Size = 1,
     groups: int = 1,
     estimator: str = "identity",
+    backward: AccumulatorLike | None = None,
     offset: Offset = None,
     gain: Gain = None,
 ) -> Tensor:
     """`torch.nn.functional.conv1d` whose dot products are summed in `acc`; see `conv2d`."""
-    return _conv(1, x, weight, bias, acc, stride, padding, dilation, groups, estimator, Columns(offset, gain))
+    how = Estimate.parse(estimator, backward)
+    return _conv(1, x, weight, bias, acc, stride, padding, dilation, groups, how, Columns(offset, gain))
 
 
 def conv2d(
@@ -199,6 +250,7 @@ def conv2d(
     dilation: Size = 1,
     groups: int = 1,
     estimator: str = "identity",
+    backward: AccumulatorLike | None = None,
     offset: Offset = None,
     gain: Gain = None,
 ) -> Tensor:
@@ -207,7 +259,7 @@ def conv2d(
     Args:
         x: (N, C, H, W) or (C, H, W), float32, bfloat16, float16 or float8, any strides.
         weight: (O, C/groups, kH, kW). bias: (O,), or None.
-        acc, estimator: see `matmul`; offset and gain, too: of all output channels, or one each (O,).
+        acc, estimator, backward: see `matmul`; offset and gain, too: of all output channels, or one each (O,).
         stride, dilation, groups: as torch's. padding: a number a dimension, `"same"` or `"valid"`.
 
     Returns:
@@ -217,7 +269,8 @@ def conv2d(
         TypeError: an operand's dtype.
         ValueError: shapes or sizes that do not fit; the message names them.
     """
-    return _conv(2, x, weight, bias, acc, stride, padding, dilation, groups, estimator, Columns(offset, gain))
+    how = Estimate.parse(estimator, backward)
+    return _conv(2, x, weight, bias, acc, stride, padding, dilation, groups, how, Columns(offset, gain))
 
 
 def conv3d(
@@ -230,11 +283,13 @@ def conv3d(
     dilation: Size = 1,
     groups: int = 1,
     estimator: str = "identity",
+    backward: AccumulatorLike | None = None,
     offset: Offset = None,
     gain: Gain = None,
 ) -> Tensor:
     """`torch.nn.functional.conv3d` whose dot products are summed in `acc`; see `conv2d`."""
-    return _conv(3, x, weight, bias, acc, stride, padding, dilation, groups, estimator, Columns(offset, gain))
+    how = Estimate.parse(estimator, backward)
+    return _conv(3, x, weight, bias, acc, stride, padding, dilation, groups, how, Columns(offset, gain))
 
 
 def _conv_transpose(
@@ -248,10 +303,10 @@ def _conv_transpose(
     output_padding: Size,
     groups: int,
     dilation: Size,
-    estimator: str,
+    how: Estimate,
     columns: Columns,
 ) -> Tensor:
-    acc = check(acc, estimator)
+    acc = check(acc, how.estimator)
     x, weight = widen(x, "x"), widen(weight, "weight")
     stride, dilation = _per_dimension(stride, "stride", dims, 1), _per_dimension(dilation, "dilation", dims, 1)
     padding = _per_dimension(padding, "padding", dims, 0)
@@ -276,7 +331,7 @@ def _conv_transpose(
     stuffed = _zero_stuffed(x if x.dim() == dims + 2 else x[None], stride)
     margins = [d * (k - 1) - p for k, d, p in zip(weight.shape[2:], dilation, padding, strict=True)]
     pads = [q for m, e in zip(reversed(margins), reversed(extra), strict=True) for q in (m, m + e)]
-    y = _convolve(stuffed, columns.scale(flipped, 0), acc, (1,) * dims, pads, dilation, groups)
+    y = _convolve(stuffed, columns.scale(flipped, 0), acc, (1,) * dims, pads, dilation, groups, how)
     return _finish(columns.finish(y, 1), bias, is_batched=x.dim() == dims + 2)
 
 
@@ -309,13 +364,13 @@ def conv_transpose1d(
     groups: int = 1,
     dilation: Size = 1,
     estimator: str = "identity",
+    backward: AccumulatorLike | None = None,
     offset: Offset = None,
     gain: Gain = None,
 ) -> Tensor:
     """`torch.nn.functional.conv_transpose1d` whose dot products are summed in `acc`; see `conv_transpose2d`."""
-    return _conv_transpose(
-        1, x, weight, bias, acc, stride, padding, output_padding, groups, dilation, estimator, Columns(offset, gain)
-    )
+    how, columns = Estimate.parse(estimator, backward), Columns(offset, gain)
+    return _conv_transpose(1, x, weight, bias, acc, stride, padding, output_padding, groups, dilation, how, columns)
 
 
 def conv_transpose2d(
@@ -329,6 +384,7 @@ def conv_transpose2d(
     groups: int = 1,
     dilation: Size = 1,
     estimator: str = "identity",
+    backward: AccumulatorLike | None = None,
     offset: Offset = None,
     gain: Gain = None,
 ) -> Tensor:
@@ -343,9 +399,8 @@ def conv_transpose2d(
     Returns:
         (N, O, H', W') or (O, H', W') in float32.
     """
-    return _conv_transpose(
-        2, x, weight, bias, acc, stride, padding, output_padding, groups, dilation, estimator, Columns(offset, gain)
-    )
+    how, columns = Estimate.parse(estimator, backward), Columns(offset, gain)
+    return _conv_transpose(2, x, weight, bias, acc, stride, padding, output_padding, groups, dilation, how, columns)
 
 
 def conv_transpose3d(
@@ -359,10 +414,10 @@ def conv_transpose3d(
     groups: int = 1,
     dilation: Size = 1,
     estimator: str = "identity",
+    backward: AccumulatorLike | None = None,
     offset: Offset = None,
     gain: Gain = None,
 ) -> Tensor:
     """`torch.nn.functional.conv_transpose3d` whose dot products are summed in `acc`; see `conv_transpose2d`."""
-    return _conv_transpose(
-        3, x, weight, bias, acc, stride, padding, output_padding, groups, dilation, estimator, Columns(offset, gain)
-    )
+    how, columns = Estimate.parse(estimator, backward), Columns(offset, gain)
+    return _conv_transpose(3, x, weight, bias, acc, stride, padding, output_padding, groups, dilation, how, columns)

@@ -10,38 +10,47 @@ from torch import Tensor
 from fmaq import kernels
 from fmaq.numerics import Accumulator
 from fmaq.ops.columns import Columns, Gain, Offset
-from fmaq.ops.operands import AccumulatorLike, check, full_precision, widen
+from fmaq.ops.estimators import STRAIGHT, Estimate, MatmulGradients, straight_matmul, unpacked
+from fmaq.ops.operands import AccumulatorLike, check, widen
 
 
 class _BatchedProduct(torch.autograd.Function):
-    """(B, M, K) times (B, K, N); the gradients are ordinary float32 products (`identity`)."""
+    """(B, M, K) times (B, K, N)."""
 
     @staticmethod
-    def forward(a: Tensor, b: Tensor, acc: Accumulator) -> Tensor:
+    def forward(a: Tensor, b: Tensor, acc: Accumulator, how: Estimate) -> Tensor:
         return kernels.matmul(a, b, acc)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        a, b, _ = inputs
-        wants_a, wants_b, _ = ctx.needs_input_grad
-        ctx.save_for_backward(a if wants_b else None, b if wants_a else None)
+        a, b, ctx.acc, ctx.how = inputs
+        wants_a, wants_b, *_ = ctx.needs_input_grad
+        if not ctx.how.looks_inside:
+            a, b = (a if wants_b else None), (b if wants_a else None)
+        ctx.save_for_backward(a, b)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        a, b = ctx.saved_tensors
-        with full_precision():
-            grad_a = torch.matmul(grads[0], b.mT) if ctx.needs_input_grad[0] else None
-            grad_b = torch.matmul(a.mT, grads[0]) if ctx.needs_input_grad[1] else None
-        return grad_a, grad_b, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        (a, b), (grad,), wanted = ctx.saved_tensors, grads, ctx.needs_input_grad[:2]
+        if ctx.how.looks_inside:
+            found = MatmulGradients.apply(a, b, grad, ctx.acc, ctx.how.estimator, wanted)
+            return *unpacked(found, wanted), None, None
+        if ctx.how.backward is None:
+            return *straight_matmul(a, b, grad, wanted), None, None
+        grad_a = _BatchedProduct.apply(grad, b.mT, ctx.how.backward, STRAIGHT) if wanted[0] else None
+        grad_b = _BatchedProduct.apply(a.mT, grad, ctx.how.backward, STRAIGHT) if wanted[1] else None
+        return grad_a, grad_b, None, None
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], a: Tensor, b: Tensor, acc: Accumulator) -> tuple[Tensor, int]:
+    def vmap(
+        info: Any, in_dims: tuple[int | None, ...], a: Tensor, b: Tensor, acc: Accumulator, how: Estimate
+    ) -> tuple[Tensor, int]:
         """One more dimension of the batch."""
         a, b = (
             x.expand(info.batch_size, *x.shape) if at is None else x.movedim(at, 0)
             for x, at in ((a, in_dims[0]), (b, in_dims[1]))
         )
-        y = _BatchedProduct.apply(a.flatten(0, 1), b.flatten(0, 1), acc)
+        y = _BatchedProduct.apply(a.flatten(0, 1), b.flatten(0, 1), acc, how)
         return y.unflatten(0, a.shape[:2]), 0
 
 
@@ -50,6 +59,7 @@ def matmul(
     b: Tensor,
     acc: AccumulatorLike,
     estimator: str = "identity",
+    backward: AccumulatorLike | None = None,
     offset: Offset = None,
     gain: Gain = None,
 ) -> Tensor:
@@ -59,7 +69,9 @@ def matmul(
         a: (…, M, K) or (K,), float32, bfloat16, float16 or float8, any strides.
         b: (…, K, N) or (K,); the leading dimensions broadcast with a's.
         acc: an Accumulator, or what `Accumulator.parse` takes.
-        estimator: of the gradients; `"identity"` is straight through.
+        estimator: of the gradients; `"identity"` is straight through. `"immediate/of"` and `"immediate/diff"` stop at
+            steps that overflow, or are lost; `"recursive/of"` and `"recursive/diff"` also at later ones.
+        backward: an accumulator for the two gradient products of `"identity"`, a·grad and grad·b; None is float32.
         offset: c, an integer or one a column (N,): the product with b·2^c, times 2^−c, all exact.
         gain: a number, or one a column (N,), that multiplies the finished sums in float32.
 
@@ -68,13 +80,13 @@ def matmul(
 
     Raises:
         TypeError: an operand's dtype.
-        ValueError: shapes that do not fit, a template or a format that float32 cannot hold, an unknown estimator.
-        NotImplementedError: an estimator that has no kernel yet.
+        ValueError: shapes that do not fit, a template or a format that float32 cannot hold, an unknown estimator, or
+            `backward` beside an estimator other than identity.
     """
-    acc = check(acc, estimator)
+    acc, how = check(acc, estimator), Estimate.parse(estimator, backward)
     left, right, shape = as_batches(a, b)
     columns = Columns(offset, gain)
-    y = _BatchedProduct.apply(left, columns.scale(right, 2), acc)
+    y = _BatchedProduct.apply(left, columns.scale(right, 2), acc, how)
     return columns.finish(y, 2).reshape(shape)
 
 
@@ -110,6 +122,7 @@ def linear(
     bias: Tensor | None,
     acc: AccumulatorLike,
     estimator: str = "identity",
+    backward: AccumulatorLike | None = None,
     offset: Offset = None,
     gain: Gain = None,
 ) -> Tensor:
@@ -117,13 +130,13 @@ def linear(
 
     Args:
         x: (…, K). weight: (N, K) or (K,). bias: (N,), or None.
-        acc, estimator, offset, gain: see `matmul`.
+        acc, estimator, backward, offset, gain: see `matmul`.
 
     Returns:
         (…, N) in float32, or (…) with a weight of (K,).
 
     Raises:
-        TypeError, ValueError, NotImplementedError: as `matmul`; and for a bias of another shape.
+        TypeError, ValueError: as `matmul`; and for a bias of another shape.
     """
     x, weight = widen(x, "x"), widen(weight, "weight")
     if weight.dim() not in (1, 2):
@@ -136,5 +149,5 @@ def linear(
         bias = widen(bias, "bias")
         if bias.shape != weight.shape[:-1]:
             raise ValueError(f"bias must be {tuple(weight.shape[:-1])}, got {tuple(bias.shape)}")
-    y = matmul(x, weight.t(), acc, estimator, offset, gain)
+    y = matmul(x, weight.t(), acc, estimator, backward, offset, gain)
     return y if bias is None else y + bias
