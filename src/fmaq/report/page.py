@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.resources
+from typing import Any
 
 from fmaq.report.tables import cells, headings
 from fmaq.training.record import Record, show
@@ -56,7 +57,7 @@ def _schedules(record: Record) -> list[dict[str, str]]:
                 {
                     "accumulator": str(row.parsed.format) if row.parsed else "float32",
                     "stage": str(index + 1),
-                    "underflow": "yes" if plan["underflow"] else "no",
+                    "underflow": _underflow(plan),
                     "epochs": str(plan["epochs"]),
                     "rate": f"{plan['learning_rate']:g}{', cosine' if plan['cosine'] else ''}",
                     "loss": "–" if stage["loss"] is None else f"{stage['loss']:.4f}",
@@ -65,3 +66,8 @@ def _schedules(record: Record) -> list[dict[str, str]]:
                 }
             )
     return lines
+
+
+def _underflow(plan: dict[str, Any]) -> str:
+    begins = plan.get("underflow_from", 0.0)  # records from before there was such a key lack it
+    return "no" if not plan["underflow"] else f"from {begins:.0%} on" if begins else "yes"

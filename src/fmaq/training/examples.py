@@ -12,6 +12,9 @@ from torch import Tensor
 
 Inputs = Tensor | dict[str, Tensor]
 
+IGNORED = -100
+"""The class of a token that does not count."""
+
 
 def _pick(inputs: Inputs, index: Any) -> Inputs:
     return {k: v[index] for k, v in inputs.items()} if isinstance(inputs, dict) else inputs[index]
@@ -33,11 +36,11 @@ def _digest(*parts: Inputs) -> str:
 
 @dataclass
 class Examples:
-    """Inputs with a class each.
+    """Inputs with a class each, or a class for each of their tokens.
 
     Args:
         inputs: a tensor (N, ...), or tensors by name, the model's keyword arguments.
-        targets: (N,) classes, int64.
+        targets: (N,) or (N, tokens) classes, int64; `IGNORED` is that of a token that does not count.
     """
 
     inputs: Inputs

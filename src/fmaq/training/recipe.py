@@ -288,6 +288,12 @@ class StageRecipe(Strict):
     underflow: bool = True
     cosine: bool = True
     final_learning_rate: float = Field(0.0, ge=0)
+    underflow_from: float = Field(0.0, ge=0, le=1)
+
+    @model_validator(mode="after")
+    def _is_a_stage(self) -> StageRecipe:
+        Stage(**self.model_dump())
+        return self
 
 
 class Augmentation(Strict):
