@@ -25,12 +25,13 @@ def to_device(inputs: Inputs, device: str | torch.device) -> Inputs:
     return {k: v.to(device) for k, v in inputs.items()} if isinstance(inputs, dict) else inputs.to(device)
 
 
-def _digest(*parts: Inputs) -> str:
+def digest(*parts: Inputs) -> str:
+    """A hash of the contents of tensors, with their names, types and shapes."""
     state = hashlib.sha256()
     for part in parts:
         for name, tensor in part.items() if isinstance(part, dict) else [("", part)]:
             state.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
-            state.update(tensor.contiguous().cpu().view(torch.uint8).numpy().tobytes())
+            state.update(tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy().tobytes())
     return state.hexdigest()[:16]
 
 
@@ -61,7 +62,7 @@ class Examples:
 
     def digest(self) -> str:
         """A hash of the contents."""
-        return _digest(self.inputs, self.targets)
+        return digest(self.inputs, self.targets)
 
 
 @dataclass
@@ -79,7 +80,7 @@ class Windows:
 
     def digest(self) -> str:
         """A hash of the contents."""
-        return _digest(self.tokens)
+        return digest(self.tokens)
 
 
 @dataclass
@@ -102,7 +103,7 @@ class Pairs:
 
     def digest(self) -> str:
         """A hash of the contents."""
-        return _digest(self.inputs, self.first, self.second, self.scores)
+        return digest(self.inputs, self.first, self.second, self.scores)
 
 
 def as_examples(data: Any) -> Any:
