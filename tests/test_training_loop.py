@@ -110,6 +110,33 @@ def test_stage_one_runs_without_underflow(monkeypatch: pytest.MonkeyPatch) -> No
     assert seen[-1] is True and False not in seen[1:]
 
 
+def test_underflow_is_switched_on_in_the_middle_of_a_stage(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    seen = []
+    real = loop.attach
+
+    def attach(model: nn.Module, policy: Policy) -> None:
+        seen.append(policy.accumulator.underflow)
+        real(model, policy)
+
+    monkeypatch.setattr(loop, "attach", attach)
+    train, test = data()
+    schedule = Schedule((Stage(2, 1e-2, underflow_from=0.75),), batch_size=8)  # from the seventh of eight steps on
+    whole = network()
+    result = finetune(whole, POLICY, train, test, schedule, output=tmp_path, progress=False)
+    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert seen == [False, True]
+    assert result.stages[0].own_metrics == result.metrics == evaluate(whole, test, progress=False)
+    assert [line["event"] for line in log].count("step") == 8
+    for share, switches in ((0.0, [True]), (1.0, [False, True])):
+        seen.clear()
+        finetune(network(), POLICY, train, test, Schedule((Stage(1, 1e-2, underflow_from=share),)), progress=False)
+        assert seen == switches
+    with pytest.raises(ValueError, match="underflow=False"):
+        Stage(1, 1e-2, underflow=False, underflow_from=0.5)
+    with pytest.raises(ValueError, match="from 0 to 1"):
+        Stage(1, 1e-2, underflow_from=1.5)
+
+
 def test_the_same_seed_gives_the_same_bits_and_another_does_not() -> None:
     train, test = data()
     results = []

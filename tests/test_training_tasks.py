@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from fmaq.training import Examples, Pairs, Windows, evaluate
-from fmaq.training.examples import as_examples
-from fmaq.training.tasks import forward
+from fmaq.training.examples import IGNORED, as_examples
+from fmaq.training.tasks import forward, loss
 
 
 class Table(nn.Module):
@@ -29,6 +29,19 @@ def test_accuracy_and_loss() -> None:
     assert metrics["accuracy"] == pytest.approx(2 / 3)
     expected = -(2 - math.log(math.exp(2) + 1)) - (1 - math.log(math.e + 1)) - (0 - math.log(math.exp(3) + 1))
     assert metrics["loss"] == pytest.approx(expected / 3, rel=1e-6)
+
+
+def test_classes_of_tokens_count_but_for_the_ignored() -> None:
+    model, tokens = Table(), torch.tensor([[0, 1, 2], [3, 4, 0]])
+    targets = torch.tensor([[1, IGNORED, 4], [IGNORED, 2, IGNORED]])
+    logits = model.table.detach()[torch.tensor([0, 2, 4])]
+    expected = nn.functional.cross_entropy(logits, torch.tensor([1, 4, 2]))
+    right = (logits.argmax(1) == torch.tensor([1, 4, 2])).float().mean()
+    for size in (1, 2):
+        metrics = evaluate(model, Examples({"input_ids": tokens}, targets), batch_size=size, progress=False)
+        assert metrics == {"accuracy": pytest.approx(float(right)), "loss": pytest.approx(float(expected), rel=1e-6)}
+    data = Examples({"input_ids": tokens}, targets)
+    assert loss(model, data, *data.batch(slice(0, 2))).item() == pytest.approx(float(expected), rel=1e-6)
 
 
 def test_perplexity_is_of_every_token_but_the_first() -> None:

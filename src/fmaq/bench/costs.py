@@ -46,17 +46,22 @@ def extra_memory(acc: Accumulator, size: int) -> float:
     small = torch.randn(1, 64, 64)
     kernels.matmul(small, small, acc)  # the code is there, and so is what it loads
     a, b = torch.randn(1, size, size), torch.randn(1, size, size)
-    _forget_peak()
-    before = _status("VmRSS")
-    c = kernels.matmul(a, b, acc)
-    return max(0.0, _status("VmHWM") - before - c.nbytes / MEBIBYTE)
+    return max(0.0, peak_memory(lambda: kernels.matmul(a, b, acc)) - a.nbytes / MEBIBYTE)
 
 
-def _forget_peak() -> None:
+def peak_memory(work: Callable[[], object]) -> float:
+    """MiB that work, which runs once, needs at its peak beyond what the process has in memory before.
+
+    Raises:
+        Unavailable: the system does not tell a process its peak.
+    """
     try:
-        CLEAR.write_text("5")
+        CLEAR.write_text("5")  # forgets the peak so far
     except OSError as error:
         raise Unavailable(f"the peak of a process's memory is read from Linux's /proc, which says: {error}") from None
+    before = _status("VmRSS")
+    work()
+    return _status("VmHWM") - before
 
 
 def _status(name: str) -> float:

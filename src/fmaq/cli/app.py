@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fmaq.cli import bench, hardware
+from fmaq.cli import bench, hardware, reproduce
 from fmaq.cli.console import print_table
-from fmaq.cli.errors import INTERRUPTED, print_error
+from fmaq.cli.errors import interruptible
 
 if TYPE_CHECKING:
     from fmaq.training.recipe import Recipe
@@ -81,7 +79,7 @@ def demo(
     from fmaq.training.demo import run_demo
     from fmaq.training.progress import Bars
 
-    with _interruptible("interrupted; the demo starts over when it is run again"):
+    with interruptible("interrupted; the demo starts over when it is run again"):
         record = run_demo(output, seed, Bars(), _say(as_json))
     _finish(record, output, "demo", as_json)
 
@@ -138,7 +136,7 @@ def finetune(
     from fmaq.training.run import run_finetune
 
     loaded, folder = _load(recipe, output, seed, {} if accumulator is None else {"policy.accumulator": accumulator})
-    with _interruptible():
+    with interruptible():
         record = run_finetune(loaded, folder, device, Bars(), _say(as_json), resume=not fresh)
     _finish(record, folder, "finetune", as_json)
 
@@ -151,18 +149,6 @@ def _load(path: Path, output: Path | None, seed: int | None, changes: dict[str, 
         changes["seed"] = seed
     recipe = Recipe.load(path, changes)
     return recipe, output or recipe.output or Path("runs") / recipe.name
-
-
-@contextmanager
-def _interruptible(message: str | None = None) -> Iterator[None]:
-    """End with exit code 130 and a line about how to go on, when a run is interrupted."""
-    from fmaq.training.interrupts import Interrupted
-
-    try:
-        yield
-    except Interrupted as error:
-        print_error(message or str(error))
-        raise typer.Exit(INTERRUPTED) from None
 
 
 def _use_threads(threads: int | None) -> None:
@@ -197,5 +183,7 @@ def _finish(record: Record, folder: Path, name: str, as_json: bool) -> None:
 
 
 app.command(epilog=bench.EPILOG)(bench.bench)
+
+app.command(epilog=reproduce.EPILOG)(reproduce.reproduce)
 
 app.add_typer(hardware.app, name="hardware")

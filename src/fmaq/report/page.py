@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.resources
+from typing import Any
 
 from fmaq.report.tables import cells, headings
 from fmaq.training.record import Record, show
@@ -14,19 +15,42 @@ KINDS = {
 }
 
 
-def render(record: Record, plot: str) -> str:
-    """The page as HTML text; `plot` is an SVG element."""
+def fill(package: str, template: str, **values: Any) -> str:
+    """A page as HTML text, from a template of `package` that extends this package's layout.
+
+    Args:
+        values: of the template's variables; those of the layout are `title`, `kind`, `facts` (names and values), `plot`
+            (an SVG element), `label` (of the plot, in words), `seed`, `provenance` and `recipe`.
+    """
     import jinja2
 
+    def source(name: str) -> str | None:
+        found = (importlib.resources.files(where).joinpath(name) for where in (package, "fmaq.report"))
+        return next((file.read_text(encoding="utf-8") for file in found if file.is_file()), None)
+
     environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+        loader=jinja2.FunctionLoader(source),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
     )
-    source = importlib.resources.files("fmaq.report").joinpath("page.html.jinja").read_text(encoding="utf-8")
-    return environment.from_string(source).render(
+    return environment.get_template(template).render(**values)
+
+
+def render(record: Record, plot: str) -> str:
+    """The page as HTML text; `plot` is an SVG element."""
+    return fill(
+        "fmaq.report",
+        "page.html.jinja",
         title=record.name,
         kind=KINDS.get(record.kind, record.kind),
         record=record,
         plot=plot,
+        label=f"{record.metric} by accumulator",
+        seed=record.seed,
+        provenance=record.provenance,
+        recipe=record.recipe,
         headings=headings(record),
         baseline=cells(record, record.baseline),
         rows=[(cells(record, row), bool(row.tuned and row.parsed)) for row in record.rows],
@@ -56,7 +80,7 @@ def _schedules(record: Record) -> list[dict[str, str]]:
                 {
                     "accumulator": str(row.parsed.format) if row.parsed else "float32",
                     "stage": str(index + 1),
-                    "underflow": "yes" if plan["underflow"] else "no",
+                    "underflow": _underflow(plan),
                     "epochs": str(plan["epochs"]),
                     "rate": f"{plan['learning_rate']:g}{', cosine' if plan['cosine'] else ''}",
                     "loss": "–" if stage["loss"] is None else f"{stage['loss']:.4f}",
@@ -65,3 +89,8 @@ def _schedules(record: Record) -> list[dict[str, str]]:
                 }
             )
     return lines
+
+
+def _underflow(plan: dict[str, Any]) -> str:
+    begins = plan.get("underflow_from", 0.0)  # records from before there was such a key lack it
+    return "no" if not plan["underflow"] else f"from {begins:.0%} on" if begins else "yes"

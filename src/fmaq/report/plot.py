@@ -24,18 +24,18 @@ COLOURS = ("#3b6fb6", "#d1622b", "#3f8f5f", "#8a5aa8")
 MARKERS = ("o", "^", "D", "s")
 
 
+def rc_style() -> dict[Any, Any]:
+    """matplotlib's settings for the project's figures."""
+    inked = ("text.color", "axes.labelcolor", "xtick.color", "ytick.color")
+    return {"font.family": "sans-serif", "font.size": 9.5, "axes.edgecolor": MUTED, **dict.fromkeys(inked, INK)}
+
+
 def draw(record: Record) -> Figure:
     """The figure: a column for each accumulator, widest first; a line for each format of weights and activations."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    style: dict[Any, Any] = {
-        "font.family": "sans-serif",
-        "font.size": 9.5,
-        "text.color": INK,
-        "axes.labelcolor": INK,
-    }
-    with rc_context({**style, "xtick.color": INK, "ytick.color": INK, "axes.edgecolor": MUTED}):
+    with rc_context(rc_style()):
         columns = list(dict.fromkeys(row.accumulator for row in record.rows))
         figure = Figure(figsize=(max(6.4, 0.78 * len(columns) + 1.6), 3.9), layout="constrained")
         axes = figure.add_subplot()
@@ -44,12 +44,12 @@ def draw(record: Record) -> Figure:
         axes.axhline(base, color=MUTED, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
         _lines(axes, record, columns, scale)
         _stages(axes, record, columns, scale)
-        _dress(axes, record, _labels(columns), base)
+        _dress(axes, record, accumulator_labels(columns), base)
         figure.canvas.draw_idle()
     return figure
 
 
-def _labels(accumulators: list[str]) -> list[str]:
+def accumulator_labels(accumulators: list[str]) -> list[str]:
     """What stands below each column: the format without its bias, or more where that does not tell columns apart."""
     parsed = [None if name == "fp32" else Accumulator.parse(name) for name in accumulators]
     short = ["float32" if acc is None else str(acc.format).partition("b")[0] for acc in parsed]

@@ -12,6 +12,9 @@ from torch import Tensor
 
 Inputs = Tensor | dict[str, Tensor]
 
+IGNORED = -100
+"""The class of a token that does not count."""
+
 
 def _pick(inputs: Inputs, index: Any) -> Inputs:
     return {k: v[index] for k, v in inputs.items()} if isinstance(inputs, dict) else inputs[index]
@@ -22,22 +25,23 @@ def to_device(inputs: Inputs, device: str | torch.device) -> Inputs:
     return {k: v.to(device) for k, v in inputs.items()} if isinstance(inputs, dict) else inputs.to(device)
 
 
-def _digest(*parts: Inputs) -> str:
+def digest(*parts: Inputs) -> str:
+    """A hash of the contents of tensors, with their names, types and shapes."""
     state = hashlib.sha256()
     for part in parts:
         for name, tensor in part.items() if isinstance(part, dict) else [("", part)]:
             state.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
-            state.update(tensor.contiguous().cpu().view(torch.uint8).numpy().tobytes())
+            state.update(tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy().tobytes())
     return state.hexdigest()[:16]
 
 
 @dataclass
 class Examples:
-    """Inputs with a class each.
+    """Inputs with a class each, or a class for each of their tokens.
 
     Args:
         inputs: a tensor (N, ...), or tensors by name, the model's keyword arguments.
-        targets: (N,) classes, int64.
+        targets: (N,) or (N, tokens) classes, int64; `IGNORED` is that of a token that does not count.
     """
 
     inputs: Inputs
@@ -58,7 +62,7 @@ class Examples:
 
     def digest(self) -> str:
         """A hash of the contents."""
-        return _digest(self.inputs, self.targets)
+        return digest(self.inputs, self.targets)
 
 
 @dataclass
@@ -76,7 +80,7 @@ class Windows:
 
     def digest(self) -> str:
         """A hash of the contents."""
-        return _digest(self.tokens)
+        return digest(self.tokens)
 
 
 @dataclass
@@ -99,7 +103,7 @@ class Pairs:
 
     def digest(self) -> str:
         """A hash of the contents."""
-        return _digest(self.inputs, self.first, self.second, self.scores)
+        return digest(self.inputs, self.first, self.second, self.scores)
 
 
 def as_examples(data: Any) -> Any:

@@ -53,8 +53,9 @@ def _line(node: yaml.Node | None, place: list[str | int]) -> int | None:
 def explain(error: Any, source: str, node: yaml.Node | None) -> str:
     """One of pydantic's errors as a line of text that names the file, the line and the key."""
     place: list[str | int] = list(error["loc"])
-    if len(place) > 1 and place[0] == "data" and place[1] in DATA_KINDS:
-        del place[1]  # pydantic's name of the union's member, not a key of the file
+    member = place.index("data") + 1 if "data" in place else len(place)
+    if member < len(place) and place[member] in DATA_KINDS:
+        del place[member]  # pydantic's name of the union's member, not a key of the file
     context = error.get("ctx", {})
     if error["type"] == "unknown_key":
         place.append(context["key"])

@@ -143,6 +143,7 @@ class _Run:
         self.path: Path | None = None
         self.log: Any = None
         self.saved_at = time.monotonic()
+        self.underflow: bool | None = None
 
     # Files
 
@@ -220,10 +221,10 @@ class _Run:
         start, before = time.monotonic(), self.result.seconds
         while self.stage < len(self.schedule.stages):
             stage = self.schedule.stages[self.stage]
-            _attach(self.model, self.policy if stage.underflow else self.policy.replace(underflow=False))
             self._begin_stage()
             total = stage.epochs * self.steps_an_epoch
             done = self.epoch * self.steps_an_epoch + self.step
+            self._attach(stage.underflows(done, total))
             title = (
                 f"Stage {self.stage + 1} of {len(self.schedule.stages)}{'' if stage.underflow else ', no underflow'}"
             )
@@ -233,8 +234,15 @@ class _Run:
             self._end_stage(stage, bars)
             self.result.seconds = before + time.monotonic() - start
             self._save()
-        _attach(self.model, self.policy)
+        self._attach(True)
         self._write_results()
+
+    def _attach(self, underflow: bool) -> None:
+        """Attach the policy, with or without underflow, unless it is attached so already."""
+        if self.underflow != underflow:
+            detach(self.model)
+            attach(self.model, self.policy if underflow else self.policy.replace(underflow=False))
+            self.underflow = underflow
 
     def _begin_stage(self) -> None:
         decayed = [p for p in self.model.parameters() if p.requires_grad and p.dim() > 1]
@@ -276,7 +284,9 @@ class _Run:
     def _train_step(self, stage: Stage, index: Tensor) -> float:
         assert self.optimizer is not None
         steps = stage.epochs * self.steps_an_epoch
-        rate = stage.rate(self.epoch * self.steps_an_epoch + self.step, steps)
+        done = self.epoch * self.steps_an_epoch + self.step
+        self._attach(stage.underflows(done, steps))
+        rate = stage.rate(done, steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         inputs, targets = self.train.batch(index)
@@ -301,8 +311,8 @@ class _Run:
     def _end_stage(self, stage: Stage, bars: Bars) -> None:
         own = self.own_metrics if stage.epochs else self._measure(bars)
         metrics = own
-        if not stage.underflow:
-            _attach(self.model, self.policy)
+        if not self.underflow:
+            self._attach(True)
             metrics = self._measure(bars)
         self.result.stages.append(StageResult(stage, self.mean_loss, metrics, own))
         self._write_log("stage", metrics=metrics)
@@ -342,11 +352,6 @@ class _Run:
         tensors = {name: t.detach().cpu().contiguous().clone() for name, t in self.model.state_dict().items()}
         write_bytes(self.output / "model.safetensors", save(tensors))
         write_json(self.output / "result.json", self.identity | self.result.to_mapping())
-
-
-def _attach(model: nn.Module, policy: Policy) -> None:
-    detach(model)
-    attach(model, policy)
 
 
 def augment(inputs: Inputs, schedule: Schedule, generator: torch.Generator) -> Inputs:

@@ -33,8 +33,9 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
+import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -49,6 +50,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from fmaq.emulation import Policy
+from fmaq.emulation.policy import FP32
 from fmaq.numerics import Accumulator
 from fmaq.training.callables import load_callable, resolve
 from fmaq.training.explain import RecipeError, explain, read_yaml
@@ -97,6 +99,28 @@ def _policy_source(value: Any, info: ValidationInfo) -> Any:
     return value
 
 
+def load_policy(source: dict[str, Any] | Path) -> Policy:
+    """The policy that a recipe's `policy` describes, or its file."""
+    return Policy.load(source) if isinstance(source, Path) else Policy.parse(source)
+
+
+def _known_task(value: str, info: ValidationInfo) -> str:
+    if ":" in value:
+        return _is_callable(value, info)
+    if value not in TASKS:
+        near = difflib.get_close_matches(value, TASKS, 1, 0.4)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(f"no task {value!r}; {hint}It may be {', '.join(TASKS)}, or module:function")
+    return value
+
+
+def _readable_accumulators(value: list[Any]) -> list[Any]:
+    for item in value:
+        if item != FP32:
+            _try(Accumulator.parse, item).check_float32()
+    return value
+
+
 def _try(make: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
     """Call it; a TypeError becomes the ValueError that pydantic reports."""
     try:
@@ -108,6 +132,9 @@ def _try(make: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
 AnyPath = Annotated[Path, BeforeValidator(_located)]
 ExistingPath = Annotated[Path, BeforeValidator(_located), AfterValidator(_exists)]
 CallableName = Annotated[str, AfterValidator(_is_callable)]
+TaskName = Annotated[str, AfterValidator(_known_task)]
+PolicySource = Annotated[dict[str, Any] | Path, BeforeValidator(_policy_source)]
+Accumulators = Annotated[list[str | dict[str, Any]], AfterValidator(_readable_accumulators)]
 
 
 class Strict(BaseModel):
@@ -288,6 +315,12 @@ class StageRecipe(Strict):
     underflow: bool = True
     cosine: bool = True
     final_learning_rate: float = Field(0.0, ge=0)
+    underflow_from: float = Field(0.0, ge=0, le=1)
+
+    @model_validator(mode="after")
+    def _is_a_stage(self) -> StageRecipe:
+        Stage(**self.model_dump())
+        return self
 
 
 class Augmentation(Strict):
@@ -336,38 +369,91 @@ class FinetuneRecipe(Strict):
         )
 
 
-class Recipe(Strict):
+class Document(Strict):
+    """A checked YAML file."""
+
+    what: ClassVar[str] = "recipe"
+    """What messages call it."""
+
+    @classmethod
+    def load(cls, path: str | Path, changes: Mapping[str, Any] | None = None) -> Self:
+        """Read and check a file.
+
+        Args:
+            path: of the YAML file.
+            changes: values in place of the file's, by key; a dot goes inside, as in `policy.accumulator`.
+
+        Raises:
+            RecipeError: the file is missing, is not YAML, or a key or value in it is wrong.
+        """
+        return cls.parse(cls.read(path), Path(path).parent, str(path), changes)
+
+    @classmethod
+    def read(cls, path: str | Path) -> str:
+        """The text of a file.
+
+        Raises:
+            RecipeError: the file is missing or is not text.
+        """
+        try:
+            return Path(path).read_text(encoding="utf-8")
+        except OSError as error:
+            raise RecipeError(f"cannot read the {cls.what} {path}: {error.strerror}") from None
+        except UnicodeDecodeError as error:
+            raise RecipeError(f"cannot read the {cls.what} {path}: it is not UTF-8 text ({error.reason})") from None
+
+    @classmethod
+    def parse(
+        cls,
+        text: str | Mapping[str, Any],
+        base: str | Path = ".",
+        source: str = "recipe",
+        changes: Mapping[str, Any] | None = None,
+    ) -> Self:
+        """A checked document from YAML text or a mapping; relative paths start at `base`.
+
+        Raises:
+            RecipeError: as for `load`.
+        """
+        values, node = read_yaml(text, source) if isinstance(text, str) else (text, None)
+        return cls.check(values, node, base, source, changes)
+
+    @classmethod
+    def check(
+        cls,
+        values: Any,
+        node: yaml.Node | None,
+        base: str | Path,
+        source: str,
+        changes: Mapping[str, Any] | None = None,
+    ) -> Self:
+        """A checked document from what `read_yaml` gives.
+
+        Raises:
+            RecipeError: a key or value is wrong; names the line, by `node`.
+        """
+        if not isinstance(values, Mapping):
+            raise RecipeError(f"{source}: a {cls.what} is a mapping with the keys {', '.join(cls.model_fields)}")
+        values = _changed(values, changes or {}, Path(base))
+        try:
+            return cls.model_validate(values, context={"base": Path(base)})
+        except ValidationError as error:
+            raise RecipeError("\n".join(explain(item, source, node) for item in error.errors())) from None
+
+
+class Recipe(Document):
     """A whole recipe; the module's text shows every key."""
 
     name: str = Field(pattern=r"^[\w.-]+$")
     seed: int = Field(0, ge=0, lt=2**32)
-    task: str = "classification"
+    task: TaskName = "classification"
     model: ModelRecipe
     data: DataRecipe
-    policy: Annotated[dict[str, Any] | Path, BeforeValidator(_policy_source)] = {}
-    accumulators: list[str | dict[str, Any]] = []
+    policy: PolicySource = {}
+    accumulators: Accumulators = []
     operands: list[str] = []
     finetune: FinetuneRecipe | None = None
     output: AnyPath | None = None
-
-    @field_validator("task")
-    @classmethod
-    def _known_task(cls, value: str, info: ValidationInfo) -> str:
-        if ":" in value:
-            return _is_callable(value, info)
-        if value not in TASKS:
-            near = difflib.get_close_matches(value, TASKS, 1, 0.4)
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            raise ValueError(f"no task {value!r}; {hint}It may be {', '.join(TASKS)}, or module:function")
-        return value
-
-    @field_validator("accumulators")
-    @classmethod
-    def _readable_accumulators(cls, value: list[Any]) -> list[Any]:
-        for item in value:
-            if item != "fp32":
-                _try(Accumulator.parse, item).check_float32()
-        return value
 
     @field_validator("operands")
     @classmethod
@@ -377,51 +463,9 @@ class Recipe(Strict):
                 _try(Policy, weight=item, activation=item)
         return value
 
-    @classmethod
-    def load(cls, path: str | Path, changes: Mapping[str, Any] | None = None) -> Recipe:
-        """Read and check a recipe file.
-
-        Args:
-            path: of the YAML file.
-            changes: values in place of the file's, by key; a dot goes inside, as in `policy.accumulator`.
-
-        Raises:
-            RecipeError: the file is missing, is not YAML, or a key or value in it is wrong.
-        """
-        path = Path(path)
-        try:
-            text = path.read_text(encoding="utf-8")
-        except OSError as error:
-            raise RecipeError(f"cannot read the recipe {path}: {error.strerror}") from None
-        except UnicodeDecodeError as error:
-            raise RecipeError(f"cannot read the recipe {path}: it is not UTF-8 text ({error.reason})") from None
-        return cls.parse(text, path.parent, str(path), changes)
-
-    @classmethod
-    def parse(
-        cls,
-        text: str | Mapping[str, Any],
-        base: str | Path = ".",
-        source: str = "recipe",
-        changes: Mapping[str, Any] | None = None,
-    ) -> Recipe:
-        """A checked recipe from YAML text or a mapping; relative paths start at `base`.
-
-        Raises:
-            RecipeError: as for `load`.
-        """
-        values, node = read_yaml(text, source) if isinstance(text, str) else (text, None)
-        if not isinstance(values, Mapping):
-            raise RecipeError(f"{source}: a recipe is a mapping with the keys {', '.join(cls.model_fields)}")
-        values = _changed(values, changes or {}, Path(base))
-        try:
-            return cls.model_validate(values, context={"base": Path(base)})
-        except ValidationError as error:
-            raise RecipeError("\n".join(explain(item, source, node) for item in error.errors())) from None
-
     def load_policy(self) -> Policy:
         """The policy, from the recipe or from its file."""
-        return Policy.load(self.policy) if isinstance(self.policy, Path) else Policy.parse(self.policy)
+        return load_policy(self.policy)
 
 
 def _changed(values: Mapping[str, Any], changes: Mapping[str, Any], base: Path) -> dict[str, Any]:

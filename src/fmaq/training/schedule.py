@@ -17,6 +17,7 @@ class Stage:
         underflow: False keeps magnitudes below the accumulator's smallest, the first stage of arXiv 2401.14110.
         cosine: fall to `final_learning_rate` along half a cosine over the stage; otherwise the rate is constant.
         final_learning_rate: at the end of the cosine.
+        underflow_from: share of the stage's steps that go by before underflow is switched on.
     """
 
     epochs: int
@@ -24,12 +25,21 @@ class Stage:
     underflow: bool = True
     cosine: bool = True
     final_learning_rate: float = 0.0
+    underflow_from: float = 0.0
 
     def __post_init__(self) -> None:
         if self.epochs < 0:
             raise ValueError(f"epochs must be at least 0, got {self.epochs}")
         if not self.learning_rate > 0:
             raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}")
+        if not 0 <= self.underflow_from <= 1:
+            raise ValueError(f"underflow_from must be a share of the steps, from 0 to 1, got {self.underflow_from}")
+        if self.underflow_from and not self.underflow:
+            raise ValueError("underflow_from is for a stage with underflow; this one has underflow=False")
+
+    def underflows(self, step: int, steps: int) -> bool:
+        """Whether step `step` of the stage's `steps` runs with underflow."""
+        return self.underflow and step >= self.underflow_from * steps
 
     def rate(self, step: int, steps: int) -> float:
         """The learning rate of step `step` of the stage's `steps`."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fmaq.training.examples import Examples, Inputs, Pairs, Windows, as_examples, to_device
+from fmaq.training.examples import IGNORED, Examples, Inputs, Pairs, Windows, as_examples, to_device
 from fmaq.training.progress import Advance, Bars
 
 Metrics = dict[str, float]
@@ -29,11 +29,11 @@ def forward(model: nn.Module, inputs: Inputs) -> Tensor:
 
 
 def loss(model: nn.Module, data: Examples | Windows, inputs: Inputs, targets: Tensor) -> Tensor:
-    """Mean cross-entropy of a batch of `data`: of the classes, or of each window's next tokens."""
+    """Mean cross-entropy of a batch of `data`: of the classes that count, or of each window's next tokens."""
     logits = forward(model, inputs).float()
     if isinstance(data, Windows):
         return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), targets[:, 1:].flatten())
-    return nn.functional.cross_entropy(logits, targets)
+    return nn.functional.cross_entropy(logits.flatten(0, -2), targets.flatten(), ignore_index=IGNORED)
 
 
 def _form(data: Any, form: type, task: str) -> Any:
@@ -43,17 +43,21 @@ def _form(data: Any, form: type, task: str) -> Any:
 
 
 def classification(model: nn.Module, data: Any, device: str, batch_size: int, advance: Advance) -> Metrics:
-    """`accuracy`, the share of examples whose class has the largest logit, and the mean cross-entropy `loss`."""
+    """`accuracy`, the share of classes that have the largest logit, and the mean cross-entropy `loss`.
+
+    A class an example, or, where targets are (N, tokens), a class a token, but for those that do not count.
+    """
     data = _form(data, Examples, "classification")
-    right, total = 0, 0.0
+    right, count, total = 0, 0, 0.0
     for start in range(0, len(data), batch_size):
         inputs, targets = data.batch(slice(start, start + batch_size))
-        targets = targets.to(device)
-        logits = forward(model, to_device(inputs, device)).float()
-        right += int((logits.argmax(1) == targets).sum())
-        total += float(nn.functional.cross_entropy(logits, targets, reduction="sum"))
+        logits = forward(model, to_device(inputs, device)).float().flatten(0, -2)
         advance(len(targets))
-    return {"accuracy": right / len(data), "loss": _finite(total / len(data))}
+        targets = targets.flatten().to(device)
+        right += int((logits.argmax(1) == targets).sum())
+        count += int((targets != IGNORED).sum())
+        total += float(nn.functional.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum"))
+    return {"accuracy": right / count, "loss": _finite(total / count)}
 
 
 def _finite(mean: float) -> float:

@@ -1,0 +1,91 @@
+"""Texts with some of their word pieces masked, for a network to fill in: masked language modelling (arXiv 1810.04805)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fmaq.training.examples import IGNORED, Examples
+
+BROWN = Path(__file__).resolve().parents[2] / ".cache" / "examples" / "brown"
+MASK, UNKNOWN = "[MASK]", "[UNK]"
+
+
+def brown(
+    vocabulary: int = 4096, length: int = 64, train: int = 16000, test: int = 1000, share: float = 0.15, copies: int = 1
+) -> tuple[Examples, Examples]:
+    """The Brown corpus (Kučera & Francis 1967), 500 texts of which every tenth is held out, as masked windows.
+
+    Args:
+        vocabulary: of word pieces, made from the training texts.
+        length: of a window, in word pieces.
+        train, test: the most windows to use, of a seeded shuffle; a window is counted once.
+        share: of the pieces that are masked.
+        copies: how many times a training window occurs, each time masked elsewhere.
+
+    Raises:
+        FileNotFoundError: the corpus has not been fetched.
+    """
+    files = sorted(BROWN.glob("c[a-r][0-9][0-9]"))
+    if not files:
+        raise FileNotFoundError(f"{BROWN} has no texts; run `make fetch`, which downloads what the examples need")
+    texts = [untagged(path.read_text(encoding="latin-1")) for path in files]
+    held_out = [text for index, text in enumerate(texts) if index % 10 == 9]
+    rest = [text for index, text in enumerate(texts) if index % 10 != 9]
+    return masked_windows(rest, held_out, vocabulary, length, train, test, share, copies)
+
+
+def descriptions(vocabulary: int = 512, length: int = 16, train: int = 64, test: int = 32) -> tuple[Examples, Examples]:
+    """scikit-learn's descriptions of its data sets, some 3,000 words, in place of a corpus where there is none."""
+    from sklearn.datasets import load_breast_cancer, load_diabetes, load_digits, load_iris, load_wine
+
+    loaders = (load_breast_cancer, load_diabetes, load_digits, load_iris, load_wine)
+    *rest, held_out = [load().DESCR for load in loaders]
+    return masked_windows(rest, [held_out], vocabulary, length, train, test)
+
+
+def untagged(text: str) -> str:
+    """A text of the corpus without its parts of speech: `The/at jury/nn` is `The jury`."""
+    return " ".join(re.sub(r"/[^/\s]+$", "", word) for word in text.split())
+
+
+def masked_windows(
+    texts: Iterable[str],
+    held_out: Iterable[str],
+    vocabulary: int,
+    length: int,
+    train: int,
+    test: int,
+    share: float = 0.15,
+    copies: int = 1,
+) -> tuple[Examples, Examples]:
+    """Windows of both kinds of texts with masked pieces; see `brown` for the arguments."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+
+    texts = list(texts)
+    tokenizer = Tokenizer(models.WordPiece(unk_token=UNKNOWN))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    special = [MASK, UNKNOWN]
+    tokenizer.train_from_iterator(
+        texts, trainers.WordPieceTrainer(vocab_size=vocabulary, special_tokens=special, show_progress=False)
+    )
+    generator = torch.Generator().manual_seed(0)
+    windows = []
+    for part, count in ((texts, train), (list(held_out), test)):
+        pieces = torch.tensor([token for encoding in tokenizer.encode_batch(part) for token in encoding.ids])
+        rows = pieces[: len(pieces) // length * length].view(-1, length)
+        windows.append(rows[torch.randperm(len(rows), generator=generator)[:count]])
+    mask = tokenizer.token_to_id(MASK)
+    return masked(windows[0].repeat(copies, 1), mask, share, generator), masked(windows[1], mask, share, generator)
+
+
+def masked(windows: Tensor, mask: int, share: float, generator: torch.Generator) -> Examples:
+    """Windows (N, length) in which a random `share` of the pieces is masked; these alone are to be predicted."""
+    hidden = torch.rand(windows.shape, generator=generator) < share
+    inputs = windows.masked_fill(hidden, mask)
+    return Examples({"input_ids": inputs}, windows.masked_fill(~hidden, IGNORED))

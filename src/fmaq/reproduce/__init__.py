@@ -1,0 +1,1 @@
+"""Experiments that train, or time, a grid of accumulators and estimators, and show what they found."""
