@@ -1,4 +1,4 @@
-"""Texts with some of their word pieces masked, for a network to fill in: masked language modelling (arXiv 1810.04805)."""
+"""Texts with some word pieces masked, for a network to fill in: masked language modelling (arXiv 1810.04805)."""
 
 from __future__ import annotations
 
