@@ -184,9 +184,10 @@ def conv1d(
     estimator: str = "identity",
     offset: Offset = None,
     gain: Gain = None,
+    shift: Gain = None,
 ) -> Tensor:
     """`torch.nn.functional.conv1d` whose dot products are summed in `acc`; see `conv2d`."""
-    return _conv(1, x, weight, bias, acc, stride, padding, dilation, groups, estimator, Columns(offset, gain))
+    return _conv(1, x, weight, bias, acc, stride, padding, dilation, groups, estimator, Columns(offset, gain, shift))
 
 
 def conv2d(
@@ -201,13 +202,14 @@ def conv2d(
     estimator: str = "identity",
     offset: Offset = None,
     gain: Gain = None,
+    shift: Gain = None,
 ) -> Tensor:
     """`torch.nn.functional.conv2d` whose dot products are summed in `acc`; the bias is added afterwards in float32.
 
     Args:
         x: (N, C, H, W) or (C, H, W), float32, bfloat16, float16 or float8, any strides.
         weight: (O, C/groups, kH, kW). bias: (O,), or None.
-        acc, estimator: see `matmul`; offset and gain, too: of all output channels, or one each (O,).
+        acc, estimator: see `matmul`; offset, gain and shift, too: of all output channels, or one each (O,).
         stride, dilation, groups: as torch's. padding: a number a dimension, `"same"` or `"valid"`.
 
     Returns:
@@ -217,7 +219,7 @@ def conv2d(
         TypeError: an operand's dtype.
         ValueError: shapes or sizes that do not fit; the message names them.
     """
-    return _conv(2, x, weight, bias, acc, stride, padding, dilation, groups, estimator, Columns(offset, gain))
+    return _conv(2, x, weight, bias, acc, stride, padding, dilation, groups, estimator, Columns(offset, gain, shift))
 
 
 def conv3d(
@@ -232,9 +234,10 @@ def conv3d(
     estimator: str = "identity",
     offset: Offset = None,
     gain: Gain = None,
+    shift: Gain = None,
 ) -> Tensor:
     """`torch.nn.functional.conv3d` whose dot products are summed in `acc`; see `conv2d`."""
-    return _conv(3, x, weight, bias, acc, stride, padding, dilation, groups, estimator, Columns(offset, gain))
+    return _conv(3, x, weight, bias, acc, stride, padding, dilation, groups, estimator, Columns(offset, gain, shift))
 
 
 def _conv_transpose(
@@ -311,10 +314,22 @@ def conv_transpose1d(
     estimator: str = "identity",
     offset: Offset = None,
     gain: Gain = None,
+    shift: Gain = None,
 ) -> Tensor:
     """`torch.nn.functional.conv_transpose1d` whose dot products are summed in `acc`; see `conv_transpose2d`."""
     return _conv_transpose(
-        1, x, weight, bias, acc, stride, padding, output_padding, groups, dilation, estimator, Columns(offset, gain)
+        1,
+        x,
+        weight,
+        bias,
+        acc,
+        stride,
+        padding,
+        output_padding,
+        groups,
+        dilation,
+        estimator,
+        Columns(offset, gain, shift),
     )
 
 
@@ -331,6 +346,7 @@ def conv_transpose2d(
     estimator: str = "identity",
     offset: Offset = None,
     gain: Gain = None,
+    shift: Gain = None,
 ) -> Tensor:
     """`torch.nn.functional.conv_transpose2d` whose dot products are summed in `acc`.
 
@@ -344,7 +360,18 @@ def conv_transpose2d(
         (N, O, H', W') or (O, H', W') in float32.
     """
     return _conv_transpose(
-        2, x, weight, bias, acc, stride, padding, output_padding, groups, dilation, estimator, Columns(offset, gain)
+        2,
+        x,
+        weight,
+        bias,
+        acc,
+        stride,
+        padding,
+        output_padding,
+        groups,
+        dilation,
+        estimator,
+        Columns(offset, gain, shift),
     )
 
 
@@ -361,8 +388,20 @@ def conv_transpose3d(
     estimator: str = "identity",
     offset: Offset = None,
     gain: Gain = None,
+    shift: Gain = None,
 ) -> Tensor:
     """`torch.nn.functional.conv_transpose3d` whose dot products are summed in `acc`; see `conv_transpose2d`."""
     return _conv_transpose(
-        3, x, weight, bias, acc, stride, padding, output_padding, groups, dilation, estimator, Columns(offset, gain)
+        3,
+        x,
+        weight,
+        bias,
+        acc,
+        stride,
+        padding,
+        output_padding,
+        groups,
+        dilation,
+        estimator,
+        Columns(offset, gain, shift),
     )
