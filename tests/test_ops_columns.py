@@ -80,3 +80,21 @@ def test_wrong_offsets_and_gains_are_refused(options, error, message):
 def test_an_offset_that_leaves_float32_is_refused():
     with pytest.raises(ValueError, match="out of float32's range"):
         fmaq.matmul(torch.ones(1, 1), torch.tensor([[2.0**100]]), ACC, offset=100)
+
+
+def test_offsets_gains_and_shifts_by_head():
+    torch.manual_seed(4)
+    a, b = torch.randn(2, 3, 5, 20), torch.randn(2, 3, 20, 4) * 0.03
+    offset = torch.tensor([0, 3, 6])[:, None] + torch.tensor([0, 1, 0, 2])
+    gain, shift = torch.tensor([[1.5], [1.0], [0.5]]), torch.tensor([[0.0], [1.0], [2.0]])
+    y = fmaq.matmul(a, b, ACC, offset=offset, gain=gain, shift=shift)
+    for batch in range(2):
+        for head in range(3):
+            one = fmaq.matmul(a[batch, head], b[batch, head], ACC, offset=offset[head])
+            assert torch.equal(y[batch, head], one * gain[head] + shift[head])
+    shared = fmaq.matmul(a, b[0, 0], ACC, offset=offset[:, :1])
+    assert all(torch.equal(shared[:, i], fmaq.matmul(a[:, i], b[0, 0], ACC, offset=offset[i, 0])) for i in range(3))
+    vectors = fmaq.matmul(a, b[0, 0, :, 0], ACC, offset=offset[:, :1])
+    assert vectors.shape == (2, 3, 5) and torch.equal(vectors, shared[..., 0])
+    with pytest.raises(ValueError, match=r"or have the batch's dimensions before that or before 1, got \(4, 1\)"):
+        fmaq.matmul(a, b, ACC, gain=torch.ones(4, 1))

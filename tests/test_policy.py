@@ -1,5 +1,7 @@
 """Policies: parsing, printing, choosing a layer's rule, and what a wrong one says."""
 
+import copy
+import os
 import pickle
 
 import pytest
@@ -213,3 +215,116 @@ def test_files_are_saved_into_new_folders_and_refuse_keys_given_twice(tmp_path) 
     path.write_text("accumulator: paper12\naccumulator: fp32\n")
     with pytest.raises(ValueError, match="the key 'accumulator' is given twice"):
         Policy.load(path)
+
+
+CALIBRATED = {
+    "accumulator": "M7E4b10 product=M7E4b12 chunk=16",
+    "gain": 1.04,
+    "layers": {
+        "fc": {"offset": [0, 1, -2], "gain": [1.0, 1.25, 0.1], "shift": [0.0, -0.5, 0.3]},
+        "head": {"offset": list(range(-20, 20)), "gain": [1 + i / 7 for i in range(40)]},
+        "attention": {
+            "accumulator": "M7E4b3 product=M7E4b5 chunk=16",
+            "products": {"attention_scores": {"offset": [[1], [2]], "gain": 1.5}, 1: {"accumulator": "fp32"}},
+        },
+    },
+}
+
+
+def test_offsets_gains_and_shifts_round_trip_by_mapping_and_file(tmp_path) -> None:
+    policy = Policy.parse(CALIBRATED)
+    path = tmp_path / "policy.yaml"
+    policy.save(path)
+    for copied in (Policy.parse(policy.to_mapping()), Policy.load(path), pickle.loads(pickle.dumps(policy))):
+        assert copied == policy and hash(copied) == hash(policy)
+    assert copy.deepcopy(policy) == policy
+    text = path.read_text()
+    assert "offset: head.offset" in text and "- 1.25" in text
+    assert len(list(tmp_path.iterdir())) == 2
+    assert policy != Policy.parse({**CALIBRATED, "gain": 1.05})
+    with pytest.raises(ValueError, match="read-only"):
+        policy.gain.array[...] = 2
+
+
+def test_saving_again_leaves_no_old_vectors_and_a_failure_keeps_them(tmp_path, monkeypatch) -> None:
+    path = tmp_path / "policy.yaml"
+    old = Policy.parse(CALIBRATED)
+    old.save(path)
+    head = {**CALIBRATED["layers"]["head"], "offset": list(range(40))}
+    new = Policy.parse({**CALIBRATED, "layers": {"head": head}})
+    replace = os.replace
+
+    def fail(source, target) -> None:
+        if str(target).endswith(".yaml"):
+            raise OSError("disk full")
+        replace(source, target)
+
+    monkeypatch.setattr("os.replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        new.save(path)
+    monkeypatch.undo()
+    assert Policy.load(path) == old
+    new.save(path)
+    assert Policy.load(path) == new
+    old.replace(layers={}).save(path)
+    assert len(list(tmp_path.glob("policy.yaml"))) == 1
+
+
+def test_vectors_that_are_missing_or_others_are_named(tmp_path) -> None:
+    path = tmp_path / "policy.yaml"
+    Policy.parse(CALIBRATED).save(path)
+    (vectors,) = tmp_path.glob("*.safetensors")
+    content = vectors.read_bytes()
+    vectors.write_bytes(content[:-1] + b"x")
+    with pytest.raises(ValueError, match=r"policy.yaml: vectors: .* its content has another hash"):
+        Policy.load(path)
+    vectors.unlink()
+    with pytest.raises(ValueError, match=r"policy.yaml: vectors: cannot read .*beside this file"):
+        Policy.load(path)
+    with pytest.raises(TypeError, match=r"layers: 'fc': offset 'fc.offset' names a vector in a file.*Policy.load"):
+        Policy.parse({"layers": {"fc": {"offset": "fc.offset"}}})
+
+
+def test_a_product_has_its_own_rule_by_index_before_kind() -> None:
+    policy = Policy(
+        accumulator=PAPER,
+        gain=1.5,
+        products={"matmul": {"accumulator": OTHER}, 1: {"gain": None}},
+        layers={"fc": {"products": {"linear": {"offset": 3}}}},
+    )
+    rule = policy.for_layer("attention")
+    assert rule.for_product("matmul", 0).accumulator == OTHER
+    second = rule.for_product("matmul", 1)
+    assert second.accumulator == PAPER and second.gain is None and second.products == {}
+    assert rule.for_product("linear", 2) == Rule(PAPER, gain=policy.gain)
+    assert policy.for_layer("fc").for_product("linear", 0).how["offset"] == 3
+    assert not Policy(products={"matmul": {"accumulator": PAPER}}).for_layer("a").is_plain
+
+
+def test_replacing_the_accumulator_drops_what_was_chosen_for_the_old_one() -> None:
+    policy = Policy.parse(CALIBRATED)
+    new = policy.replace(accumulator=OTHER)
+    assert new.gain is None and new.layers["fc"] == {} and new.for_layer("head") == Rule(OTHER)
+    products = new.layers["attention"]["products"]
+    assert products == {"attention_scores": {}, 1: {"accumulator": "fp32"}}
+    without = policy.replace(underflow=False)
+    assert without.layers["fc"] == policy.layers["fc"] and without.gain == policy.gain
+    assert without.for_layer("attention").accumulator.underflow is False
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"offset": 1.5}, "offset: expected integers, got 1.5"),
+        ({"gain": "big"}, "gain 'big' names a vector in a file"),
+        ({"gain": [1.0, float("nan")]}, "gain: every number must be finite"),
+        ({"layers": {"fc": {"shift": []}}}, r"layers: 'fc': shift: expected numbers, got \[\]"),
+        ({"products": {"matmul": {"products": {}}}}, r"products: 'matmul' has no 'products'"),
+        ({"products": {1.5: {}}}, "products: 1.5 is neither an index, like 0, nor a kind"),
+        ({"products": ["matmul"]}, "products must map a product's index or kind"),
+        ({"layers": {"fc": {"products": {"linear": {"ofset": 1}}}}}, r"products: 'linear' has no 'ofset'; did you"),
+    ],
+)
+def test_wrong_vectors_and_products_are_named(given, message) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        Policy.parse(given)

@@ -7,6 +7,8 @@ and replicas of an attached model are attached, and a submodule called on its ow
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -54,13 +56,57 @@ def attach(model: nn.Module, policy: Policy | AccumulatorLike) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise TypeError(f"attach takes a torch.nn.Module, got {type(model).__name__}")
     policy = Policy.parse(policy)
+    attachments = _attachments(model, policy)
+    for attachment in attachments.values():
+        _check_kernels(attachment)
+    _install(attachments)
+    _warn(attachments)
+    return model
+
+
+@contextmanager
+def attached(model: nn.Module, policy: Policy, may_be_template: bool = False) -> Iterator[None]:
+    """Attach a model for a `with` block; afterwards it is attached, or not, as it was.
+
+    Args:
+        may_be_template: allow formats without a bias, which whoever runs the model has to complete (`choosing`).
+
+    Raises:
+        ValueError, NotImplementedError: as `attach`.
+    """
+    before = {module: module.__dict__.get(STATE) for module in model.modules()}
+    attachments = _attachments(model, policy)
+    if not may_be_template:
+        for attachment in attachments.values():
+            _check_kernels(attachment)
+    _install(attachments)
+    try:
+        yield
+    finally:
+        for module, state in before.items():
+            _, handles = module.__dict__.get(STATE, (None, ()))
+            if state is not None:
+                module.__dict__[STATE] = (state[0], handles)
+                continue
+            module.__dict__.pop(STATE, None)
+            for handle in handles:
+                handle.remove()
+
+
+def _attachments(model: nn.Module, policy: Policy) -> dict[nn.Module, Attachment]:
+    """What each module of the model is told.
+
+    Raises:
+        ValueError: an entry of the policy matches no module.
+    """
     names: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(module, []).append(name)
     policy.check_names(name for aliases in names.values() for name in aliases)
-    attachments = {module: Attachment(policy, alias[0], policy.for_layer(*alias)) for module, alias in names.items()}
-    for attachment in attachments.values():
-        _check_kernels(attachment)
+    return {module: Attachment(policy, alias[0], policy.for_layer(*alias)) for module, alias in names.items()}
+
+
+def _install(attachments: dict[nn.Module, Attachment]) -> None:
     for module, attachment in attachments.items():
         if isinstance(module, torch.jit.ScriptModule):
             continue
@@ -72,8 +118,6 @@ def attach(model: nn.Module, policy: Policy | AccumulatorLike) -> nn.Module:
                 module.register_forward_hook(_after, always_call=True),
             )
             module.__dict__[STATE] = (attachment, handles)
-    _warn(attachments)
-    return model
 
 
 def detach(model: nn.Module) -> nn.Module:
@@ -112,16 +156,18 @@ def _after(module: nn.Module, args: Any, output: Any) -> None:
 
 def _check_kernels(attachment: Attachment) -> None:
     """Refuse before the first forward what no product could be computed with."""
-    rule = attachment.rule
-    if rule is None or not isinstance(accumulator := rule.accumulator, Accumulator):
+    if attachment.rule is None:
         return
-    if accumulator.is_template:
-        raise ValueError(
-            f"accumulator {accumulator} of {attachment.name or 'the model itself'} is a template: it has no bias. "
-            'Write one, like "M7E4b10"'
-        )
-    check(accumulator, rule.estimator)
-    Estimate.parse(rule.estimator, rule.backward)
+    for rule in (attachment.rule, *attachment.rule.of_products()):
+        if not isinstance(accumulator := rule.accumulator, Accumulator):
+            continue
+        if accumulator.is_template:
+            raise ValueError(
+                f"accumulator {accumulator} of {attachment.name or 'the model itself'} is a template: it has no bias. "
+                'Calibrate it, policy = fmaq.calibrate(model, policy, batches), or write a bias, like "M7E4b10"'
+            )
+        check(accumulator, rule.estimator)
+        Estimate.parse(rule.estimator, rule.backward)
 
 
 def _warn(attachments: dict[nn.Module, Attachment]) -> None:

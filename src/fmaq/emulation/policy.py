@@ -13,15 +13,15 @@ from __future__ import annotations
 
 import difflib
 import functools
-import os
 import re
-import tempfile
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Callable, Container, Iterable, Mapping
+from dataclasses import MISSING, dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from fmaq.emulation import vector_files
+from fmaq.emulation.vectors import Vector
 from fmaq.numerics import Accumulator
 from fmaq.numerics.reference import ESTIMATORS
 from fmaq.ops import parse_tensor_format
@@ -33,7 +33,11 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 FP32 = "fp32"
-RULE_FIELDS = ("accumulator", "weight", "activation", "estimator", "backward")
+CHOSEN_FIELDS = ("offset", "gain", "shift")
+"""What is chosen for one accumulator, by `calibrate` say."""
+
+PRODUCT_FIELDS = ("accumulator", "weight", "activation", "estimator", "backward", *CHOSEN_FIELDS)
+RULE_FIELDS = (*PRODUCT_FIELDS, "products")
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,8 @@ class Rule:
         activation: format that activations are quantized to, or None.
         estimator: of the gradients, see `fmaq.matmul`.
         backward: accumulator of the gradient products, see `fmaq.matmul`; None is float32.
+        offset, gain, shift: of the output channels (or heads), see `fmaq.matmul`; None where there is none.
+        products: what differs for single products, by their index in a call or by kind.
     """
 
     accumulator: Accumulator | str = FP32
@@ -53,16 +59,34 @@ class Rule:
     activation: str | None = None
     estimator: str = "identity"
     backward: Accumulator | None = None
+    offset: Vector | None = None
+    gain: Vector | None = None
+    shift: Vector | None = None
+    products: Mapping[int | str, Mapping[str, Any]] = field(default_factory=dict, hash=False)
 
     @property
     def is_plain(self) -> bool:
-        """Nothing is emulated and nothing quantized: torch's own product."""
-        return self.accumulator == FP32 and self.weight is None and self.activation is None
+        """Nothing is emulated and nothing quantized in any product: torch's own products."""
+        is_plain = self.accumulator == FP32 and self.weight is None and self.activation is None
+        return is_plain and all(rule.is_plain for rule in self.of_products())
 
     @property
     def how(self) -> dict[str, Any]:
         """What a product is told beside its accumulator: keywords of `fmaq.matmul`, `linear` and convolutions."""
-        return {"estimator": self.estimator, "backward": self.backward}
+        chosen = {name: getattr(self, name) for name in CHOSEN_FIELDS}
+        how = {"estimator": self.estimator, "backward": self.backward}
+        return how | {k: v.tensor for k, v in chosen.items() if v is not None}
+
+    def for_product(self, kind: str, index: int) -> Rule:
+        """The rule of one product of the layer: what `products` says of its index, else of its kind, laid over this."""
+        if not self.products:
+            return self
+        entry = self.products.get(index, self.products.get(kind, {}))
+        return replace(self, **{"products": {}, **entry})
+
+    def of_products(self) -> list[Rule]:
+        """The rules of the products that differ."""
+        return [replace(self, **{"products": {}, **entry}) for entry in self.products.values()]
 
 
 def _naming_the_nearest(cls: type[T]) -> type[T]:
@@ -91,8 +115,15 @@ class Policy:
         activation: the same for activations.
         estimator: of the gradients, see `fmaq.matmul`.
         backward: an accumulator of the two gradient products of the estimator identity, or None: float32.
-        layers: module name or glob → a mapping of any of the five fields above, laid over them, or None: torch's own
+        offset: added to the accumulator's and the product's bias: an integer, or one for each output channel.
+        gain, shift: multiply the finished sums, and are then added: a number, or one for each output channel.
+            Of batched products (heads), all three may have further dimensions in front; see `fmaq.matmul`.
+        products: for layers with several products: index of a product in a call of the layer (0, 1 ...), or kind
+            ("linear", "attention_scores" ...) → a mapping of any of the fields above, laid over them.
+        layers: module name or glob → a mapping of any of the fields above, laid over them, or None: torch's own
             product on operands as they are.
+
+    `fmaq.calibrate` chooses offsets, gains, shifts and the biases of templates ("M7E4").
 
     Raises:
         TypeError, ValueError: a key or value is wrong; the message names it and what it may be.
@@ -103,6 +134,10 @@ class Policy:
     activation: str | None = None
     estimator: str = "identity"
     backward: Accumulator | None = None
+    offset: Vector | None = None
+    gain: Vector | None = None
+    shift: Vector | None = None
+    products: Mapping[int | str, Mapping[str, Any]] = field(default_factory=dict)
     layers: Mapping[str, Mapping[str, Any] | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -113,8 +148,7 @@ class Policy:
         object.__setattr__(self, "layers", {key: _checked_entry(key, entry) for key, entry in self.layers.items()})
 
     def __hash__(self) -> int:
-        entries = tuple((key, entry and tuple(entry.items())) for key, entry in self.layers.items())
-        return hash((*(getattr(self, name) for name in RULE_FIELDS), entries))
+        return hash(tuple(_hashable(getattr(self, f.name)) for f in fields(self)))
 
     @classmethod
     def parse(cls, description: Policy | AccumulatorLike) -> Policy:
@@ -140,7 +174,7 @@ class Policy:
 
     @classmethod
     def load(cls, path: str | Path) -> Policy:
-        """Read a YAML file written by `save` or by hand.
+        """Read a YAML file written by `save` or by hand, and the vectors beside it where it names them.
 
         Raises:
             FileNotFoundError: there is no such file.
@@ -150,37 +184,36 @@ class Policy:
 
         try:
             content, _ = load_yaml(Path(path).read_text(encoding="utf-8"))
-            return cls.parse({} if content is None else content)
+            return cls.parse(vector_files.filled_in({} if content is None else content, Path(path)))
         except (yaml.YAMLError, TypeError, ValueError) as error:
             raise ValueError(f"{path}: {error}") from error
 
     def save(self, path: str | Path) -> None:
-        """Write a YAML file, whole or not at all; its folder is made where it is missing."""
+        """Write a YAML file, whole or not at all; its folder is made where it is missing.
+
+        Long vectors go into a safetensors file beside it, whose name ends with a hash of what is in it. The YAML file
+        is what makes the switch: until it is in its place, the old one and its vectors stay as they were.
+        """
         import yaml
 
-        text = yaml.safe_dump(self.to_mapping(), sort_keys=False, allow_unicode=True)
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        descriptor, beside = tempfile.mkstemp(dir=Path(path).parent, prefix=f".{Path(path).name}.", suffix=".tmp")
-        try:
-            with open(descriptor, "w", encoding="utf-8") as file:
-                file.write(text)
-            os.replace(beside, path)
-        except BaseException:
-            os.unlink(beside)
-            raise
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        old = vector_files.named_by(path)
+        mapping, vectors = vector_files.taken_out(self.to_mapping())
+        if vectors:
+            mapping = {**mapping, vector_files.KEY: vector_files.write(path, vectors)}
+        vector_files.write_bytes(path, yaml.safe_dump(mapping, sort_keys=False, allow_unicode=True).encode())
+        if old is not None and old.name != mapping.get(vector_files.KEY):
+            old.unlink(missing_ok=True)
 
     def to_mapping(self) -> dict[str, Any]:
         """The fields that differ from their defaults, as plain values for YAML or JSON; `parse` reads it back."""
         values: dict[str, Any] = {}
-        for f in fields(self)[:-1]:
+        for f in fields(self):
             value = getattr(self, f.name)
-            if value != f.default:
+            default = {} if f.default is MISSING else f.default
+            if value != default:
                 values[f.name] = _plain(value)
-        if self.layers:
-            values["layers"] = {
-                key: entry if entry is None else {name: _plain(value) for name, value in entry.items()}
-                for key, entry in self.layers.items()
-            }
         return values
 
     def replace(self, *, underflow: bool | None = None, **changes: Any) -> Policy:
@@ -189,7 +222,8 @@ class Policy:
         Args:
             underflow: switched in every accumulator, those of `layers` too.
             **changes: the constructor's arguments. A new `accumulator` takes the place of every accumulator, those of
-                `layers` too, but an entry's `"fp32"` stays.
+                `layers` and `products` too, but an entry's `"fp32"` stays; offsets, gains and shifts, which were chosen
+                for the old ones, go.
 
         Raises:
             TypeError, ValueError: as the constructor.
@@ -197,22 +231,35 @@ class Policy:
         if message := _unknown(changes):
             raise ValueError(message)
         new = replace(self, **changes)
-        if "accumulator" in changes and "layers" not in changes:
-            new = new._with_accumulators(lambda _: new.accumulator, entries_only=True)
+        if "accumulator" in changes:
+            kept: dict[str, Any] = {name: changes.get(name) for name in CHOSEN_FIELDS}
+            new = replace(new._with_entries(lambda entry: _reset(entry, new.accumulator), changes), **kept)
         if underflow is not None:
-            new = new._with_accumulators(lambda acc: replace(Accumulator.parse(acc), underflow=underflow))
+
+            def switched(entry: Mapping[str, Any]) -> Mapping[str, Any]:
+                if entry.get("accumulator", FP32) == FP32:
+                    return entry
+                return {**entry, "accumulator": replace(Accumulator.parse(entry["accumulator"]), underflow=underflow)}
+
+            own = switched({"accumulator": new.accumulator})
+            new = replace(new._with_entries(switched), **own)
         return new
 
-    def _with_accumulators(self, change: Callable[[Any], Accumulator | str], entries_only: bool = False) -> Policy:
-        """A copy with `change(accumulator)` in place of every accumulator but "fp32"."""
+    def _with_entries(
+        self, change: Callable[[Mapping[str, Any]], Mapping[str, Any]], but: Container[str] = ()
+    ) -> Policy:
+        """A copy with every entry of `layers` and `products` changed, unless the name of the field is in `but`."""
 
-        def changed(entry: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
-            if entry is None or entry.get("accumulator", FP32) == FP32:
-                return entry
-            return {**entry, "accumulator": change(entry["accumulator"])}
+        def of_products(entries: Mapping[Any, Mapping[str, Any]]) -> dict[Any, Mapping[str, Any]]:
+            return {key: change(entry) for key, entry in entries.items()}
 
-        own = self.accumulator if entries_only or self.accumulator == FP32 else change(self.accumulator)
-        return replace(self, accumulator=own, layers={key: changed(entry) for key, entry in self.layers.items()})
+        def of_layer(entry: Mapping[str, Any]) -> Mapping[str, Any]:
+            entry = change(entry)
+            return {**entry, "products": of_products(entry["products"])} if "products" in entry else entry
+
+        layers = {key: entry and of_layer(entry) for key, entry in self.layers.items()}
+        changed: dict[str, Any] = {"layers": layers, "products": of_products(self.products)}
+        return replace(self, **{name: value for name, value in changed.items() if name not in but})
 
     def for_layer(self, *names: str) -> Rule | None:
         """The rule of a layer, or None where it is to be left alone.
@@ -298,7 +345,21 @@ def _unknown(keys: Iterable[Any]) -> str | None:
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, Vector):
+        return value.to_plain()
     return str(value) if isinstance(value, Accumulator) else value
+
+
+def _hashable(value: Any) -> Any:
+    return tuple((k, _hashable(v)) for k, v in value.items()) if isinstance(value, Mapping) else value
+
+
+def _reset(entry: Mapping[str, Any], accumulator: Accumulator | str) -> dict[str, Any]:
+    """An entry with another accumulator in place of its own, and without what was chosen for that."""
+    kept = {name: value for name, value in entry.items() if name not in CHOSEN_FIELDS}
+    return {**kept, "accumulator": accumulator} if kept.get("accumulator", FP32) != FP32 else kept
 
 
 def _checked_entry(key: Any, entry: Any) -> dict[str, Any] | None:
@@ -306,16 +367,20 @@ def _checked_entry(key: Any, entry: Any) -> dict[str, Any] | None:
         raise TypeError(f"layers: {key!r} is not a module name or a glob over module names")
     if entry is None:
         return None
+    return _checked_fields(f"layers: {key!r}", entry, RULE_FIELDS)
+
+
+def _checked_fields(where: str, entry: Any, known: tuple[str, ...]) -> dict[str, Any]:
     if not isinstance(entry, Mapping):
-        raise TypeError(f"layers: {key!r} must have a mapping like {{accumulator: fp32}}, or null; got {entry!r}")
+        raise TypeError(f"{where} must have a mapping like {{accumulator: fp32}}, or null; got {entry!r}")
     for name in entry:
-        if name not in RULE_FIELDS:
-            hint = _nearest(str(name), RULE_FIELDS)
-            raise ValueError(f"layers: {key!r} has no {name!r}{hint} It may have: {', '.join(RULE_FIELDS)}")
+        if name not in known:
+            hint = _nearest(str(name), known)
+            raise ValueError(f"{where} has no {name!r}{hint} It may have: {', '.join(known)}")
     try:
         return {name: _checked(name, value) for name, value in entry.items()}
     except (TypeError, ValueError) as error:
-        raise type(error)(f"layers: {key!r}: {error}") from error
+        raise type(error)(f"{where}: {error}") from error
 
 
 def _checked(name: str, value: Any) -> Any:
@@ -328,7 +393,31 @@ def _checked(name: str, value: Any) -> Any:
         return value
     if name == "backward":
         return _backward(value)
+    if name in CHOSEN_FIELDS:
+        return _vector(name, value)
+    if name == "products":
+        return _products(value)
     return _tensor_format(name, value)
+
+
+def _vector(name: str, value: Any) -> Vector | None:
+    if value is None or isinstance(value, Vector):
+        return value
+    if isinstance(value, str):
+        raise TypeError(f"{name} {value!r} names a vector in a file; read the policy with fmaq.Policy.load")
+    try:
+        return Vector(value, whole=name == "offset")
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{name}: {error}") from error
+
+
+def _products(value: Any) -> dict[int | str, dict[str, Any]]:
+    if not isinstance(value, Mapping):
+        raise TypeError(f"products must map a product's index or kind to what differs for it, got {value!r}")
+    for key in value:
+        if isinstance(key, bool) or not isinstance(key, (int, str)):
+            raise TypeError(f'products: {key!r} is neither an index, like 0, nor a kind, like "attention_scores"')
+    return {key: _checked_fields(f"products: {key!r}", entry, PRODUCT_FIELDS) for key, entry in value.items()}
 
 
 def _accumulator(value: Any) -> Accumulator | str:

@@ -6,7 +6,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -79,6 +79,39 @@ def listening(listener: Listener) -> Iterator[None]:
         _listeners.all.remove(listener)
 
 
+Chooser = Callable[["Place", "Request", Rule], Rule]
+
+
+class _Choosers(threading.local):
+    def __init__(self) -> None:
+        self.current: Chooser | None = None
+
+
+_choosers = _Choosers()
+
+
+@contextmanager
+def choosing(chooser: Chooser) -> Iterator[None]:
+    """Ask `chooser(place, request, rule)` for the rule of each product to be emulated in this thread; a `with` block.
+
+    The request's operands are those multiplied, quantized where the rule says so; the rule may be a template's.
+    """
+    before, _choosers.current = _choosers.current, chooser
+    try:
+        yield
+    finally:
+        _choosers.current = before
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a product is met: full name of the module that calls it, its kind, and its index in the call."""
+
+    layer: str
+    kind: str
+    index: int
+
+
 @dataclass
 class Request:
     """A product that a module asks for.
@@ -106,7 +139,7 @@ class Request:
 
 def compute(call: Call, request: Request) -> Tensor:
     """The product as the layer's rule wants it; in the dtype that torch's own would have."""
-    rule, operands = call.attachment.rule, request.operands
+    rule, operands = rule_of(call, request.kind), request.operands
     reason = why_not(rule, operands, request.steps)
     formats: tuple[str | None, str | None] = (None, None)
     if rule is None or why_untouched(rule, operands, request.steps) is not None:
@@ -120,11 +153,20 @@ def compute(call: Call, request: Request) -> Tensor:
         with torch.autocast(operands[0].device.type, enabled=False):
             formats = _formats(rule, request.is_weight)
             operands = _quantized((operands[0].to(dtype), operands[1].to(dtype)), formats)
+            if _choosers.current is not None:
+                place = Place(call.attachment.name, request.kind, call.products)
+                rule = _choosers.current(place, replace(request, operands=operands), rule)
             accumulator = Accumulator.parse(rule.accumulator)
             result = request.emulated_product(*operands, accumulator, **rule.how).to(dtype)
     macs = result.numel() * request.steps if request.macs is None else request.macs
     announce(call, request.kind, operands, reason, request.steps, macs, request.options, formats)
     return result
+
+
+def rule_of(call: Call, kind: str) -> Rule | None:
+    """The rule of the product that a module asks for next; None leaves it alone."""
+    rule = call.attachment.rule
+    return None if rule is None else rule.for_product(kind, call.products)
 
 
 def _formats(rule: Rule, is_weight: tuple[bool, bool]) -> tuple[str | None, str | None]:
@@ -181,7 +223,7 @@ def announce(
     formats: tuple[str | None, ...] = (),
 ) -> None:
     """Tell the listeners of a product that was computed, and warn of one that the policy wants emulated and is not."""
-    rule, name = call.attachment.rule, call.attachment.name
+    rule, name = rule_of(call, kind), call.attachment.name
     index = call.products
     call.products += 1
     for listener in list(_listeners.all):

@@ -45,7 +45,7 @@ def scaled_dot_product_attention(
     q, k, v = widen(q, "q"), widen(k, "k"), widen(v, "v")
 
     def product(a: Tensor, b: Tensor) -> Tensor:
-        return matmul(a, b, acc, estimator, backward)
+        return matmul(a, b, acc, estimator, backward=backward)
 
     return attend(q, k, v, product, product, attn_mask, dropout_p, is_causal, scale, enable_gqa)
 

@@ -1,8 +1,8 @@
-"""What a product does to its output channels: an offset of their exponents before, undone after, and a gain.
+"""What a product does to its output channels: an offset of their exponents before, undone after, a gain and a shift.
 
 An offset c by column is the product with b·2^c, times 2^−c, all exact: the column's accumulator has another bias. In
 hardware it is an offset of the weights' exponents. A gain undoes the mean shrinkage of truncation, and folds into the
-scale that follows.
+scale that follows; a shift undoes a mean error, and folds into the bias vector.
 """
 
 from __future__ import annotations
@@ -20,52 +20,80 @@ LARGEST = 126  # 2^±126 are normal float32
 
 @dataclass(frozen=True)
 class Columns:
-    """An offset and a gain, each one for all columns, one a column, or None."""
+    """An offset, a gain and a shift, each one for all columns, one a column, or None.
+
+    Of a batched product each may have the dimensions of the batch in front: (heads, 1) is one a head, (heads, N) one a
+    head and column.
+    """
 
     offset: Offset = None
     gain: Gain = None
+    shift: Gain = None
 
-    def scale(self, b: Tensor, dim: int) -> Tensor:
-        """b·2^offset, with the columns of the product along `dim`.
+    @property
+    def is_empty(self) -> bool:
+        """Nothing is done."""
+        return self.offset is None and self.gain is None and self.shift is None
+
+    def scale(self, b: Tensor, dim: int, batched: bool = False) -> Tensor:
+        """b·2^offset, with the columns of the product along `dim`; `batched`: (…, K, N).
 
         Raises:
             TypeError, ValueError: the offset is not integers of a fitting shape, or pushes b out of float32's range.
         """
         if self.offset is None:
             return b
-        power = _along(self._power(b.shape[dim], 1), b.dim(), dim)
+        power = _along(self._power(1), b, dim, "offset", batched, rows=True)
         scaled = b * power
-        if not torch.equal(scaled.detach() / power, b.detach()) and bool(torch.isfinite(b).all()):
+        if not torch.equal(scaled.detach() / power, b.detach().expand(scaled.shape)) and bool(torch.isfinite(b).all()):
             raise ValueError(f"offset {self.offset} pushes values out of float32's range; choose one nearer to zero")
         return scaled
 
-    def finish(self, y: Tensor, dim: int) -> Tensor:
-        """y·2^−offset·gain, with the columns along `dim`."""
+    def finish(self, y: Tensor, dim: int, batched: bool = False, rows: bool = True) -> Tensor:
+        """y·2^−offset·gain + shift, with the columns along `dim`; `batched`: (…, M, N), or (…, N) without `rows`."""
         if self.offset is not None:
-            y = y * _along(self._power(y.shape[dim], -1), y.dim(), dim)
-        if self.gain is None:
-            return y
-        gain = self.gain if isinstance(self.gain, Tensor) else torch.tensor(float(self.gain))
-        if gain.dim() > 0 and gain.shape != (y.shape[dim],):
-            raise ValueError(f"gain must be a number or ({y.shape[dim]},), one a column, got {tuple(gain.shape)}")
-        return y * _along(gain.to(torch.float32), y.dim(), dim)
+            y = y * _along(self._power(-1), y, dim, "offset", batched, rows)
+        if self.gain is not None:
+            y = y * _along(_float(self.gain), y, dim, "gain", batched, rows)
+        if self.shift is not None:
+            y = y + _along(_float(self.shift), y, dim, "shift", batched, rows)
+        return y
 
-    def _power(self, columns: int, sign: int) -> Tensor:
-        """2^(sign·offset) as float32, of shape () or (columns,)."""
+    def _power(self, sign: int) -> Tensor:
+        """2^(sign·offset) as float32."""
         offset = torch.as_tensor(self.offset)
         if offset.is_floating_point() or offset.is_complex() or offset.dtype == torch.bool:
             raise TypeError(f"offset must be an integer or a tensor of integers, got {self.offset!r}")
-        if offset.dim() > 0 and offset.shape != (columns,):
-            raise ValueError(f"offset must be an integer or ({columns},), one a column, got {tuple(offset.shape)}")
         if offset.numel() and int(offset.abs().max()) > LARGEST:
             raise ValueError(f"offset must be from {-LARGEST} to {LARGEST}, got {self.offset}")
         return ((sign * offset.to(torch.int32) + 127) << 23).view(torch.float32)
 
 
-def _along(x: Tensor, dims: int, dim: int) -> Tensor:
-    """A scalar, or a vector along a dimension, that broadcasts with `dims` dimensions."""
+def _float(value: float | Tensor) -> Tensor:
+    return value.to(torch.float32) if isinstance(value, Tensor) else torch.tensor(float(value))
+
+
+def _along(x: Tensor, whole: Tensor, dim: int, name: str, batched: bool, rows: bool) -> Tensor:
+    """A number, one a column, or (batched) some a column in each batch, so that it broadcasts with `whole`.
+
+    Raises:
+        ValueError: it does not.
+    """
     if x.dim() == 0:
         return x
-    shape = [1] * dims
-    shape[dim] = -1
-    return x.reshape(shape)
+    columns = whole.shape[dim]
+    if x.dim() == 1 and x.shape[0] == columns:
+        shape = [1] * whole.dim()
+        shape[dim] = -1
+        return x.reshape(shape)
+    if batched and x.dim() > 1 and x.shape[-1] in (1, columns):
+        wide = x.unsqueeze(-2) if rows else x
+        try:
+            torch.broadcast_shapes(wide.shape, whole.shape)
+        except RuntimeError:
+            pass
+        else:
+            return wide
+    kind = "an integer" if name == "offset" else "a number"
+    further = ", or have the batch's dimensions before that or before 1" if batched and whole.dim() > 2 else ""
+    raise ValueError(f"{name} must be {kind} or ({columns},), one a column{further}, got {tuple(x.shape)}")

@@ -231,13 +231,14 @@ def conv1d(
     dilation: Size = 1,
     groups: int = 1,
     estimator: str = "identity",
-    backward: AccumulatorLike | None = None,
     offset: Offset = None,
     gain: Gain = None,
+    shift: Gain = None,
+    backward: AccumulatorLike | None = None,
 ) -> Tensor:
     """`torch.nn.functional.conv1d` whose dot products are summed in `acc`; see `conv2d`."""
     how = Estimate.parse(estimator, backward)
-    return _conv(1, x, weight, bias, acc, stride, padding, dilation, groups, how, Columns(offset, gain))
+    return _conv(1, x, weight, bias, acc, stride, padding, dilation, groups, how, Columns(offset, gain, shift))
 
 
 def conv2d(
@@ -250,16 +251,17 @@ def conv2d(
     dilation: Size = 1,
     groups: int = 1,
     estimator: str = "identity",
-    backward: AccumulatorLike | None = None,
     offset: Offset = None,
     gain: Gain = None,
+    shift: Gain = None,
+    backward: AccumulatorLike | None = None,
 ) -> Tensor:
     """`torch.nn.functional.conv2d` whose dot products are summed in `acc`; the bias is added afterwards in float32.
 
     Args:
         x: (N, C, H, W) or (C, H, W), float32, bfloat16, float16 or float8, any strides.
         weight: (O, C/groups, kH, kW). bias: (O,), or None.
-        acc, estimator, backward: see `matmul`; offset and gain, too: of all output channels, or one each (O,).
+        acc, estimator, backward: see `matmul`; offset, gain and shift, too: of all output channels, or one each (O,).
         stride, dilation, groups: as torch's. padding: a number a dimension, `"same"` or `"valid"`.
 
     Returns:
@@ -270,7 +272,7 @@ def conv2d(
         ValueError: shapes or sizes that do not fit; the message names them.
     """
     how = Estimate.parse(estimator, backward)
-    return _conv(2, x, weight, bias, acc, stride, padding, dilation, groups, how, Columns(offset, gain))
+    return _conv(2, x, weight, bias, acc, stride, padding, dilation, groups, how, Columns(offset, gain, shift))
 
 
 def conv3d(
@@ -283,13 +285,14 @@ def conv3d(
     dilation: Size = 1,
     groups: int = 1,
     estimator: str = "identity",
-    backward: AccumulatorLike | None = None,
     offset: Offset = None,
     gain: Gain = None,
+    shift: Gain = None,
+    backward: AccumulatorLike | None = None,
 ) -> Tensor:
     """`torch.nn.functional.conv3d` whose dot products are summed in `acc`; see `conv2d`."""
     how = Estimate.parse(estimator, backward)
-    return _conv(3, x, weight, bias, acc, stride, padding, dilation, groups, how, Columns(offset, gain))
+    return _conv(3, x, weight, bias, acc, stride, padding, dilation, groups, how, Columns(offset, gain, shift))
 
 
 def _conv_transpose(
@@ -364,12 +367,13 @@ def conv_transpose1d(
     groups: int = 1,
     dilation: Size = 1,
     estimator: str = "identity",
-    backward: AccumulatorLike | None = None,
     offset: Offset = None,
     gain: Gain = None,
+    shift: Gain = None,
+    backward: AccumulatorLike | None = None,
 ) -> Tensor:
     """`torch.nn.functional.conv_transpose1d` whose dot products are summed in `acc`; see `conv_transpose2d`."""
-    how, columns = Estimate.parse(estimator, backward), Columns(offset, gain)
+    how, columns = Estimate.parse(estimator, backward), Columns(offset, gain, shift)
     return _conv_transpose(1, x, weight, bias, acc, stride, padding, output_padding, groups, dilation, how, columns)
 
 
@@ -384,9 +388,10 @@ def conv_transpose2d(
     groups: int = 1,
     dilation: Size = 1,
     estimator: str = "identity",
-    backward: AccumulatorLike | None = None,
     offset: Offset = None,
     gain: Gain = None,
+    shift: Gain = None,
+    backward: AccumulatorLike | None = None,
 ) -> Tensor:
     """`torch.nn.functional.conv_transpose2d` whose dot products are summed in `acc`.
 
@@ -399,7 +404,7 @@ def conv_transpose2d(
     Returns:
         (N, O, H', W') or (O, H', W') in float32.
     """
-    how, columns = Estimate.parse(estimator, backward), Columns(offset, gain)
+    how, columns = Estimate.parse(estimator, backward), Columns(offset, gain, shift)
     return _conv_transpose(2, x, weight, bias, acc, stride, padding, output_padding, groups, dilation, how, columns)
 
 
@@ -414,10 +419,11 @@ def conv_transpose3d(
     groups: int = 1,
     dilation: Size = 1,
     estimator: str = "identity",
-    backward: AccumulatorLike | None = None,
     offset: Offset = None,
     gain: Gain = None,
+    shift: Gain = None,
+    backward: AccumulatorLike | None = None,
 ) -> Tensor:
     """`torch.nn.functional.conv_transpose3d` whose dot products are summed in `acc`; see `conv_transpose2d`."""
-    how, columns = Estimate.parse(estimator, backward), Columns(offset, gain)
+    how, columns = Estimate.parse(estimator, backward), Columns(offset, gain, shift)
     return _conv_transpose(3, x, weight, bias, acc, stride, padding, output_padding, groups, dilation, how, columns)

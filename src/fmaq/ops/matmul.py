@@ -59,9 +59,10 @@ def matmul(
     b: Tensor,
     acc: AccumulatorLike,
     estimator: str = "identity",
-    backward: AccumulatorLike | None = None,
     offset: Offset = None,
     gain: Gain = None,
+    shift: Gain = None,
+    backward: AccumulatorLike | None = None,
 ) -> Tensor:
     """`torch.matmul` whose dot products are summed in `acc`, chunk by chunk (arXiv 2401.14110).
 
@@ -74,6 +75,8 @@ def matmul(
         backward: an accumulator for the two gradient products of `"identity"`, a·grad and grad·b; None is float32.
         offset: c, an integer or one a column (N,): the product with b·2^c, times 2^−c, all exact.
         gain: a number, or one a column (N,), that multiplies the finished sums in float32.
+        shift: a number, or one a column (N,), that is then added.
+            Of batched products all three may have the dimensions of the batch in front: (heads, 1), or (heads, N).
 
     Returns:
         float32 of the shape that torch.matmul gives. A non-finite operand makes every output that depends on it NaN.
@@ -84,10 +87,16 @@ def matmul(
             `backward` beside an estimator other than identity.
     """
     acc, how = check(acc, estimator), Estimate.parse(estimator, backward)
-    left, right, shape = as_batches(a, b)
-    columns = Columns(offset, gain)
-    y = _BatchedProduct.apply(left, columns.scale(right, 2), acc, how)
-    return columns.finish(y, 2).reshape(shape)
+    columns = Columns(offset, gain, shift)
+    if columns.is_empty:
+        left, right, shape = as_batches(a, b)
+        return _BatchedProduct.apply(left, right, acc, how).reshape(shape)
+    a, b = widen(a, "a"), widen(b, "b")
+    wide = b[:, None] if b.dim() == 1 else b
+    left, right, shape = as_batches(a, columns.scale(wide, -1, batched=True) if b.dim() else b)
+    y = _BatchedProduct.apply(left, right, acc, how).reshape(shape)
+    y = columns.finish(y, -1, batched=True, rows=a.dim() > 1)
+    return y[..., 0] if b.dim() == 1 else y
 
 
 def as_batches(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, tuple[int, ...]]:
@@ -122,15 +131,16 @@ def linear(
     bias: Tensor | None,
     acc: AccumulatorLike,
     estimator: str = "identity",
-    backward: AccumulatorLike | None = None,
     offset: Offset = None,
     gain: Gain = None,
+    shift: Gain = None,
+    backward: AccumulatorLike | None = None,
 ) -> Tensor:
     """`torch.nn.functional.linear` whose dot products are summed in `acc`; the bias is added afterwards in float32.
 
     Args:
         x: (…, K). weight: (N, K) or (K,). bias: (N,), or None.
-        acc, estimator, backward, offset, gain: see `matmul`.
+        acc, estimator, offset, gain, shift, backward: see `matmul`.
 
     Returns:
         (…, N) in float32, or (…) with a weight of (K,).
@@ -149,5 +159,5 @@ def linear(
         bias = widen(bias, "bias")
         if bias.shape != weight.shape[:-1]:
             raise ValueError(f"bias must be {tuple(weight.shape[:-1])}, got {tuple(bias.shape)}")
-    y = matmul(x, weight.t(), acc, estimator, backward, offset, gain)
+    y = matmul(x, weight.t(), acc, estimator, offset, gain, shift, backward)
     return y if bias is None else y + bias

@@ -1,0 +1,116 @@
+"""Long vectors of a policy, kept in a safetensors file beside its YAML file, where a name stands in their place.
+
+The file's name ends with a hash of what is in it, and stands in the YAML file under `vectors`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+KEY = "vectors"
+NAMES = ("offset", "gain", "shift")
+INLINE = 16
+"""Numbers that a YAML file shows itself."""
+
+
+def taken_out(mapping: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """A policy's plain mapping with names in place of its long vectors, and these by name."""
+    vectors: dict[str, np.ndarray] = {}
+
+    def walk(value: Any, place: tuple[str, ...]) -> Any:
+        if isinstance(value, Mapping):
+            return {key: walk(inner, (*place, str(key))) for key, inner in value.items()}
+        if not place or place[-1] not in NAMES or not isinstance(value, list):
+            return value
+        array = np.array(value, np.int32 if place[-1] == "offset" else np.float32)
+        if array.size <= INLINE:
+            return value
+        name = ".".join(part for part in place if part not in ("layers", "products"))
+        vectors[name] = array
+        return name
+
+    return walk(mapping, ()), vectors
+
+
+def filled_in(content: Any, path: Path) -> Any:
+    """What a policy's YAML file says, with the vectors of the file beside it in place of their names.
+
+    Raises:
+        ValueError: the file is missing, changed, or lacks a vector; names it.
+    """
+    if not isinstance(content, Mapping) or KEY not in content:
+        return content
+    vectors = _read(path.parent / str(content[KEY]))
+
+    def walk(value: Any, key: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {name: walk(inner, name) for name, inner in value.items()}
+        if key in NAMES and isinstance(value, str):
+            if value not in vectors:
+                raise ValueError(f"{key}: {content[KEY]} has no vector {value!r}")
+            return vectors[value]
+        return value
+
+    return walk({name: value for name, value in content.items() if name != KEY}, None)
+
+
+def named_by(path: Path) -> Path | None:
+    """The vectors' file of a policy's YAML file that is there; None where it has none."""
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return None
+    name = content.get(KEY) if isinstance(content, Mapping) else None
+    is_own = isinstance(name, str) and name == Path(name).name and name.startswith(f"{path.stem}.")
+    return path.parent / name if is_own and isinstance(name, str) else None
+
+
+def write(path: Path, vectors: Mapping[str, np.ndarray]) -> str:
+    """Write the vectors of the policy that will be at `path`; the file's name."""
+    from safetensors.numpy import save
+
+    content = save(dict(vectors))
+    name = f"{path.stem}.{_digest(content)}.safetensors"
+    write_bytes(path.with_name(name), content)
+    return name
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file, whole or not at all."""
+    descriptor, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with open(descriptor, "wb") as file:
+            file.write(content)
+        os.replace(beside, path)
+    except BaseException:
+        os.unlink(beside)
+        raise
+
+
+def _read(path: Path) -> dict[str, np.ndarray]:
+    from safetensors import SafetensorError
+    from safetensors.numpy import load
+
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{KEY}: cannot read {path}: {error.strerror}; it belongs beside this file") from None
+    if path.name.split(".")[-2:-1] != [_digest(content)]:
+        raise ValueError(f"{KEY}: {path} is not what was saved with this policy: its content has another hash")
+    try:
+        return load(content)
+    except SafetensorError as error:
+        raise ValueError(f"{KEY}: cannot read {path}: {error}") from None
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:8]

@@ -1,0 +1,85 @@
+"""Numbers by channel or by head, as a policy keeps them: immutable, hashable and compared by value."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class Vector:
+    """An array of integers (offsets) or of float32 (gains, shifts) that cannot be changed.
+
+    Args:
+        values: numbers, nested sequences of them, an array or a tensor.
+        whole: they are integers; otherwise they are rounded to float32.
+
+    Raises:
+        TypeError: not numbers, or not integers where those are wanted.
+        ValueError: empty, ragged, or not finite.
+    """
+
+    __slots__ = ("_tensor", "_values")
+
+    def __init__(self, values: Any, whole: bool) -> None:
+        array = np.array(values.detach().cpu() if isinstance(values, Tensor) else values)
+        if array.dtype.kind not in ("iu" if whole else "iuf") or not array.size:
+            raise TypeError(f"expected {'integers' if whole else 'numbers'}, got {values!r}")
+        array = array.astype(np.int32 if whole else np.float32)
+        if not np.isfinite(array).all():
+            raise ValueError("every number must be finite")
+        array.setflags(write=False)
+        self._values = array
+        self._tensor = torch.from_numpy(array.copy())
+
+    @property
+    def array(self) -> np.ndarray:
+        """The numbers, int32 or float32, read-only."""
+        return self._values
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """() for one number."""
+        return self._values.shape
+
+    @property
+    def size(self) -> int:
+        """How many numbers there are."""
+        return self._values.size
+
+    @property
+    def tensor(self) -> Tensor:
+        """The numbers as a tensor, not to be written into."""
+        return self._tensor
+
+    def to_plain(self) -> Any:
+        """A number, or nested lists of them: float32 in its shortest decimal form, which reads back the same."""
+        if self._values.dtype == np.int32:
+            return self._values.tolist()
+        shortest = np.array([float(str(value)) for value in self._values.ravel()])
+        return shortest.reshape(self.shape).tolist()
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, Vector)
+            and self._values.dtype == other._values.dtype
+            and np.array_equal(self._values, other._values)
+        )
+
+    def __hash__(self) -> int:
+        return hash((self.shape, self._values.tobytes()))
+
+    def __repr__(self) -> str:
+        shown = np.array2string(self._values, threshold=8, edgeitems=3, separator=", ")
+        return f"Vector({shown})"
+
+    def __deepcopy__(self, memo: Any) -> Vector:
+        return self
+
+    def __copy__(self) -> Vector:
+        return self
+
+    def __reduce__(self) -> Any:
+        return Vector, (np.array(self._values), self._values.dtype == np.int32)
