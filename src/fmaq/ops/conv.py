@@ -95,7 +95,9 @@ def _accumulated_grad_x(
     sizes = zip(x.shape[2:], stuffed.shape[2:], margins, spans, strict=True)
     extra = [size - have - 2 * margin + span for size, have, margin, span in sizes]  # that no window of stride saw
     pads = [p for m, e in zip(reversed(margins), reversed(extra), strict=True) for p in (m, m + e)]
-    return _convolve(stuffed, _flipped(weight, groups), acc, (1,) * len(stride), pads, dilation, groups, STRAIGHT)
+    flipped = _flipped(weight, groups)
+    image, around = _symmetric(stuffed, flipped, pads, dilation)
+    return _Convolution.apply(image, flipped, acc, (1,) * len(stride), around, dilation, groups, STRAIGHT)
 
 
 def _accumulated_grad_weight(
@@ -169,17 +171,12 @@ def _check_shapes(x: Tensor, weight: Tensor, bias: Tensor | None, dims: int, gro
         raise ValueError(f"bias must be ({outputs},), got {tuple(bias.shape)}")
 
 
-def _convolve(
-    x: Tensor,
-    weight: Tensor,
-    acc: Accumulator,
-    stride: tuple[int, ...],
-    pads: list[int],
-    dilation: tuple[int, ...],
-    groups: int,
-    how: Estimate,
-) -> Tensor:
-    """With padding as F.pad takes it; what is not the same on both sides is applied to the image first."""
+def _symmetric(x: Tensor, weight: Tensor, pads: list[int], dilation: tuple[int, ...]) -> tuple[Tensor, tuple[int, ...]]:
+    """The image and its padding, a number a dimension; what is not the same on both sides is applied to the image.
+
+    Args:
+        pads: as F.pad takes it.
+    """
     if pads[::2] != pads[1::2] or min(pads) < 0:
         x, pads = F.pad(x, pads), [0] * len(pads)
     padding = tuple(reversed(pads[::2]))
@@ -189,7 +186,38 @@ def _convolve(
                 f"kernel {tuple(weight.shape[2:])} with dilation {dilation} is larger than the padded input "
                 f"{tuple(s + 2 * q for s, q in zip(x.shape[2:], padding, strict=True))}"
             )
-    return _Convolution.apply(x, weight, acc, stride, padding, dilation, groups, how)
+    return x, padding
+
+
+def as_convolution(
+    kind: str,
+    x: Tensor,
+    weight: Tensor,
+    stride: Size = 1,
+    padding: Size | str = 0,
+    dilation: Size = 1,
+    groups: int = 1,
+    output_padding: Size = 0,
+) -> tuple[Tensor, Tensor, tuple[int, ...], tuple[int, ...], tuple[int, ...], int]:
+    """The image, weight, stride, padding, dilation and groups of the convolution that "conv2d" or a transposed one is.
+
+    Args:
+        kind: "conv1d" … "conv3d", "conv_transpose1d" … "conv_transpose3d".
+        x, weight, stride, padding, dilation, groups, output_padding: as that function takes them.
+
+    Raises:
+        ValueError: sizes that do not fit.
+    """
+    dims = int(kind[-2])
+    if "transpose" in kind:
+        if isinstance(padding, str):
+            raise ValueError(f"a transposed convolution takes padding as a number a dimension, got {padding!r}")
+        return _stuffed(dims, x, weight, stride, padding, output_padding, groups, dilation)
+    _check_shapes(x, weight, None, dims, groups)
+    stride, dilation = _per_dimension(stride, "stride", dims, 1), _per_dimension(dilation, "dilation", dims, 1)
+    pads = _padding(padding, weight.shape[2:], dilation, stride)
+    x, padding = _symmetric(x if x.dim() == dims + 2 else x[None], weight, pads, dilation)
+    return x, weight, stride, padding, dilation, groups
 
 
 def _conv(
@@ -208,10 +236,8 @@ def _conv(
     acc = check(acc, how.estimator)
     x, weight = widen(x, "x"), widen(weight, "weight")
     _check_shapes(x, weight, bias, dims, groups)
-    stride, dilation = _per_dimension(stride, "stride", dims, 1), _per_dimension(dilation, "dilation", dims, 1)
-    pads = _padding(padding, weight.shape[2:], dilation, stride)
-    batched = x if x.dim() == dims + 2 else x[None]
-    y = _convolve(batched, columns.scale(weight, 0), acc, stride, pads, dilation, groups, how)
+    image, weight, *geometry = as_convolution(f"conv{dims}d", x, weight, stride, padding, dilation, groups)
+    y = _Convolution.apply(image, columns.scale(weight, 0), acc, *geometry, how)
     return _finish(columns.finish(y, 1), bias, is_batched=x.dim() == dims + 2)
 
 
@@ -311,6 +337,23 @@ def _conv_transpose(
 ) -> Tensor:
     acc = check(acc, how.estimator)
     x, weight = widen(x, "x"), widen(weight, "weight")
+    image, weight, *geometry = _stuffed(dims, x, weight, stride, padding, output_padding, groups, dilation)
+    _check_shapes(image, weight, bias, dims, groups)
+    y = _Convolution.apply(image, columns.scale(weight, 0), acc, *geometry, how)
+    return _finish(columns.finish(y, 1), bias, is_batched=x.dim() == dims + 2)
+
+
+def _stuffed(
+    dims: int,
+    x: Tensor,
+    weight: Tensor,
+    stride: Size,
+    padding: Size,
+    output_padding: Size,
+    groups: int,
+    dilation: Size,
+) -> tuple[Tensor, Tensor, tuple[int, ...], tuple[int, ...], tuple[int, ...], int]:
+    """A transposed convolution as the convolution of the zero-stuffed image; see `as_convolution`."""
     stride, dilation = _per_dimension(stride, "stride", dims, 1), _per_dimension(dilation, "dilation", dims, 1)
     padding = _per_dimension(padding, "padding", dims, 0)
     extra = _per_dimension(output_padding, "output_padding", dims, 0)
@@ -330,12 +373,12 @@ def _conv_transpose(
             f"{dilation} leave no output: its size would be {out}"
         )
     flipped = _flipped(weight, groups)
-    _check_shapes(x, flipped, bias, dims, groups)
+    _check_shapes(x, flipped, None, dims, groups)
     stuffed = _zero_stuffed(x if x.dim() == dims + 2 else x[None], stride)
     margins = [d * (k - 1) - p for k, d, p in zip(weight.shape[2:], dilation, padding, strict=True)]
     pads = [q for m, e in zip(reversed(margins), reversed(extra), strict=True) for q in (m, m + e)]
-    y = _convolve(stuffed, columns.scale(flipped, 0), acc, (1,) * dims, pads, dilation, groups, how)
-    return _finish(columns.finish(y, 1), bias, is_batched=x.dim() == dims + 2)
+    image, around = _symmetric(stuffed, flipped, pads, dilation)
+    return image, flipped, (1,) * dims, around, dilation, groups
 
 
 def _flipped(weight: Tensor, groups: int) -> Tensor:

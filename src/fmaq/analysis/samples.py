@@ -1,0 +1,245 @@
+"""A part of a matrix product met in a model: some of its rows, all of its channels, and what can be done with them.
+
+Rows and images are taken at even distances, always the same ones. A sample is a product of its own: its outputs, and
+the events in them, are those that the whole product has there (stochastic rounding aside, which goes by position).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fmaq import kernels
+from fmaq.emulation.vectors import Vector
+from fmaq.numerics import Accumulator
+from fmaq.ops.columns import Columns
+from fmaq.ops.conv import as_convolution
+from fmaq.ops.matmul import as_batches
+
+Index = Sequence[int]
+
+
+def evenly(total: int, wanted: int) -> list[int]:
+    """`wanted` of the numbers 0 … total − 1 at even distances, the first and the last among them; all if no more."""
+    wanted = max(1, min(wanted, total))
+    return [i * (total - 1) // max(1, wanted - 1) for i in range(wanted)] if total else []
+
+
+@dataclass(frozen=True)
+class MatrixSample:
+    """(…, M, K) times (…, K, N); the channels are the columns.
+
+    Attributes:
+        a, b: the operands, rows of a picked.
+        share: of the whole product's outputs, 0 to 1.
+    """
+
+    a: Tensor
+    b: Tensor
+    share: float
+
+    channel_dim = -1
+
+    @property
+    def depth(self) -> int:
+        """K, the steps of one dot product."""
+        return self.a.shape[-1]
+
+    @property
+    def channels(self) -> int:
+        """N."""
+        return self.b.shape[-1]
+
+    @property
+    def heads(self) -> int | None:
+        """The size of the last dimension of the batch, where there is one behind the first: attention's heads."""
+        return self.b.shape[-3] if self.b.dim() >= 4 else None
+
+    def exact(self) -> Tensor:
+        """The sums in float32 by torch: (…, M, N)."""
+        return torch.matmul(self.a, self.b)
+
+    def emulated(self, acc: Accumulator) -> Tensor:
+        """The sums in an accumulator: (…, M, N)."""
+        left, right, shape = as_batches(self.a, self.b)
+        return kernels.matmul(left, right, acc).reshape(shape)
+
+    def count(self, acc: Accumulator) -> list[int]:
+        """How often each event happens in the steps, then in the merges."""
+        left, right, _ = as_batches(self.a, self.b)
+        return kernels.count_events(left, right, acc)
+
+    def scaled(self, offset: Vector | Tensor | None) -> MatrixSample:
+        """The same with the columns of b times 2^offset."""
+        return replace(self, b=_columns(offset).scale(self.b, -1, batched=True))
+
+    def finished(self, y: Tensor, columns: Columns) -> Tensor:
+        """Sums of the scaled sample with offset, gain and shift."""
+        return columns.finish(y, -1, batched=True)
+
+    def few(self, rows: int, channels: int) -> tuple[Tensor, Tensor]:
+        """(rows, K) and (K, channels) from its first matrix, fewer where it has no more."""
+        a = self.a.reshape(-1, *self.a.shape[-2:])[0]
+        b = self.b.reshape(-1, *self.b.shape[-2:])[0]
+        return a[evenly(a.shape[0], rows)], b[:, evenly(b.shape[1], channels)]
+
+
+@dataclass(frozen=True)
+class ConvSample:
+    """A convolution of some images, or of bands of them; the channels are the output's.
+
+    Attributes:
+        x, weight: (N, C, *spatial) and (O, C/groups, *kernel).
+        stride, padding, dilation: a number a dimension.
+        share: of the whole product's outputs, 0 to 1.
+    """
+
+    x: Tensor
+    weight: Tensor
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+    share: float
+
+    channel_dim = 1
+    heads = None
+
+    @property
+    def depth(self) -> int:
+        """K, the steps of one dot product."""
+        return self.weight[0].numel()
+
+    @property
+    def channels(self) -> int:
+        """O."""
+        return self.weight.shape[0]
+
+    def exact(self) -> Tensor:
+        """The sums in float32 by torch: (N, O, *out)."""
+        convolution = (F.conv1d, F.conv2d, F.conv3d)[self.x.dim() - 3]
+        return convolution(self.x, self.weight, None, self.stride, self.padding, self.dilation, self.groups)
+
+    def emulated(self, acc: Accumulator) -> Tensor:
+        """The sums in an accumulator: (N, O, *out)."""
+        return kernels.conv(self.x, self.weight, acc, *self._geometry)
+
+    def count(self, acc: Accumulator) -> list[int]:
+        """How often each event happens in the steps, then in the merges."""
+        return kernels.count_conv_events(self.x, self.weight, acc, *self._geometry)
+
+    def scaled(self, offset: Vector | Tensor | None) -> ConvSample:
+        """The same with each filter times 2^offset."""
+        return replace(self, weight=_columns(offset).scale(self.weight, 0))
+
+    def finished(self, y: Tensor, columns: Columns) -> Tensor:
+        """Sums of the scaled sample with offset, gain and shift."""
+        return columns.finish(y, 1)
+
+    def few(self, rows: int, channels: int) -> tuple[Tensor, Tensor]:
+        """(rows, K) and (K, channels) of one group, as windows and filters; fewer where it has no more."""
+        inputs, outputs = self.x.shape[1] // self.groups, self.channels // self.groups
+        x = F.pad(self.x[:, :inputs], [p for pair in reversed(self.padding) for p in (pair, pair)])
+        windows = x
+        for d, (kernel, stride, dilation) in enumerate(
+            zip(self.weight.shape[2:], self.stride, self.dilation, strict=True)
+        ):
+            windows = windows.unfold(2 + d, dilation * (kernel - 1) + 1, stride)[..., ::dilation]
+        dims = self.x.dim() - 2
+        images, positions = windows.shape[0], windows.shape[2 : 2 + dims]
+        flat = windows.movedim(1, 1 + dims).flatten(0, dims)  # (images · positions, inputs, *kernel)
+        picked = [flat[i].flatten() for i in evenly(images * positions.numel(), rows)]
+        filters = self.weight[:outputs][evenly(outputs, channels)].flatten(1)
+        return torch.stack(picked), filters.t()
+
+    @property
+    def _geometry(self) -> tuple[Any, ...]:
+        return self.stride, tuple((p, p) for p in self.padding), self.dilation, self.groups
+
+
+Sample = MatrixSample | ConvSample
+
+
+def _columns(offset: Vector | Tensor | None) -> Columns:
+    return Columns(offset.tensor if isinstance(offset, Vector) else offset)
+
+
+def sample(
+    kind: str, operands: tuple[Tensor, ...], options: dict[str, Any], steps: int | None, rows: int, most: int
+) -> Sample:
+    """A part of a product that is to be emulated.
+
+    Args:
+        kind, operands, options, steps: of the product, see `fmaq.emulation.Product`.
+        rows: outputs of a channel (or head) that are wanted at least.
+        most: steps that are wanted at least, if there are more than those of `rows`.
+    """
+    first, second = (x.detach().float() for x in operands)
+    if kind.startswith("conv"):
+        return _conv_sample(kind, first, second, options, rows, most)
+    if kind == "linear":
+        second = second.t() if second.dim() > 1 else second[:, None]
+    elif steps != first.shape[-1]:  # addbmm sums over its batch as well
+        first, second = first.transpose(0, 1).flatten(1), second.flatten(0, 1)
+    return _matrix_sample(first, second if second.dim() > 1 else second[:, None], rows, most)
+
+
+def _matrix_sample(a: Tensor, b: Tensor, rows: int, most: int) -> MatrixSample:
+    """Some rows of a; where each matrix of a batch has its own b, some of the first dimension's batches, too."""
+    a = a[None] if a.dim() == 1 else a
+    depth, columns = b.shape[-2:]
+    if b.shape[:-2].numel() == 1:
+        a, b = a.reshape(-1, depth), b.reshape(depth, columns)
+        total = a.shape[0]
+        wanted = max(rows, most // max(1, depth * columns))
+        a = a[_rows(a, wanted)] if wanted < total else a
+        return MatrixSample(a, b, a.shape[0] / max(1, total))
+    batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+    a, b = a.expand(*batch, *a.shape[-2:]), b.expand(*batch, *b.shape[-2:])
+    heads = batch[-1] if len(batch) > 1 else 1
+    total = a.shape[:-1].numel()
+    wanted = max(-(-rows // columns) * heads, most // max(1, depth * columns))
+    if wanted < total:
+        of_first = total // batch[0]
+        if wanted < of_first * batch[0] and batch[0] > 1:
+            keep = evenly(batch[0], -(-wanted // of_first))
+            a, b = a[keep], b[keep]
+        others = a.shape[:-2].numel()
+        a = a[..., evenly(a.shape[-2], max(1, wanted // others)), :]
+    return MatrixSample(a, b, a.shape[:-1].numel() / max(1, total))
+
+
+def _rows(a: Tensor, wanted: int) -> Tensor:
+    """Rows at even distances, and in place of an eighth of them those of the largest norms."""
+    largest = a.square().sum(-1).topk(wanted // 8).indices
+    return torch.cat([largest, torch.tensor(evenly(a.shape[0], wanted - len(largest)))]).unique()
+
+
+def _conv_sample(kind: str, x: Tensor, weight: Tensor, options: dict[str, Any], rows: int, most: int) -> ConvSample:
+    """Some images; where one is enough and more, some lines of its outputs, each with the inputs it depends on."""
+    x, weight, stride, padding, dilation, groups = as_convolution(kind, x, weight, **options)
+    out = [
+        (size + 2 * p - d * (k - 1) - 1) // s + 1
+        for size, k, s, p, d in zip(x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
+    ]
+    images, positions = x.shape[0], math.prod(out)
+    wanted = max(rows, most // max(1, weight.numel()))
+    lines = max(1, -(-wanted // (positions // out[0])))
+    if wanted >= images * positions or not positions:
+        return ConvSample(x, weight, stride, padding, dilation, groups, 1.0)
+    picked_images = evenly(images, -(-lines // out[0]) if lines > images else lines)
+    picked = evenly(out[0], -(-lines // len(picked_images)))
+    share = len(picked_images) * len(picked) / (images * out[0])
+    x = F.pad(x[picked_images], [*[0, 0] * (x.dim() - 3), padding[0], padding[0]])
+    if len(picked) == out[0]:
+        return ConvSample(x, weight, stride, (0, *padding[1:]), dilation, groups, share)
+    starts = torch.tensor(picked)[:, None] * stride[0]
+    bands = x[:, :, starts + torch.arange(weight.shape[2]) * dilation[0]]  # (N, C, lines, kernel, …)
+    bands = bands.transpose(1, 2).flatten(0, 1)
+    return ConvSample(bands, weight, (1, *stride[1:]), (0, *padding[1:]), (1, *dilation[1:]), groups, share)
