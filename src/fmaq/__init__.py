@@ -12,6 +12,7 @@ from fmaq.numerics import Accumulator, FixedFormat, FloatFormat
 
 if TYPE_CHECKING:
     from fmaq import hardware
+    from fmaq.analysis import calibrate
     from fmaq.emulation import Policy, attach, coverage, detach  # type: ignore[no-redef]
     from fmaq.ops import (  # type: ignore[no-redef]
         conv1d,
@@ -35,6 +36,7 @@ __all__ = [
     "FloatFormat",
     "Policy",
     "attach",
+    "calibrate",
     "conv1d",
     "conv2d",
     "conv3d",
@@ -51,7 +53,10 @@ __all__ = [
     "scaled_dot_product_attention",
 ]
 
-_EMULATION = ("Policy", "attach", "coverage", "detach")
+_HOME = {
+    **dict.fromkeys(("Policy", "attach", "coverage", "detach"), "fmaq.emulation"),
+    **dict.fromkeys(("calibrate",), "fmaq.analysis"),
+}
 
 
 def __getattr__(name: str) -> Any:
@@ -59,8 +64,7 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module("fmaq.hardware")
     if name not in __all__:
         raise AttributeError(f"module 'fmaq' has no attribute {name!r}")
-    module = importlib.import_module("fmaq.emulation" if name in _EMULATION else "fmaq.ops")
-    return getattr(module, name)
+    return getattr(importlib.import_module(_HOME.get(name, "fmaq.ops")), name)
 
 
 def __dir__() -> list[str]:

@@ -1,0 +1,256 @@
+"""Choosing biases, offsets and gains for a model from a few batches: `calibrate`.
+
+A product is calibrated when the model calls it, on the operands that it is given then: what comes before is emulated
+already, with what has been chosen for it. So one emulated pass over the batches does it, and later layers are fitted to
+what earlier ones really give them. What is chosen, and by which objective: see `fit`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal, get_args
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor, nn
+
+from fmaq.analysis.fit import SHIFTS, Fit, Trial
+from fmaq.analysis.samples import Sample, sample
+from fmaq.emulation.attach import attached
+from fmaq.emulation.policy import FP32, Policy, Rule
+from fmaq.emulation.products import Place, Request, choosing
+from fmaq.emulation.vectors import Vector
+from fmaq.numerics import Accumulator, FloatFormat
+
+Per = Literal["model", "layer", "channel"]
+ROWS = 64  # outputs of a channel that are sampled of a product, a batch
+STEPS = 1 << 22  # or as many as have so many steps, where that is more
+CHOSEN = ("accumulator", "offset", "gain", "shift")
+
+
+def calibrate(
+    model: nn.Module,
+    policy: Policy | Accumulator | str | Mapping[str, Any],
+    batches: Iterable[Any],
+    per: Per = "channel",
+    *,
+    rule: Literal["trial", "maximum"] = "trial",
+    gain: bool = True,
+    shift: bool = True,
+    chunks: Sequence[int | None] = (),
+) -> Policy:
+    """A policy whose accumulators fit the sums of a model: biases, and by channel offsets, gains and shifts.
+
+    The biases of the policy's accumulators, if they have any, are chosen anew; `"M7E4 product=M7E4"` does without. Of
+    fixed-point accumulators only offsets and gains are chosen. Layers that the policy leaves alone stay alone. The
+    model is run without gradients, in the mode (train or eval) that it is in, and afterwards is attached, or not, as it
+    was before.
+
+    Args:
+        model: any module.
+        policy: a `Policy`, or what `Policy.parse` takes.
+        batches: of inputs: a tensor, a tuple of arguments, or a mapping of keyword arguments each. One pass is made.
+        per: what has a bias of its own. "model": one for all products. "layer": each product. "channel": each output
+            channel (an offset of the weights' exponents, free in hardware), and each head in attention's products.
+        rule: "trial" takes the least squared error of the sums, after the gain; "maximum" the bias by which the largest
+            sum is just representable.
+        gain: with gains, by channel or layer, which undo the mean shrinkage of truncation.
+        shift: with shifts of the mean of channels, where they pay.
+        chunks: try these chunks for every product, and keep the best; none: the accumulator's own.
+
+    Returns:
+        A policy for `attach`, and for `Policy.save`, with an entry for every layer whose products were met.
+
+    Raises:
+        TypeError: `model` is no module.
+        ValueError: no batch, `per` or `rule` unknown, the policy emulates nothing that was met, or an operand is not
+            finite.
+    """
+    policy = Policy.parse(policy)
+    _check(model, per, rule)
+    fits = _Fits(per, rule == "maximum", gain, shift, tuple(chunks))
+    inputs = list(batches)
+    if not inputs:
+        raise ValueError("calibrate needs at least one batch of inputs; batches is empty")
+    _run(model, policy, inputs, fits, "calibrating")
+    if not fits.trials:
+        raise ValueError("calibrate met no product that the policy emulates; does its accumulator say fp32?")
+    if per == "model":
+        fits.share()
+        _run(model, policy, inputs, fits, "fitting gains")
+    return fits.policy(model, policy)
+
+
+def _check(model: nn.Module, per: str, rule: str) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"calibrate takes a torch.nn.Module, got {type(model).__name__}")
+    if per not in get_args(Per):
+        raise ValueError(f'per must be "model", "layer" or "channel", got {per!r}')
+    if rule not in ("trial", "maximum"):
+        raise ValueError(f'rule must be "trial" or "maximum", got {rule!r}')
+
+
+def _run(model: nn.Module, policy: Policy, batches: Sequence[Any], fits: _Fits, what: str) -> None:
+    """One emulated pass over the batches, each product by what has been chosen for it when it is met."""
+    console = Console(stderr=True)
+    shown = track(batches, what, console=console, transient=True, disable=not console.is_terminal)
+    with torch.no_grad(), attached(model, policy, may_be_template=True), choosing(fits.choose):
+        for batch in shown:
+            call(model, batch)
+
+
+def call(model: nn.Module, batch: Any) -> Any:
+    """The model of a batch: a tensor, a tuple or list of arguments, or a mapping of keyword arguments."""
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
+
+
+class _Fits:
+    """The trials of all products, and the rules that follow."""
+
+    def __init__(
+        self, per: Per, by_maximum: bool, has_gain: bool, has_shift: bool, chunks: tuple[int | None, ...]
+    ) -> None:
+        self.per, self.by_maximum, self.has_gain, self.has_shift, self.chunks = (
+            *(per, by_maximum, has_gain, has_shift),
+            chunks,
+        )
+        self.trials: dict[Place, Trial] = {}
+        self.samples: dict[Place, Sample] = {}
+        self.shared: dict[Accumulator, Accumulator] = {}
+
+    def choose(self, place: Place, request: Request, rule: Rule) -> Rule:
+        """The rule of a product that is met, from this and all earlier samples of it."""
+        for operand in request.operands:
+            if not bool(torch.isfinite(operand).all()):
+                raise ValueError(
+                    f"{place.kind} of {place.layer or 'the model itself'} has operands that are not finite"
+                )
+        acc = Accumulator.parse(rule.accumulator)
+        found = sample(request.kind, request.operands, request.options or {}, request.steps, ROWS, STEPS)
+        if place in self.trials:
+            self.trials[place].add(found)
+        else:
+            has_channels = request.is_weight[1]
+            fixed = self.shared.get(_template(acc))
+            self.trials[place] = Trial(fixed or acc, found, has_channels, self.per != "channel", self.chunks, fixed)
+            if self.per == "model" and fixed is None:
+                self.samples[place] = found
+        return ruled(rule, self._fit(place))
+
+    def _fit(self, place: Place) -> Fit:
+        trial = self.trials[place]
+        return trial.fit(self.by_maximum, self.has_gain, self.has_shift and trial.by_channel)
+
+    def share(self) -> None:
+        """One bias for all products of an accumulator: that of the least relative error of their sums, on average."""
+        tops = {place: trial.top for place, trial in self.trials.items()}
+        by_template: dict[Accumulator, list[Place]] = {}
+        for place, trial in self.trials.items():
+            by_template.setdefault(_template(trial.acc), []).append(place)
+        for template, places in by_template.items():
+            if not isinstance(template.format, FloatFormat):
+                continue
+            highest = max(tops[place] for place in places)
+            lowest = min(tops[place] for place in places)
+            candidates = [self.trials[places[0]].at(top) for top in range(lowest, highest - min(SHIFTS) + 1)]
+            self.shared[template] = min(candidates, key=lambda acc: self._relative_error(acc, places))
+        self.trials, self.samples = {}, {}
+
+    def _relative_error(self, acc: Accumulator, places: list[Place]) -> float:
+        return sum(self.trials[place].relative_error(acc, self.samples[place]) for place in places)
+
+    def policy(self, model: nn.Module, policy: Policy) -> Policy:
+        """The policy with an entry for every layer that was met."""
+        by_layer: dict[str, list[Place]] = {}
+        for place in self.trials:
+            by_layer.setdefault(place.layer, []).append(place)
+        entries: dict[str, Any] = dict(policy.layers)
+        for layer, places in by_layer.items():
+            rule = policy.for_layer(layer)
+            assert rule is not None
+            entries[layer] = self._entry(policy, rule, places)
+        biases = [self._fit(place).accumulator for place in self.trials]
+        default = sorted(biases, key=_bias)[len(biases) // 2]
+        own = policy.accumulator if policy.accumulator == FP32 else default
+        for name in _inheriting(model, set(by_layer)):
+            rule = policy.for_layer(name)
+            if name not in entries and rule is not None:
+                entries[name] = _written(policy, rule, default)
+        return replace(
+            policy, accumulator=own, layers={key: _completed(entry, default) for key, entry in entries.items()}
+        )
+
+    def _entry(self, policy: Policy, rule: Rule, places: list[Place]) -> dict[str, Any]:
+        """One product: what it has is the layer's. Several: each by its index."""
+        if len(places) == 1 and places[0].index == 0 and not rule.products:
+            return _written(policy, ruled(rule, self._fit(places[0])))
+        products: dict[int | str, dict[str, Any]] = {}
+        for place in places:
+            of_product = ruled(rule.for_product(place.kind, place.index), self._fit(place))
+            products[place.index] = {
+                name: getattr(of_product, name)
+                for name in (*CHOSEN, "weight", "activation", "estimator")
+                if name in CHOSEN or getattr(of_product, name) != getattr(rule, name)
+            }
+        default = self._fit(places[0]).accumulator
+        return {**_written(policy, replace(rule, products={}), default), "products": products}
+
+
+def ruled(rule: Rule, fit: Fit) -> Rule:
+    """The rule with what was chosen."""
+    return replace(
+        rule,
+        accumulator=fit.accumulator,
+        offset=None if fit.offset is None else Vector(fit.offset, whole=True),
+        gain=_vector(fit.gain),
+        shift=_vector(fit.shift),
+    )
+
+
+def _vector(x: Tensor | None) -> Vector | None:
+    return None if x is None else Vector(x.float(), whole=False)
+
+
+def _written(policy: Policy, rule: Rule, default: Accumulator | None = None) -> dict[str, Any]:
+    """A rule as an entry of `layers`: the fields in which it differs from the policy's own, and those chosen."""
+    if default is not None and rule.accumulator != FP32:
+        rule = replace(rule, accumulator=default)
+    names = ("weight", "activation", "estimator", "backward", "products")
+    entry = {name: getattr(rule, name) for name in CHOSEN}
+    return entry | {name: getattr(rule, name) for name in names if getattr(rule, name) != getattr(policy, name)}
+
+
+def _completed(entry: Mapping[str, Any] | None, default: Accumulator) -> Mapping[str, Any] | None:
+    """An entry without formats that still need a bias: no product that it speaks for was met."""
+    accumulator = None if entry is None else entry.get("accumulator")
+    if entry is None or not isinstance(accumulator, Accumulator) or not accumulator.is_template:
+        return entry
+    return {**entry, "accumulator": default}
+
+
+def _inheriting(model: nn.Module, layers: set[str]) -> list[str]:
+    """Modules with parameters that were not met, inside of one that was: its offsets are not theirs."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if name not in layers
+        and next(module.parameters(recurse=False), None) is not None
+        and any(name.startswith(f"{layer}.") or layer == "" for layer in layers)
+    ]
+
+
+def _template(acc: Accumulator) -> Accumulator:
+    """The accumulator without biases."""
+
+    def bare(format: Any) -> Any:
+        return replace(format, bias=None) if isinstance(format, FloatFormat) else format
+
+    return replace(acc, format=bare(acc.format), product=bare(acc.product))
+
+
+def _bias(acc: Accumulator) -> int:
+    return (acc.format.bias or 0) if isinstance(acc.format, FloatFormat) else 0

@@ -1,0 +1,312 @@
+"""Choosing one product's biases, offsets and gains, by trial on samples of it.
+
+The objective is the expected squared error of the finished sums, E (y − g·ŷ)², with y the exact sum, ŷ that of the
+accumulator and g the gain that is best for it. Saturation, underflow and rounding all take part, each at its weight,
+since ŷ is what the accumulator computes: no model of the error is needed. For a given ŷ the best g is that of least
+squares, Σyŷ / Σŷ², and the error that is left is Σy² − (Σyŷ)² / Σŷ². So a candidate is known by a few sums, which add
+up over batches, and every group of outputs (a channel, a head) takes the candidate that leaves the least.
+
+Candidates lie around the *maximum rule*, by which the largest sum of a group is just representable: up to two powers
+of two above it, since partial sums may be larger than finished ones, and up to two below, since clipping an outlier may
+cost less than what it takes from all others. The product's format is placed likewise, by a bound on products.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from fmaq.analysis.samples import ConvSample, MatrixSample, Sample
+from fmaq.numerics import Accumulator, FloatFormat
+from fmaq.numerics.formats import Format
+from fmaq.ops.columns import Columns
+
+SHIFTS = (-2, -1, 0, 1, 2)  # of a group's exponents, from the maximum rule
+DISTANCES = (-1, 1, 2)  # of the product's bias from the sum's, tried around what a bound on products says
+MOST_OFFSET = 60  # 2^±offset times any ordinary weight is a float32
+SHIFT_PAYS = 0.98  # a shift is kept if it leaves at most so much of the error
+
+
+@dataclass(frozen=True)
+class Groups:
+    """The outputs that share an offset and a gain: those of a channel, of a head, or all.
+
+    Attributes:
+        dims: dimensions of the outputs that a group extends over.
+        shape: of an offset, as `Columns` takes it.
+    """
+
+    dims: tuple[int, ...]
+    shape: tuple[int, ...]
+
+    @classmethod
+    def of(cls, sample: Sample, y: Tensor, by_channel: bool) -> Groups:
+        """Channels where the product has a weight (`by_channel`), else heads, where it has several."""
+        everything = tuple(range(y.dim()))
+        if by_channel:
+            channel = sample.channel_dim % y.dim()
+            return cls(tuple(d for d in everything if d != channel), (y.shape[channel],))
+        if sample.heads is not None and sample.heads > 1:
+            return cls(tuple(d for d in everything if d != y.dim() - 3), (sample.heads, 1))
+        return cls(everything, ())
+
+    def sum(self, y: Tensor) -> Tensor:
+        """Sums over the groups, in float64, of shape `shape`."""
+        return y.double().sum(self.dims).reshape(self.shape)
+
+    def largest(self, y: Tensor) -> Tensor:
+        """The largest magnitudes."""
+        return y.abs().amax(self.dims).reshape(self.shape)
+
+
+@dataclass
+class Sums:
+    """What is known of a candidate: sums over the sampled outputs of each group, which add up over batches."""
+
+    count: float
+    y: Tensor
+    found: Tensor
+    yy: Tensor
+    y_found: Tensor
+    found_found: Tensor
+
+    @classmethod
+    def of(cls, groups: Groups, y: Tensor, found: Tensor) -> Sums:
+        """Of exact sums and those of an accumulator."""
+        of_group = y.numel() / max(1, torch.Size(groups.shape).numel())
+        y, found = y.double(), found.double()
+        return cls(of_group, *map(groups.sum, (y, found, y * y, y * found, found * found)))
+
+    def __add__(self, other: Sums) -> Sums:
+        return Sums(*(getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__))
+
+    def pooled(self) -> Sums:
+        """All groups as one."""
+        groups = self.y.numel()
+        return Sums(
+            self.count * groups, *(getattr(self, n).sum() for n in ("y", "found", "yy", "y_found", "found_found"))
+        )
+
+    @property
+    def gain(self) -> Tensor:
+        """Σyŷ / Σŷ², and 1 where there is nothing to scale or it would turn a sum around."""
+        gain = self.y_found / self.found_found.clamp(min=1e-300)
+        return torch.where((self.found_found > 0) & (gain > 0), gain, 1.0)
+
+    def error(self, gain: Tensor | float) -> Tensor:
+        """Σ (y − gain·ŷ)²."""
+        return (self.yy - 2 * gain * self.y_found + gain * gain * self.found_found).clamp(min=0)
+
+    @property
+    def line(self) -> tuple[Tensor, Tensor]:
+        """The gain and the shift of least squares."""
+        variance = self.found_found - self.found * self.found / self.count
+        gain = (self.y_found - self.found * self.y / self.count) / variance.clamp(min=1e-300)
+        gain = torch.where((variance > 0) & (gain > 0), gain, 1.0)
+        return gain, (self.y - gain * self.found) / self.count
+
+    def error_of_line(self, gain: Tensor, shift: Tensor) -> Tensor:
+        """Σ (y − gain·ŷ − shift)²."""
+        linear = 2 * shift * (gain * self.found - self.y) + self.count * shift * shift
+        return (self.error(gain) + linear).clamp(min=0)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What was chosen for a product.
+
+    Attributes:
+        accumulator: with biases.
+        offset, gain, shift: one a group; None where there is nothing to do.
+        error: of the sums, as a share of their mean square.
+        error_by_maximum: the same by the maximum rule, without gains.
+    """
+
+    accumulator: Accumulator
+    offset: Tensor | None
+    gain: Tensor | None
+    shift: Tensor | None
+    error: float
+    error_by_maximum: float
+
+
+class Trial:
+    """The candidates of one product, and what batches have shown of them.
+
+    Args:
+        acc: the accumulator whose biases are to be chosen; those it has do not matter.
+        sample: of the product in the first batch.
+        by_channel: a group is a channel, else a head.
+        is_shared: one bias for all groups.
+        chunks: to choose from, or none: the accumulator's.
+        fixed: an accumulator to keep as it is; only gains are fitted.
+    """
+
+    def __init__(
+        self,
+        acc: Accumulator,
+        sample: Sample,
+        by_channel: bool,
+        is_shared: bool,
+        chunks: Sequence[int | None] = (),
+        fixed: Accumulator | None = None,
+    ) -> None:
+        y = sample.exact()
+        self.by_channel = by_channel
+        self.groups = Groups.of(sample, y, by_channel)
+        self.is_shared = is_shared
+        self.sums: dict[int, Sums] = {}
+        self.shifts: tuple[int, ...] = SHIFTS if fixed is None else (0,)
+        if fixed is not None:
+            self.acc, self.top, self.distance = fixed, 0, 0
+            self.offset = torch.zeros(self.groups.shape, dtype=torch.int32)
+            self.add(sample)
+            return
+        sums, products = _exponent(self.groups.largest(y)), _exponent(_largest_products(sample, self.groups))
+        self.top = int(sums.max())
+        self.offset = torch.zeros_like(sums) if is_shared else (self.top - sums).clamp(-MOST_OFFSET, MOST_OFFSET)
+        distances = [_distance(acc, sums, products)]
+        if isinstance(acc.format, FloatFormat) and isinstance(acc.product, FloatFormat):
+            distances += [distances[0] + d for d in DISTANCES]
+
+        def error(acc: Accumulator) -> float:
+            found = Sums.of(self.groups, y, self._emulated(acc, sample, 0))
+            return float(found.error(found.gain).sum())
+
+        candidates = [_placed(replace(acc, chunk=chunk), self.top, distances[0]) for chunk in chunks or (acc.chunk,)]
+        acc = _best(candidates, error)
+        self.acc = _best([_placed(acc, self.top, distance) for distance in distances], error)
+        self.distance = _bias(self.acc.product) - _bias(self.acc.format)
+        self.add(sample)
+
+    def _emulated(self, acc: Accumulator, sample: Sample, shift: int) -> Tensor:
+        offset = (self.offset + shift).clamp(-MOST_OFFSET, MOST_OFFSET)
+        return sample.finished(sample.scaled(offset).emulated(acc), Columns(offset))
+
+    def add(self, sample: Sample) -> None:
+        """Take another sample into account."""
+        y = sample.exact()
+        for shift in self.shifts:
+            found = Sums.of(self.groups, y, self._emulated(self.acc, sample, shift))
+            self.sums[shift] = self.sums[shift] + found if shift in self.sums else found
+
+    def fit(self, by_maximum: bool = False, has_gain: bool = True, has_shift: bool = False) -> Fit:
+        """What is best so far.
+
+        Args:
+            by_maximum: keep to the maximum rule.
+            has_gain: with gains, of each group, or one if they share a bias.
+            has_shift: with shifts, where they pay.
+        """
+        of_groups = {shift: sums.pooled() if self.is_shared else sums for shift, sums in self.sums.items()}
+        shifts = [0] if by_maximum else list(self.shifts)
+        errors = torch.stack([of_groups[s].error(of_groups[s].gain if has_gain else 1.0) for s in shifts])
+        best = torch.tensor(shifts)[errors.argmin(0)]
+        chosen = _picked(of_groups, best)
+        gain, shift = (chosen.gain if has_gain else torch.ones_like(chosen.y)), None
+        left = chosen.error(gain)
+        if has_gain and has_shift:
+            slope, constant = chosen.line
+            with_shift = chosen.error_of_line(slope, constant)
+            if float(with_shift.sum()) < SHIFT_PAYS * float(left.sum()):
+                gain, shift, left = slope, constant, with_shift
+        signal = max(float(chosen.yy.sum()), 1e-300)
+        by_rule = float(of_groups[0].error(1.0).sum()) / signal
+        acc, offsets = self._folded(best)
+        return Fit(acc, offsets, gain if has_gain else None, shift, float(left.sum()) / signal, by_rule)
+
+    def at(self, top: int) -> Accumulator:
+        """The accumulator with `top` as its largest exponent, and the product as far away as it was best here."""
+        return _placed(self.acc, top, self.distance)
+
+    def relative_error(self, acc: Accumulator, sample: Sample) -> float:
+        """What another accumulator, the same for all groups, leaves of the squared sums, after the best gain."""
+        found = Sums.of(self.groups, sample.exact(), sample.emulated(acc)).pooled()
+        return float(found.error(found.gain) / found.yy.clamp(min=1e-300))
+
+    def _folded(self, best: Tensor) -> tuple[Accumulator, Tensor | None]:
+        """The accumulator and the offsets; what all groups share is in the biases, where those can be chosen."""
+        offset = (self.offset + best).clamp(-MOST_OFFSET, MOST_OFFSET)
+        if not isinstance(self.acc.format, FloatFormat):
+            return self.acc, offset if bool(offset.any()) else None
+        if not isinstance(self.acc.product, FloatFormat | None):
+            return self.acc, offset
+        common = int(offset.flatten().median())
+        acc = _moved(self.acc, common)
+        offset = offset - common
+        return acc, offset if bool(offset.any()) else None
+
+
+def _picked(candidates: dict[int, Sums], best: Tensor) -> Sums:
+    """The sums of each group's best candidate."""
+    first = next(iter(candidates.values()))
+    found = {}
+    for name in ("y", "found", "yy", "y_found", "found_found"):
+        value = torch.zeros_like(first.y)
+        for shift, sums in candidates.items():
+            value = torch.where(best == shift, getattr(sums, name), value)
+        found[name] = value
+    return Sums(first.count, **found)
+
+
+def _exponent(magnitudes: Tensor) -> Tensor:
+    """⌊log2⌋ as int32; of a zero, the smallest there is of the others."""
+    exponents = torch.frexp(magnitudes)[1] - 1
+    others = exponents[magnitudes > 0]
+    return torch.where(magnitudes > 0, exponents, others.min() if others.numel() else 0)
+
+
+def _largest_products(sample: Sample, groups: Groups) -> Tensor:
+    """A bound on the magnitude of products, in each group: the largest of each k of A times that of B."""
+    if isinstance(sample, MatrixSample):
+        a = sample.a.abs().amax(-2)  # (…, K)
+        products = (a[..., :, None] * sample.b.abs()).amax(-2, keepdim=True)  # (…, 1, N)
+        return groups.largest(products)
+    return groups.largest(_largest_conv_products(sample))
+
+
+def _largest_conv_products(sample: ConvSample) -> Tensor:
+    x = sample.x.abs().amax((0, *range(2, sample.x.dim())))  # (C,)
+    weight = sample.weight.abs().flatten(2).amax(2).unflatten(0, (sample.groups, -1))  # (groups, O/groups, C/groups)
+    products = (x.reshape(sample.groups, 1, -1) * weight).amax(2).flatten()  # (O,)
+    return products.reshape(1, -1, *[1] * (sample.x.dim() - 2))
+
+
+def _distance(acc: Accumulator, sums: Tensor, products: Tensor) -> int:
+    """By how much the product's bias is to be above the sum's, so that the largest product is just representable."""
+    if not (isinstance(acc.format, FloatFormat) and isinstance(acc.product, FloatFormat)):
+        return 0
+    above = int((products - sums).max())
+    return 2**acc.product.exponent - 2**acc.format.exponent - above
+
+
+def _placed(acc: Accumulator, top: int, distance: int) -> Accumulator:
+    """The accumulator whose largest exponent is `top`, and a product whose bias is that much larger."""
+    if not isinstance(acc.format, FloatFormat):
+        return acc
+    bias = 2**acc.format.exponent - 1 - top
+    product = acc.product
+    if isinstance(product, FloatFormat):
+        product = replace(product, bias=bias + distance)
+    return replace(acc, format=replace(acc.format, bias=bias), product=product)
+
+
+def _moved(acc: Accumulator, by: int) -> Accumulator:
+    """The accumulator with larger biases."""
+    assert isinstance(acc.format, FloatFormat)
+    product = acc.product
+    if isinstance(product, FloatFormat):
+        product = replace(product, bias=_bias(product) + by)
+    return replace(acc, format=replace(acc.format, bias=_bias(acc.format) + by), product=product)
+
+
+def _bias(format: Format | None) -> int:
+    return format.bias or 0 if isinstance(format, FloatFormat) else 0
+
+
+def _best(candidates: Sequence[Accumulator], error: Callable[[Accumulator], float]) -> Accumulator:
+    """That of the least error; a single one is not tried."""
+    return candidates[0] if len(candidates) == 1 else min(candidates, key=error)
