@@ -124,8 +124,8 @@ class _Fits:
 
     def choose(self, place: Place, request: Request, rule: Rule) -> Rule:
         """The rule of a product that is met, from this and all earlier samples of it."""
-        for operand in request.operands:
-            if not bool(torch.isfinite(operand).all()):
+        for operand, is_weight in zip(request.operands, request.is_weight, strict=True):
+            if not (is_weight and place in self.trials) and not _is_finite(operand):
                 raise ValueError(
                     f"{place.kind} of {place.layer or 'the model itself'} has operands that are not finite"
                 )
@@ -241,6 +241,11 @@ def _inheriting(model: nn.Module, layers: set[str]) -> list[str]:
         and next(module.parameters(recurse=False), None) is not None
         and any(name.startswith(f"{layer}.") or layer == "" for layer in layers)
     ]
+
+
+def _is_finite(x: Tensor) -> bool:
+    low, high = torch.aminmax(x) if x.numel() else (x.sum(), x.sum())
+    return bool(torch.isfinite(low) & torch.isfinite(high))
 
 
 def _template(acc: Accumulator) -> Accumulator:

@@ -172,8 +172,10 @@ class Trial:
         if isinstance(acc.format, FloatFormat) and isinstance(acc.product, FloatFormat):
             distances += [distances[0] + d for d in DISTANCES]
 
+        scaled = sample.scaled(self.offset)
+
         def error(acc: Accumulator) -> float:
-            found = Sums.of(self.groups, y, self._emulated(acc, sample, 0))
+            found = Sums.of(self.groups, y, sample.finished(scaled.emulated(acc), Columns(self.offset)))
             return float(found.error(found.gain).sum())
 
         candidates = [_placed(replace(acc, chunk=chunk), self.top, distances[0]) for chunk in chunks or (acc.chunk,)]
@@ -182,15 +184,12 @@ class Trial:
         self.distance = _bias(self.acc.product) - _bias(self.acc.format)
         self.add(sample)
 
-    def _emulated(self, acc: Accumulator, sample: Sample, shift: int) -> Tensor:
-        offset = (self.offset + shift).clamp(-MOST_OFFSET, MOST_OFFSET)
-        return sample.finished(sample.scaled(offset).emulated(acc), Columns(offset))
-
     def add(self, sample: Sample) -> None:
         """Take another sample into account."""
-        y = sample.exact()
+        y, scaled = sample.exact(), sample.scaled(self.offset)
         for shift in self.shifts:
-            found = Sums.of(self.groups, y, self._emulated(self.acc, sample, shift))
+            emulated = sample.finished(_shifted(scaled, self.acc, shift), Columns(self.offset))
+            found = Sums.of(self.groups, y, emulated)
             self.sums[shift] = self.sums[shift] + found if shift in self.sums else found
 
     def fit(self, by_maximum: bool = False, has_gain: bool = True, has_shift: bool = False) -> Fit:
@@ -229,7 +228,7 @@ class Trial:
 
     def _folded(self, best: Tensor) -> tuple[Accumulator, Tensor | None]:
         """The accumulator and the offsets; what all groups share is in the biases, where those can be chosen."""
-        offset = (self.offset + best).clamp(-MOST_OFFSET, MOST_OFFSET)
+        offset = self.offset + best
         if not isinstance(self.acc.format, FloatFormat):
             return self.acc, offset if bool(offset.any()) else None
         if not isinstance(self.acc.product, FloatFormat | None):
@@ -238,6 +237,14 @@ class Trial:
         acc = _moved(self.acc, common)
         offset = offset - common
         return acc, offset if bool(offset.any()) else None
+
+
+def _shifted(sample: Sample, acc: Accumulator, shift: int) -> Tensor:
+    """The sums with all offsets larger by a number: biases are, where all formats have some."""
+    if isinstance(acc.format, FloatFormat) and isinstance(acc.product, FloatFormat | None):
+        return sample.emulated(_moved(acc, shift))
+    everywhere = torch.tensor(shift)
+    return sample.finished(sample.scaled(everywhere).emulated(acc), Columns(everywhere))
 
 
 def _picked(candidates: dict[int, Sums], best: Tensor) -> Sums:

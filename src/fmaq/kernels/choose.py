@@ -13,6 +13,7 @@ from fmaq.kernels.rounded32 import Rounded32
 from fmaq.kernels.targets import Target
 from fmaq.kernels.whole32 import Whole32
 from fmaq.numerics import Accumulator, FixedFormat, FloatFormat
+from fmaq.numerics.formats import Format
 
 Fast = Float32 | Rounded32 | Fixed32 | Whole32
 
@@ -33,6 +34,7 @@ class Choice:
         a_unit, b_unit: exponents that bring packed operands below 1.
         norm_limit: where the product of squared norms of operands below 1 is at most this, no sum of a chunk saturates.
         product_limit: the same of magnitudes, and no product saturates.
+        result_exponent: results are multiplied with 2^this.
     """
 
     arithmetic: Arithmetic
@@ -42,6 +44,7 @@ class Choice:
     b_unit: int = 0
     norm_limit: float = 0.0
     product_limit: float = 0.0
+    result_exponent: int = 0
 
 
 def choose(
@@ -55,6 +58,36 @@ def choose(
     """
     if acc.seed:
         acc = replace(acc, seed=0)  # a kernel is told its seed at run time, and serves them all
+    shift = _usual_bias(acc)
+    if shift:
+        of_scaled = replace(a, largest=math.ldexp(a.largest, -shift), smallest=math.ldexp(a.smallest, -shift))
+        choice = _choose(_moved(acc, shift), target, of_scaled, b, depth, use_bounds, is_counting)
+        a_exponent = choice.a_exponent - shift
+        if not isinstance(choice.arithmetic, General64) and abs(a_exponent) <= 126:
+            return replace(choice, a_exponent=a_exponent, result_exponent=shift)
+    return _choose(acc, target, a, b, depth, use_bounds, is_counting)
+
+
+def _usual_bias(acc: Accumulator) -> int:
+    """What to add to biases so that accumulators that differ in range alone share a kernel; A is scaled likewise."""
+    if not isinstance(acc.format, FloatFormat) or isinstance(acc.product, FixedFormat) or not acc.underflow:
+        return 0
+    shift = 2 ** (acc.format.exponent - 1) - 1 - (acc.format.bias or 0)
+    return shift if abs(shift) <= 126 else 0
+
+
+def _moved(acc: Accumulator, by: int) -> Accumulator:
+    """The accumulator with larger biases."""
+
+    def moved(format: Format | None) -> Format | None:
+        return replace(format, bias=(format.bias or 0) + by) if isinstance(format, FloatFormat) else format
+
+    return replace(acc, format=moved(acc.format), product=moved(acc.product))  # type: ignore[arg-type]
+
+
+def _choose(
+    acc: Accumulator, target: Target, a: Range, b: Range, depth: int, use_bounds: bool, is_counting: bool
+) -> Choice:
     found = (_fixed if isinstance(acc.format, FixedFormat) else _float32)(acc, target, a, b, depth)
     if found is not None and is_counting:
         found = _counting(found, a, b)

@@ -183,10 +183,11 @@ class Gemm:
         return b.and_(b.fcmp_ordered("<=", norms, norm_limit), b.fcmp_ordered("<=", magnitudes, product_limit))
 
     def _store(self) -> ir.Function:
-        """The valid part of a tile's buffer into C, whose row starts at `c`."""
-        function, b = self._function("store", [POINTER, POINTER, POINTER, I64, I64])
-        buffer, c, table, row_stride, valid_rows = function.args
+        """The valid part of a tile's buffer, times a power of two, into C, whose row starts at `c`."""
+        function, b = self._function("store", [POINTER, POINTER, POINTER, I64, I64, F32])
+        buffer, c, table, row_stride, valid_rows, scale = function.args
         v = Lanes(b, self.target, FLOAT32_BYTES)
+        scales = v.splat(scale)
 
         def one_row(r: Value) -> None:
             source = element(b, buffer, b.mul(r, i64(self.width)), F32)
@@ -195,14 +196,15 @@ class Gemm:
             def one_element(j: Value) -> None:
                 offset = load(b, table, j, I64)
                 with b.if_then(b.icmp_signed(">=", offset, i64(0))):
-                    b.store(load(b, source, j, F32), element(b, target, offset, F32))
+                    b.store(b.fmul(load(b, source, j, F32), scale), element(b, target, offset, F32))
 
             for start in range(0, self.width, v.count):
                 first, last = (load(b, table, i64(start + lane), I64) for lane in (0, v.count - 1))
                 in_line = b.icmp_signed("==", b.sub(last, first), i64(v.count - 1))
                 with b.if_else(b.and_(in_line, b.icmp_signed(">=", last, i64(0)))) as (then, otherwise):
                     with then:
-                        v.store(v.load(element(b, source, i64(start), F32)), element(b, target, first, F32))
+                        value = v.mul(v.load(element(b, source, i64(start), F32)), scales)
+                        v.store(value, element(b, target, first, F32))
                     with otherwise:
                         repeat(b, i64(start + v.count), one_element, start=i64(start))
 
@@ -244,6 +246,7 @@ class Gemm:
         names = ("depth", "rows", "panels", "block_rows", "row_blocks", "c_row")
         depth, rows, panels, block_rows, row_blocks, c_row = (parameters[name] for name in names)
         limits = [parameters.number("norm_limit"), parameters.number("product_limit")]
+        c_scale = parameters.number("c_scale")
         parts = ("counters", "table", "buffer", "words", "column_bounds", "panel", "row_bounds", "block")
         counters, table, buffer, words, column_bounds, panel, row_bounds, block = (
             element(b, scratch, parameters[f"at_{part}"], I8) for part in parts
@@ -286,7 +289,7 @@ class Gemm:
                 bounds = element(b, row_bounds, b.mul(b.mul(i, parameters["chunks"]), i64(2)), F32)
                 b.call(tile, [a, panel, buffer, words, counters, depth, bounds, column_bounds, *limits])
                 target = element(b, c, b.mul(b.add(row, at), c_row), F32)
-                b.call(store, [buffer, target, table, c_row, _smaller(b, b.sub(left, at), height)])
+                b.call(store, [buffer, target, table, c_row, _smaller(b, b.sub(left, at), height), c_scale])
 
             repeat(b, b.sdiv(b.add(left, i64(self.tile.rows - 1)), height), one_tile)
             control.set()

@@ -22,8 +22,9 @@ FIELDS = (
     *("channels", "size_0", "size_1", "size_2", "kernel_0", "kernel_1", "kernel_2"),
     *("stride_0", "stride_1", "stride_2", "before_0", "before_1", "before_2"),
     *("dilation_0", "dilation_1", "dilation_2", "out_0", "out_1", "out_2"),
-    # Bits of a float32: powers of two that operands are multiplied with on packing, and that bring packed ones below 1.
-    *("a_scale", "b_scale", "a_unit", "b_unit"),
+    # Bits of a float32: powers of two that operands are multiplied with on packing, and results when they are stored,
+    # and that bring packed operands below 1.
+    *("a_scale", "b_scale", "c_scale", "a_unit", "b_unit"),
     # Bits of a float32: up to these, products of squared norms, and of magnitudes, of operands below 1 cannot saturate.
     *("norm_limit", "product_limit"),
     # Positions for stochastic rounding: m counts rows, or columns if `lanes_are_m`; a batch adds `m_batch`, `n_batch`.

@@ -190,6 +190,7 @@ class Problem:
             **{"a": self.a.data_ptr(), "b": self.b.data_ptr(), "c": self.c.data_ptr()},
             **{"rows": self.rows, "columns": self.columns, "depth": self.depth, "key": random.key(acc.seed)},
             **{"a_scale": _power(choice.a_exponent), "b_scale": _power(choice.b_exponent)},
+            **{"c_scale": _power(choice.result_exponent)},
             **{"a_unit": _power(choice.a_unit), "b_unit": _power(choice.b_unit)},
             **{"norm_limit": _bits(choice.norm_limit), "product_limit": _bits(choice.product_limit)},
             **self.fields,
