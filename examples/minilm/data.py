@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from fmaq.training.examples import Pairs
+from fmaq.training.examples import Examples, Pairs
 from fmaq.training.tasks import forward
 
 CACHE = Path(__file__).resolve().parents[2] / ".cache" / "examples"
@@ -34,8 +34,15 @@ def lee_similarities(tokenizer: Any, texts: int = 50, max_length: int = 256) -> 
     return None, Pairs(dict(inputs), first, second, scores[first, second])
 
 
-def with_float32(tokenizer: Any, texts: int = 50) -> tuple[None, dict[str, Any]]:
-    """No training data, and `pairs` beside `float32`, the texts' embeddings by this network in float32: (texts, 384).
+def background(tokenizer: Any, texts: int = 20, max_length: int = 256) -> Examples:
+    """Other texts of the same source, with a class (0) that says nothing: to calibrate on."""
+    documents = (CACHE / "lee" / "lee_background.cor").read_text(encoding="latin-1").splitlines()[:texts]
+    inputs = tokenizer(documents, padding=True, truncation=True, max_length=max_length, return_tensors="pt")
+    return Examples(dict(inputs), torch.zeros(texts))
+
+
+def with_float32(tokenizer: Any, texts: int = 50) -> tuple[Examples, dict[str, Any]]:
+    """`background`, and `pairs` beside `float32`, the texts' embeddings by this network in float32: (texts, 384).
 
     Raises:
         FileNotFoundError: the corpus has not been fetched.
@@ -45,7 +52,7 @@ def with_float32(tokenizer: Any, texts: int = 50) -> tuple[None, dict[str, Any]]
     _, pairs = lee_similarities(tokenizer, texts)
     model = AutoModel.from_pretrained(CACHE / "minilm", dtype="float32").eval()
     with torch.no_grad():
-        return None, {"pairs": pairs, "float32": embeddings(model, pairs)}
+        return background(tokenizer), {"pairs": pairs, "float32": embeddings(model, pairs)}
 
 
 def embeddings(model: nn.Module, pairs: Pairs, batch_size: int = 10) -> Tensor:

@@ -141,6 +141,44 @@ def finetune(
     _finish(record, folder, "finetune", as_json)
 
 
+@app.command(
+    epilog="[bold]Examples[/bold]\n\n  fmaq calibrate examples/resnet20/calibrate.yaml\n\n"
+    "  fmaq calibrate recipe.yaml --per layer --per channel --batches 4\n\n"
+    '  fmaq calibrate recipe.yaml -a "M7E4 product=M7E4" --chunk 16 --chunk 32'
+)
+def calibrate(
+    recipe: RecipePath,
+    per: Annotated[
+        list[str] | None,
+        typer.Option(help="What has a bias of its own: model, layer or channel. May be repeated; channel by default."),
+    ] = None,
+    batches: Annotated[int, typer.Option(min=1, help="Of training examples, to calibrate on.")] = 2,
+    chunk: Annotated[
+        list[int] | None, typer.Option(min=1, help="Try this chunk for every product. May be repeated.")
+    ] = None,
+    accumulators: Accumulators = None,
+    output: Output = None,
+    device: Device = "cpu",
+    threads: Threads = None,
+    seed: Seed = None,
+    as_json: Json = False,
+) -> None:
+    """Choose biases, offsets and gains for a network on its training examples, and measure what that gives.
+
+    Every accumulator of the recipe is measured as given, if it has biases, and calibrated. The output folder,
+    runs/<name> by default, gets each calibrated policy as YAML (for a recipe's key policy), the record, plot and page.
+    """
+    _use_threads(threads)
+    from fmaq.training.calibrated import run_calibrate
+    from fmaq.training.progress import Bars
+
+    changes = {} if not accumulators else {"accumulators": accumulators}
+    loaded, folder = _load(recipe, output, seed, changes)
+    pers: Any = tuple(per or ["channel"])
+    record = run_calibrate(loaded, folder, pers, batches, chunk or (), device, Bars(), _say(as_json))
+    _finish(record, folder, "calibrate", as_json)
+
+
 def _load(path: Path, output: Path | None, seed: int | None, changes: dict[str, Any]) -> tuple[Recipe, Path]:
     """The checked recipe, with the command line's changes, and the folder for its results."""
     from fmaq.training.recipe import Recipe

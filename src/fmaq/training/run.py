@@ -128,11 +128,11 @@ def run_evaluate(
     ready = prepare(recipe, device, bars)
     with ready.bars:
         record = ready.record("evaluate")
-        say(_line(record, record.baseline))
+        say(line(record, record.baseline))
         for policy in variants(recipe, ready.policy):
             metrics, seconds = ready.measure(policy)
             record.rows.append(Row(operands_of(policy), str(policy.accumulator), metrics, seconds))
-            say(_line(record, record.rows[-1]))
+            say(line(record, record.rows[-1]))
             record.save(output / "evaluate.json")
             record.save_csv(output / "evaluate.csv")
     detach(ready.model)
@@ -164,7 +164,7 @@ def run_finetune(
         record = _before(ready, output, resume)
         row = record.rows[0]
         for shown in (record.baseline, row):
-            say(_line(record, shown))
+            say(line(record, shown))
         record.save(output / "finetune.json")
         detach(ready.model)
         result = finetune(
@@ -203,6 +203,7 @@ def _before(ready: Prepared, output: Path, resume: bool) -> Record:
     return record
 
 
-def _line(record: Record, row: Row) -> str:
+def line(record: Record, row: Row) -> str:
+    """A row as one line of text."""
     value = show(record.metric, row.metrics[record.metric])
     return f"{row.operands:>8}  {row.accumulator:<42} {record.metric} {value}  {row.seconds:.1f} s"

@@ -1,0 +1,84 @@
+"""A recipe's network under each of its accumulators: as given, and calibrated on its training examples."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fmaq.analysis.calibration import Per, calibrate
+from fmaq.emulation import Policy, detach
+from fmaq.numerics import Accumulator
+from fmaq.training.examples import Pairs, as_examples
+from fmaq.training.explain import RecipeError
+from fmaq.training.progress import Bars
+from fmaq.training.recipe import Recipe
+from fmaq.training.record import Record, Row
+from fmaq.training.run import Prepared, Say, line, operands_of, prepare, variants
+
+AS_GIVEN = "as given"
+
+
+def run_calibrate(
+    recipe: Recipe,
+    output: Path,
+    pers: Sequence[Per] = ("channel",),
+    batches: int = 2,
+    chunks: Sequence[int | None] = (),
+    device: str = "cpu",
+    bars: Bars | None = None,
+    say: Say = print,
+) -> Record:
+    """Measure the network in float32, and under each accumulator as given (if it has biases) and calibrated.
+
+    Args:
+        output: folder for `calibrate.json` and `.csv`, and for every calibrated policy as YAML.
+        pers, chunks: see `fmaq.calibrate`.
+        batches: of training examples, of the recipe's batch size, to calibrate on.
+
+    Raises:
+        RecipeError: the recipe's data have no training examples.
+    """
+    ready = prepare(recipe, device, bars)
+    inputs = training_inputs(ready, batches)
+    record = ready.record("calibrate")
+    say(line(record, record.baseline))
+
+    def measure(policy: Policy, how: str) -> None:
+        with ready.bars:
+            metrics, seconds = ready.measure(policy)
+        record.rows.append(Row(f"{operands_of(policy)}, {how}", str(policy.accumulator), metrics, seconds))
+        say(line(record, record.rows[-1]))
+        record.save(output / "calibrate.json")
+        record.save_csv(output / "calibrate.csv")
+
+    for policy in variants(recipe, ready.policy):
+        if isinstance(policy.accumulator, Accumulator) and not policy.accumulator.is_template:
+            measure(policy, AS_GIVEN)
+        detach(ready.model)
+        ready.model.eval()
+        for per in pers:
+            found = calibrate(ready.model, policy, inputs, per, chunks=chunks)
+            path = output / f"{_file_name(policy)}-{per}.yaml"
+            found.save(path)
+            record.notes.append(f"{path.name}: {policy.accumulator}, {operands_of(policy)}, per {per}")
+            measure(found, f"per {per}")
+            detach(ready.model)
+    return record
+
+
+def training_inputs(ready: Prepared, batches: int) -> list[Any]:
+    """The first batches of the recipe's training examples, as the model takes them."""
+    train = as_examples(ready.train)
+    if train is None:
+        raise RecipeError("this recipe cannot be calibrated: its data have no training examples; give data.train")
+    size = ready.recipe.data.batch_size
+    slices = [slice(i * size, (i + 1) * size) for i in range(batches) if i * size < len(train)]
+    if isinstance(train, Pairs):
+        return [{name: tensor[part] for name, tensor in train.inputs.items()} for part in slices]
+    return [train.batch(part)[0] for part in slices]
+
+
+def _file_name(policy: Policy) -> str:
+    return re.sub(r"[^\w.]+", "-", f"{policy.accumulator}-{operands_of(policy)}").strip("-")
