@@ -12,7 +12,7 @@ from fmaq.numerics import Accumulator, FixedFormat, FloatFormat
 
 if TYPE_CHECKING:
     from fmaq import hardware
-    from fmaq.analysis import calibrate
+    from fmaq.analysis import calibrate, observe
     from fmaq.emulation import Policy, attach, coverage, detach  # type: ignore[no-redef]
     from fmaq.ops import (  # type: ignore[no-redef]
         conv1d,
@@ -49,13 +49,14 @@ __all__ = [
     "hardware",
     "linear",
     "matmul",
+    "observe",
     "quantize",
     "scaled_dot_product_attention",
 ]
 
 _HOME = {
     **dict.fromkeys(("Policy", "attach", "coverage", "detach"), "fmaq.emulation"),
-    **dict.fromkeys(("calibrate",), "fmaq.analysis"),
+    **dict.fromkeys(("calibrate", "observe"), "fmaq.analysis"),
 }
 
 

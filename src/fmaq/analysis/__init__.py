@@ -6,7 +6,10 @@ import importlib
 from typing import Any
 
 _HOME = {
+    "Observed": "observation",
+    "ProductEvents": "observation",
     "calibrate": "calibration",
+    "observe": "observation",
 }
 
 __all__ = list(_HOME)

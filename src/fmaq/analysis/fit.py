@@ -6,9 +6,10 @@ since ŷ is what the accumulator computes: no model of the error is needed. For 
 squares, Σyŷ / Σŷ², and the error that is left is Σy² − (Σyŷ)² / Σŷ². So a candidate is known by a few sums, which add
 up over batches, and every group of outputs (a channel, a head) takes the candidate that leaves the least.
 
-Candidates lie around the *maximum rule*, by which the largest sum of a group is just representable: up to two powers
+Candidates lie around the *maximum rule*, by which the largest sum of a group is just representable: up to three powers
 of two above it, since partial sums may be larger than finished ones, and up to two below, since clipping an outlier may
-cost less than what it takes from all others. The product's format is placed likewise, by a bound on products.
+cost less than what it takes from all others. The product's format starts at a bound on products, and is moved while
+that helps.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from fmaq.numerics import Accumulator, FloatFormat
 from fmaq.numerics.formats import Format
 from fmaq.ops.columns import Columns
 
-SHIFTS = (-2, -1, 0, 1, 2)  # of a group's exponents, from the maximum rule
-DISTANCES = (-1, 1, 2)  # of the product's bias from the sum's, tried around what a bound on products says
+SHIFTS = (-3, -2, -1, 0, 1, 2)  # of a group's exponents, from the maximum rule
+MOST_DISTANCE = 12  # that the product's bias is moved from where a bound on products puts it
 MOST_OFFSET = 60  # 2^±offset times any ordinary weight is a float32
 SHIFT_PAYS = 0.98  # a shift is kept if it leaves at most so much of the error
 
@@ -168,29 +169,62 @@ class Trial:
         sums, products = _exponent(self.groups.largest(y)), _exponent(_largest_products(sample, self.groups))
         self.top = int(sums.max())
         self.offset = torch.zeros_like(sums) if is_shared else (self.top - sums).clamp(-MOST_OFFSET, MOST_OFFSET)
-        distances = [_distance(acc, sums, products)]
-        if isinstance(acc.format, FloatFormat) and isinstance(acc.product, FloatFormat):
-            distances += [distances[0] + d for d in DISTANCES]
+        distance = _distance(acc, *((sums.max(), products.max()) if is_shared else (sums, products)))
+        candidates = [_placed(replace(acc, chunk=chunk), self.top, distance) for chunk in chunks or (acc.chunk,)]
+        candidates = [self._with_best_distance(candidate, sample, y) for candidate in candidates]
+        self.acc = _best(candidates, lambda candidate: float(self._shifted(candidate, sample)[1].sum()))
+        self.offset = self.offset + self._shifted(self.acc, sample)[0]
+        self.acc = self._with_best_distance(self.acc, sample, y)
+        self.distance = _bias(self.acc.product) - _bias(self.acc.format)
+        self.add(sample)
 
+    def _error_of(self, sample: Sample, y: Tensor) -> Callable[[Accumulator], float]:
+        """The squared error that an accumulator leaves, at the offsets as they are now."""
         scaled = sample.scaled(self.offset)
 
         def error(acc: Accumulator) -> float:
             found = Sums.of(self.groups, y, sample.finished(scaled.emulated(acc), Columns(self.offset)))
             return float(found.error(found.gain).sum())
 
-        candidates = [_placed(replace(acc, chunk=chunk), self.top, distances[0]) for chunk in chunks or (acc.chunk,)]
-        acc = _best(candidates, error)
-        self.acc = _best([_placed(acc, self.top, distance) for distance in distances], error)
-        self.distance = _bias(self.acc.product) - _bias(self.acc.format)
-        self.add(sample)
+        return error
+
+    def _with_best_distance(self, acc: Accumulator, sample: Sample, y: Tensor) -> Accumulator:
+        """The accumulator with the product's bias moved up, or else down, while that helps."""
+        if not (isinstance(acc.format, FloatFormat) and isinstance(acc.product, FloatFormat)):
+            return acc
+        error = self._error_of(sample, y)
+        best, least = acc, error(acc)
+        for step in (1, -1):
+            for moved in range(1, MOST_DISTANCE + 1):
+                product = replace(acc.product, bias=_bias(acc.product) + step * moved)
+                candidate = replace(acc, product=product)
+                found = error(candidate)
+                if found >= least:
+                    break
+                best, least = candidate, found
+            if best is not acc:
+                break
+        return best
 
     def add(self, sample: Sample) -> None:
         """Take another sample into account."""
-        y, scaled = sample.exact(), sample.scaled(self.offset)
-        for shift in self.shifts:
-            emulated = sample.finished(_shifted(scaled, self.acc, shift), Columns(self.offset))
-            found = Sums.of(self.groups, y, emulated)
+        for shift, found in self._sums(self.acc, sample).items():
             self.sums[shift] = self.sums[shift] + found if shift in self.sums else found
+
+    def _sums(self, acc: Accumulator, sample: Sample) -> dict[int, Sums]:
+        """What a sample shows of every shift."""
+        y, scaled = sample.exact(), sample.scaled(self.offset)
+        return {
+            shift: Sums.of(self.groups, y, sample.finished(_shifted(scaled, acc, shift), Columns(self.offset)))
+            for shift in self.shifts
+        }
+
+    def _shifted(self, acc: Accumulator, sample: Sample) -> tuple[Tensor, Tensor]:
+        """The best shift of each group (or of all), and the squared error that it leaves."""
+        found = self._sums(acc, sample)
+        sums = [one.pooled() if self.is_shared else one for one in found.values()]
+        errors = torch.stack([one.error(one.gain) for one in sums])
+        return torch.tensor(list(found))[errors.argmin(0)], errors.amin(0)
 
     def fit(self, by_maximum: bool = False, has_gain: bool = True, has_shift: bool = False) -> Fit:
         """What is best so far.

@@ -18,7 +18,7 @@ from torch import Tensor
 from fmaq import kernels
 from fmaq.emulation.vectors import Vector
 from fmaq.numerics import Accumulator
-from fmaq.ops.columns import Columns
+from fmaq.ops.columns import Columns, Offset
 from fmaq.ops.conv import as_convolution
 from fmaq.ops.matmul import as_batches
 
@@ -57,6 +57,12 @@ class MatrixSample:
         return self.b.shape[-1]
 
     @property
+    def outputs(self) -> int:
+        """Sums that are computed."""
+        batch = torch.broadcast_shapes(self.a.shape[:-2], self.b.shape[:-2])
+        return batch.numel() * self.a.shape[-2] * self.channels
+
+    @property
     def heads(self) -> int | None:
         """The size of the last dimension of the batch, where there is one behind the first: attention's heads."""
         return self.b.shape[-3] if self.b.dim() >= 4 else None
@@ -75,7 +81,7 @@ class MatrixSample:
         left, right, _ = as_batches(self.a, self.b)
         return kernels.count_events(left, right, acc)
 
-    def scaled(self, offset: Vector | Tensor | None) -> MatrixSample:
+    def scaled(self, offset: Vector | Offset) -> MatrixSample:
         """The same with the columns of b times 2^offset."""
         return replace(self, b=_columns(offset).scale(self.b, -1, batched=True))
 
@@ -121,6 +127,13 @@ class ConvSample:
         """O."""
         return self.weight.shape[0]
 
+    @property
+    def outputs(self) -> int:
+        """Sums that are computed."""
+        sizes = zip(self.x.shape[2:], self.weight.shape[2:], self.stride, self.padding, self.dilation, strict=True)
+        positions = math.prod((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in sizes)
+        return self.x.shape[0] * self.channels * positions
+
     def exact(self) -> Tensor:
         """The sums in float32 by torch: (N, O, *out)."""
         convolution = (F.conv1d, F.conv2d, F.conv3d)[self.x.dim() - 3]
@@ -134,7 +147,7 @@ class ConvSample:
         """How often each event happens in the steps, then in the merges."""
         return kernels.count_conv_events(self.x, self.weight, acc, *self._geometry)
 
-    def scaled(self, offset: Vector | Tensor | None) -> ConvSample:
+    def scaled(self, offset: Vector | Offset) -> ConvSample:
         """The same with each filter times 2^offset."""
         return replace(self, weight=_columns(offset).scale(self.weight, 0))
 
@@ -166,7 +179,7 @@ class ConvSample:
 Sample = MatrixSample | ConvSample
 
 
-def _columns(offset: Vector | Tensor | None) -> Columns:
+def _columns(offset: Vector | Offset) -> Columns:
     return Columns(offset.tensor if isinstance(offset, Vector) else offset)
 
 

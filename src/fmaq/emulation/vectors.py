@@ -24,7 +24,7 @@ class Vector:
     __slots__ = ("_tensor", "_values")
 
     def __init__(self, values: Any, whole: bool) -> None:
-        array = np.array(values.detach().cpu() if isinstance(values, Tensor) else values)
+        array = values.detach().cpu().numpy() if isinstance(values, Tensor) else np.array(values)
         if array.dtype.kind not in ("iu" if whole else "iuf") or not array.size:
             raise TypeError(f"expected {'integers' if whole else 'numbers'}, got {values!r}")
         array = array.astype(np.int32 if whole else np.float32)

@@ -1,0 +1,324 @@
+"""What happens in the sums of a model while it runs: `with observe(model) as events: model(x)`.
+
+Every product of an attached model is looked at after it was computed, layer by layer: which steps overflowed,
+underflowed or were swamped, how large operands, products, partial sums and outputs are, and how far the outputs are
+from float32's.
+Events are counted in all of a small product, and in an even sample of the outputs of a large one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fmaq import kernels
+from fmaq.analysis.samples import Sample, sample
+from fmaq.emulation.attach import policy_of
+from fmaq.emulation.policy import FP32
+from fmaq.emulation.products import Product, listening
+from fmaq.kernels.histograms import BINS, LOWEST
+from fmaq.numerics import Accumulator
+from fmaq.numerics.reference import EVENTS
+from fmaq.ops.columns import Columns
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from rich.table import Table
+
+STEPS = 1 << 24  # that are counted of a product, unless there are fewer
+HISTOGRAM_STEPS = 1 << 18  # whose products and sums get into the histograms
+COUNTS = (*EVENTS, *(f"merge_{event}" for event in EVENTS))
+PARTS = ("a", "b", "product", "sum", "output")
+Histogram = dict[int | None, int]
+
+
+@dataclass
+class ProductEvents:
+    """What was seen of one product of a layer, over all calls.
+
+    Counts are attributes, too: `events["fc"].product_overflow`; `rate("full_swamping")` is one's share of the steps
+    (or merges).
+
+    Attributes:
+        layer, kind, index: of the product, see `fmaq.emulation.Product`.
+        accumulator: that computes it.
+        counts: of `numerics.reference.EVENTS` in steps and, as merge_…, in merges.
+        steps, merges: that were looked at.
+        sampled: share of all steps that were.
+        calls: how often the product was computed.
+        exponents: how often ⌊log2|·|⌋ is what, of operands a and b, and (in a smaller sample) of rounded products,
+            partial sums and outputs; None counts zeros.
+        largest, smallest: magnitudes above zero, of each of these but products and partial sums.
+        signal, noise: sums of the squares of the exact outputs, and of their errors.
+    """
+
+    layer: str
+    kind: str
+    index: int
+    accumulator: Accumulator
+    counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(COUNTS, 0))
+    steps: int = 0
+    merges: int = 0
+    all_steps: int = 0
+    calls: int = 0
+    exponents: dict[str, Histogram] = field(default_factory=lambda: {part: {} for part in PARTS})
+    largest: dict[str, float] = field(default_factory=dict)
+    smallest: dict[str, float] = field(default_factory=dict)
+    signal: float = 0.0
+    noise: float = 0.0
+
+    def __getattr__(self, name: str) -> int:
+        counts = self.__dict__.get("counts", {})
+        if name not in counts:
+            raise AttributeError(f"there is no event {name!r}; there are {', '.join(COUNTS)}, steps and merges")
+        return counts[name]
+
+    def __getitem__(self, name: str) -> int:
+        return getattr(self, name)
+
+    @property
+    def sampled(self) -> float:
+        return self.steps / self.all_steps if self.all_steps else 1.0
+
+    def rate(self, event: str) -> float:
+        """An event's share of the steps, or of the merges if its name starts with merge_."""
+        total = self.merges if event.startswith("merge_") else self.steps
+        return getattr(self, event) / total if total else 0.0
+
+    @property
+    def snr(self) -> float:
+        """Signal-to-noise ratio of the outputs against float32's, in decibels; infinite where they are equal."""
+        if self.noise == 0:
+            return float("inf")
+        return float(10 * np.log10(self.signal / self.noise)) if self.signal else float("-inf")
+
+
+class Observed(Mapping[str, ProductEvents]):
+    """What was observed, by layer: of a layer with one product its events, of one with more, `"layer:kind"` each."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.products: dict[tuple[str, str, int], ProductEvents] = {}
+
+    def _names(self) -> dict[str, ProductEvents]:
+        layers = [layer for layer, _, _ in self.products]
+        kinds = [(layer, kind) for layer, kind, _ in self.products]
+        names = {}
+        for (layer, kind, index), found in self.products.items():
+            if layers.count(layer) == 1:
+                names[layer] = found
+            elif kinds.count((layer, kind)) == 1:
+                names[f"{layer}:{kind}"] = found
+            else:
+                names[f"{layer}:{kind}:{index}"] = found
+        return names
+
+    def __getitem__(self, name: str) -> ProductEvents:
+        names = self._names()
+        if name not in names:
+            known = ", ".join(names) or "nothing: call the model inside the with block"
+            raise KeyError(f"no product of {name!r} was observed; there are {known}")
+        return names[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names())
+
+    def __len__(self) -> int:
+        return len(self.products)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__} of {len(self)} products: {', '.join(self)}"
+
+    def __rich__(self) -> Table:
+        return self.table()
+
+    def table(self) -> Table:
+        """One line a product: rates of events in per cent of the steps, and the signal-to-noise ratio."""
+        from rich import box
+        from rich.table import Table
+
+        table = Table(box=box.SIMPLE_HEAD, caption="per cent of the steps; merges of chunks are counted apart")
+        table.add_column("product", overflow="fold")
+        for heading in ("accumulator", *(event.replace("_", " ") for event in EVENTS), "SNR, dB", "looked at"):
+            table.add_column(heading, justify="right" if heading != "accumulator" else "left")
+        for name, found in self.items():
+            rates = [f"{100 * found.rate(event):.3g}" for event in EVENTS]
+            seen = f"{100 * found.sampled:.3g} %"
+            table.add_row(name or "(the model)", str(found.accumulator.format), *rates, f"{found.snr:.1f}", seen)
+        return table
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """A tidy table: a row for each product and event, with count, steps (or merges) and rate."""
+        import pandas as pd
+
+        return pd.DataFrame(
+            [
+                {
+                    "layer": found.layer,
+                    "kind": found.kind,
+                    "index": found.index,
+                    "accumulator": str(found.accumulator),
+                    "event": event,
+                    "count": found.counts[event],
+                    "of": found.merges if event.startswith("merge_") else found.steps,
+                    "rate": found.rate(event),
+                    "snr_db": found.snr,
+                    "sampled": found.sampled,
+                }
+                for found in self.products.values()
+                for event in COUNTS
+            ]
+        )
+
+    def histograms(self) -> pd.DataFrame:
+        """A tidy table: product, part (a, b, product, sum, output), exponent (empty: zeros) and count."""
+        import pandas as pd
+
+        return pd.DataFrame(
+            [
+                {"layer": found.layer, "kind": found.kind, "part": part, "exponent": exponent, "count": count}
+                for found in self.products.values()
+                for part, histogram in found.exponents.items()
+                for exponent, count in histogram.items()
+            ]
+        )
+
+    def plot(self, path: str | Path) -> Path:
+        """Rates of events by product, and the exponents of products, partial sums and outputs, as a PNG (or SVG)."""
+        from matplotlib.figure import Figure
+
+        names, found = list(self), list(self.values())
+        figure = Figure(figsize=(11, 2.5 + 0.22 * max(8, len(names))), layout="constrained")
+        rates, ranges = figure.subplots(1, 2, sharey=True)
+        left = np.zeros(len(names))
+        for event in EVENTS:
+            shares = np.array([100 * product.rate(event) for product in found])
+            rates.barh(names, shares, left=left, label=event.replace("_", " "))
+            left += shares
+        rates.set_xlabel("per cent of the steps")
+        rates.invert_yaxis()
+        rates.legend(fontsize="small", loc="lower right")
+        for at, product in enumerate(found):
+            for part, shift, colour in (("product", -0.25, "C0"), ("sum", 0.0, "C1"), ("output", 0.25, "C2")):
+                low, high = _span(product.exponents[part])
+                ranges.plot([low, high], [at + shift, at + shift], color=colour, lw=3, label=part if at == 0 else None)
+            format = product.accumulator.format
+            ranges.plot([format.emin, format.emax], [at, at], color="grey", lw=0.8, marker="|")
+        ranges.set_xlabel("exponents, 0.1st to 99.9th percentile; grey: what the accumulator holds")
+        ranges.legend(fontsize="small")
+        figure.savefig(path, dpi=110)
+        return Path(path)
+
+
+def _span(histogram: Histogram) -> tuple[float, float]:
+    """The exponents between which all but a thousandth at either end lie; NaN where there are only zeros."""
+    pairs = sorted((e, n) for e, n in histogram.items() if e is not None)
+    if not pairs:
+        return float("nan"), float("nan")
+    exponents, counts = np.array([e for e, _ in pairs]), np.cumsum([n for _, n in pairs])
+    first, last = np.searchsorted(counts, [0.001 * counts[-1], 0.999 * counts[-1]])
+    return float(exponents[first]), float(exponents[min(int(last), len(exponents) - 1)])
+
+
+@contextmanager
+def observe(model: nn.Module, steps: int | None = STEPS) -> Iterator[Observed]:
+    """Look at every emulated product that an attached model computes inside a `with` block.
+
+    The outputs stay what they are. Looking costs about as much again as computing.
+
+    Args:
+        model: attached, see `fmaq.attach`.
+        steps: count events in so many steps of each call of a product, those of outputs at even distances, if it has
+            more (with stochastic rounding, these are then steps of other positions); None counts all.
+
+    Raises:
+        TypeError: `model` is no module.
+        ValueError: it is not attached, or `steps` is no positive number.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"observe takes a torch.nn.Module, got {type(model).__name__}")
+    if policy_of(model) is None:
+        raise ValueError("observe takes an attached model: call fmaq.attach(model, policy) before")
+    if steps is not None and steps < 1:
+        raise ValueError(f"steps must be a positive number, or None for all, got {steps}")
+    observed = Observed(model)
+
+    def listener(product: Product) -> None:
+        if product.reason is None and product.rule is not None:
+            with torch.no_grad(), torch._C.DisableTorchFunction():
+                _look(observed, product, steps)
+
+    with listening(listener):
+        yield observed
+
+
+def _look(observed: Observed, product: Product, steps: int | None) -> None:
+    """Add what a product shows."""
+    assert product.rule is not None
+    rule = product.rule
+    if rule.accumulator == FP32:
+        return
+    acc = Accumulator.parse(rule.accumulator)
+    key = product.layer, product.kind, product.index
+    found = observed.products.setdefault(key, ProductEvents(*key, acc))
+    found.calls += 1
+    found.all_steps += product.macs or 0
+    for part, operand in zip(("a", "b"), product.operands, strict=False):
+        _measure(found, part, operand.detach().float())
+    columns = Columns(*(rule.how.get(name) for name in ("offset", "gain", "shift")))
+    part_of_it = sample(product.kind, product.operands, product.options, product.steps, 1, steps or 1 << 62)
+    scaled = part_of_it.scaled(columns.offset)
+    if all(bool(torch.isfinite(operand).all()) for operand in product.operands):
+        _count(found, scaled, acc)
+        _histograms(found, scaled, acc)
+    y, emulated = part_of_it.exact(), part_of_it.finished(scaled.emulated(acc), columns)
+    _measure(found, "output", emulated)
+    found.signal += float(y.double().square().sum())
+    found.noise += float((y.double() - emulated.double()).square().sum())
+
+
+def _count(found: ProductEvents, part: Sample, acc: Accumulator) -> None:
+    counts = part.count(acc)
+    for name, count in zip(COUNTS, counts, strict=True):
+        found.counts[name] += count
+    outputs = part.outputs
+    found.steps += outputs * part.depth
+    found.merges += outputs * -(-part.depth // (acc.chunk or max(1, part.depth)))
+
+
+def _histograms(found: ProductEvents, part: Sample, acc: Accumulator) -> None:
+    """Exponents of the products and partial sums of a few outputs."""
+    side = max(1, int((HISTOGRAM_STEPS / max(1, part.depth)) ** 0.5))
+    a, b = part.few(side, side)
+    for name, bins in zip(("product", "sum"), kernels.count_exponents(a[None], b[None], acc), strict=True):
+        exponents = [None, *range(LOWEST, LOWEST + BINS - 1)]
+        _add(found.exponents[name], {e: int(n) for e, n in zip(exponents, bins, strict=True) if n})
+
+
+def _measure(found: ProductEvents, part: str, x: Tensor) -> None:
+    """The range and the exponents of a tensor."""
+    finite = x[torch.isfinite(x)]
+    magnitudes = finite[finite != 0].abs()
+    zeros = finite.numel() - magnitudes.numel()
+    histogram: Histogram = {None: zeros} if zeros else {}
+    if magnitudes.numel():
+        exponents = torch.frexp(magnitudes)[1] - 1
+        lowest = int(exponents.min())
+        counts = torch.bincount(exponents - lowest)
+        histogram |= {lowest + i: int(n) for i, n in enumerate(counts.tolist()) if n}
+        low, high = float(magnitudes.min()), float(magnitudes.max())
+        found.smallest[part] = min(low, found.smallest.get(part, low))
+        found.largest[part] = max(high, found.largest.get(part, high))
+    _add(found.exponents[part], histogram)
+
+
+def _add(total: Histogram, more: Histogram) -> None:
+    for exponent, count in more.items():
+        total[exponent] = total.get(exponent, 0) + count

@@ -1,0 +1,207 @@
+"""calibrate: the policy computes what was tried, better than the paper's rule and the maximum, and is saved whole."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import fmaq
+from fmaq.analysis.fit import Trial
+from fmaq.analysis.samples import MatrixSample
+from fmaq.numerics import Accumulator
+
+TEMPLATE = "M5E4 product=M5E4"
+PAPER = "M5E4b10 product=M5E4b12"
+DATA = Path(os.environ.get("FMAQ_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
+
+
+class Network(nn.Module):
+    """A convolution, attention and a linear layer whose channels differ in size by orders of magnitude."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv = nn.Conv2d(3, 8, 3, padding=1)
+        self.q, self.k, self.v = (nn.Linear(8, 16) for _ in range(3))
+        self.out = nn.Linear(16, 6)
+        with torch.no_grad():
+            self.out.weight.mul_(2.0 ** torch.arange(-9, 3, 2)[:, None])
+            self.conv.weight.mul_(0.02)
+
+    def forward(self, x):
+        y = torch.relu(self.conv(x)).flatten(2).mT  # (N, positions, 8)
+        q, k, v = (f(y).unflatten(2, (2, 8)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        y = nn.functional.scaled_dot_product_attention(q, k, v * torch.tensor([1.0, 300.0])[:, None, None])
+        return self.out(y.transpose(1, 2).flatten(2))
+
+
+def images(seed: int) -> torch.Tensor:
+    return torch.randn(8, 3, 6, 6, generator=torch.Generator().manual_seed(seed))
+
+
+def relative_errors(model: nn.Module, policy, x: torch.Tensor) -> torch.Tensor:
+    """Mean squared error of each output channel, as a share of its mean square."""
+    with torch.no_grad():
+        wanted = model(x)
+        fmaq.attach(model, policy)
+        found = model(x)
+        fmaq.detach(model)
+    return (wanted - found).square().mean((0, 1)) / wanted.square().mean((0, 1))
+
+
+def relative_error(model: nn.Module, policy, x: torch.Tensor) -> float:
+    """The mean over channels, which differ in size."""
+    return float(relative_errors(model, policy, x).mean())
+
+
+def test_better_than_the_papers_biases_and_the_finer_the_better():
+    model, batches, other = Network().eval(), [images(1), images(2)], images(3)
+    errors = {
+        per: relative_errors(model, fmaq.calibrate(model, TEMPLATE, batches, per=per), other)
+        for per in ("model", "layer", "channel")
+    }
+    paper = relative_errors(model, PAPER, other)
+    largest = 5  # channel: one bias for all has to serve this one
+    assert errors["layer"][largest] < 0.1 * min(errors["model"][largest], paper[largest])
+    assert errors["channel"].mean() < 0.5 * min(errors["layer"].mean(), errors["model"].mean())
+    assert errors["channel"].mean() < 0.1 * paper.mean()
+
+
+def test_trial_and_gains_beat_the_maximum_rule():
+    model, batches, other = Network().eval(), [images(1), images(2)], images(3)
+    trial = relative_error(model, fmaq.calibrate(model, TEMPLATE, batches), other)
+    maximum = relative_error(model, fmaq.calibrate(model, TEMPLATE, batches, rule="maximum", gain=False), other)
+    assert trial < 0.7 * maximum
+
+
+@pytest.mark.parametrize(("outlier", "times"), [(1, 1.15), (30, 2.5)])
+def test_as_good_as_exhaustive_search(outlier, times):
+    """Every pair of biases of the sum and the product, each channel's best: what is chosen is nearly as good.
+
+    An outlier makes the best pairs of the channels differ in their distance, which is one for a layer.
+    """
+    generator = torch.Generator().manual_seed(4)
+    a = torch.randn(60, 40, generator=generator)
+    b = torch.randn(40, 5, generator=generator) * 2.0 ** torch.tensor([-6, -2, 0, 3, 7])
+    a[0] *= outlier
+    sample = MatrixSample(a, b, 1.0)
+    fit = Trial(Accumulator("M4E3 product=M4E3"), sample, by_channel=True, is_shared=False).fit()
+    y = sample.exact().double()
+
+    def left(acc: str) -> torch.Tensor:
+        found = fmaq.matmul(a, b, acc).double()
+        gain = (y * found).sum(0) / found.square().sum(0).clamp(min=1e-300)
+        return (y - gain * found).square().sum(0)
+
+    every = [left(f"M4E3b{s} product=M4E3b{s + d}") for s, d in itertools.product(range(-14, 14), range(-2, 6))]
+    best = torch.stack(every).amin(0).sum() / y.square().sum()
+    assert float(best) <= fit.error * (1 + 1e-9)
+    assert fit.error < times * float(best)
+    assert fit.error < fit.error_by_maximum
+
+
+def test_the_policy_computes_what_was_tried():
+    """By hand: the layer's accumulator, offsets, gains and shifts, and its own bias."""
+    model, x = Network().eval(), images(1)
+    policy = fmaq.calibrate(model, TEMPLATE, [x])
+    rule = policy.for_layer("out")
+    inputs = torch.randn(5, 16)
+    how = {name: getattr(rule, name).tensor for name in ("offset", "gain", "shift") if getattr(rule, name) is not None}
+    expected = fmaq.linear(inputs, model.out.weight, model.out.bias, rule.accumulator, **how)
+    fmaq.attach(model, policy)
+    assert torch.equal(model.out(inputs), expected)
+    assert rule.offset.shape == (6,) and rule.offset.array.max() - rule.offset.array.min() >= 6
+    scores = policy.layers[""]["products"]
+    assert {entry["gain"].shape for entry in scores.values()} == {(2, 1)}, "attention's by head"
+
+
+@pytest.mark.parametrize("per", ["model", "layer", "channel"])
+def test_saved_and_loaded_whole(per, tmp_path):
+    model, x = Network().eval(), images(1)
+    policy = fmaq.calibrate(model, {"accumulator": TEMPLATE, "weight": "M4E3", "activation": "M4E3"}, [x], per=per)
+    policy.save(tmp_path / "policy.yaml")
+    loaded = fmaq.Policy.load(tmp_path / "policy.yaml")
+    assert loaded == policy and hash(loaded) == hash(policy)
+    with torch.no_grad():
+        first = fmaq.attach(model, policy)(x)
+        assert torch.equal(fmaq.attach(model, loaded)(x), first)
+    assert not policy.accumulator.is_template
+
+
+def test_the_same_every_time_and_the_model_as_it_was():
+    model, x = Network(), images(1)
+    model.train()
+    before = model(x)
+    assert fmaq.calibrate(model, TEMPLATE, [x]) == fmaq.calibrate(model, TEMPLATE, [x])
+    assert model.training and torch.equal(model(x), before)
+    fmaq.attach(model, "paper12")
+    attached = model(x)
+    fmaq.calibrate(model, TEMPLATE, [x])
+    assert torch.equal(model(x), attached)
+
+
+def test_layers_left_alone_stay_alone_and_one_bias_is_one_bias():
+    model, x = Network().eval(), images(1)
+    policy = fmaq.calibrate(model, {"accumulator": TEMPLATE, "layers": {"conv": None}}, [(x,), {"x": x}], per="model")
+    assert policy.layers["conv"] is None
+    rules = [policy.for_layer(name) for name in ("q", "k", "v", "out")]
+    assert len({rule.accumulator for rule in rules}) == 1 and all(rule.offset is None for rule in rules)
+
+
+def test_chunks_are_chosen_by_trial():
+    model, x = Network().eval(), images(1)
+    policy = fmaq.calibrate(model, TEMPLATE, [x], chunks=(1, 4, 16))
+    other = images(3)
+    single = [relative_error(model, fmaq.calibrate(model, TEMPLATE, [x], chunks=(c,)), other) for c in (1, 4, 16)]
+    assert {policy.for_layer(name).accumulator.chunk for name in ("conv", "q", "out")} <= {1, 4, 16}
+    assert relative_error(model, policy, other) < max(single)
+
+
+@pytest.mark.parametrize("spec", ["I10f4 product=I10f4", "M6E4 product=I12f6", "M4E4 rounding=nearest_even"])
+def test_other_accumulators(spec):
+    model, x, other = Network().eval(), images(1), images(3)
+    if "M6" in spec:
+        spec = "M6E4 rounding=stochastic"
+    given = spec if spec.startswith("I") else f"{spec.split()[0]}b7 {spec.split()[-1]}"
+    calibrated = relative_error(model, fmaq.calibrate(model, spec, [x]), other)
+    assert calibrated < relative_error(model, given, other)
+
+
+def test_bad_input_is_named():
+    model, x = Network().eval(), images(1)
+    with pytest.raises(ValueError, match="at least one batch"):
+        fmaq.calibrate(model, TEMPLATE, [])
+    with pytest.raises(ValueError, match="per must be"):
+        fmaq.calibrate(model, TEMPLATE, [x], per="tensor")
+    with pytest.raises(ValueError, match="rule must be"):
+        fmaq.calibrate(model, TEMPLATE, [x], rule="best")
+    with pytest.raises(TypeError, match="got str"):
+        fmaq.calibrate("model", TEMPLATE, [x])
+    with pytest.raises(ValueError, match="does its accumulator say fp32"):
+        fmaq.calibrate(model, "fp32", [x])
+    with pytest.raises(ValueError, match="conv2d of conv has operands that are not finite"):
+        fmaq.calibrate(model, TEMPLATE, [torch.full_like(x, torch.nan)])
+    with pytest.raises(ValueError, match=r"is a template.*fmaq.calibrate"):
+        fmaq.attach(model, TEMPLATE)
+
+
+@pytest.mark.data
+@pytest.mark.skipif(not DATA.exists(), reason=f"{DATA} is missing")
+def test_resnet20_lives_with_10_bits():
+    from fmaq.training.calibrated import run_calibrate
+    from fmaq.training.recipe import Recipe
+
+    recipe = Path(__file__).resolve().parents[1] / "examples" / "resnet20" / "calibrate.yaml"
+    changes = {"accumulators": [PAPER], "operands": ["M4E3"], "data.limit": 256}
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        record = run_calibrate(Recipe.load(recipe, changes), Path(folder), say=lambda _: None)
+        assert list(Path(folder).glob("*-channel.yaml"))
+    as_given, calibrated = (row.metrics["accuracy"] for row in record.rows)
+    assert as_given < 0.8 < 0.88 < calibrated

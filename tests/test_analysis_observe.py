@@ -1,0 +1,135 @@
+"""observe: counts equal the reference's, ranges and histograms are right, and outputs stay what they are."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import fmaq
+from fmaq.numerics import Accumulator, reference
+from test_kernels_conv import unfolded
+
+ACC = Accumulator("M3E3b4 product=M3E3b5 chunk=5")
+EVENT_NAMES = (*reference.EVENTS, *(f"merge_{event}" for event in reference.EVENTS))
+
+
+def attached(module: nn.Module, policy=ACC) -> nn.Module:
+    torch.manual_seed(0)
+    for parameter in module.parameters():
+        nn.init.normal_(parameter)
+    return fmaq.attach(module.eval(), policy)
+
+
+def assert_counts(found, a: np.ndarray, b: np.ndarray, times: int = 1) -> None:
+    expected = reference.count_events(a, b, ACC)
+    assert {name: found[name] for name in EVENT_NAMES} == {name: times * expected[name] for name in EVENT_NAMES}
+    assert (found.steps, found.merges) == (times * expected["steps"], times * expected["merges"])
+
+
+def test_counts_of_a_linear_layer_are_the_references_and_add_up_over_calls():
+    model, x = attached(nn.Sequential(nn.Linear(23, 7))), torch.randn(6, 23)
+    with torch.no_grad():
+        plain = model(x)
+        with fmaq.observe(model) as events:
+            assert torch.equal(model(x), plain) and torch.equal(model(x), plain)
+    assert list(events) == ["0"] and events["0"].calls == 2 and events["0"].sampled == 1
+    assert_counts(events["0"], x.numpy(), model[0].weight.detach().numpy().T, times=2)
+    assert events["0"].partial_swamping > 0
+    assert events["0"].rate("partial_swamping") == events["0"].partial_swamping / events["0"].steps
+
+
+def test_counts_of_a_convolution_are_the_references():
+    model, x = attached(nn.Sequential(nn.Conv2d(3, 4, 3, stride=2, padding=1))), torch.randn(2, 3, 7, 6)
+    with torch.no_grad(), fmaq.observe(model) as events:
+        model(x)
+    windows, _ = unfolded(x.numpy(), (3, 3), (2, 2), ((1, 1), (1, 1)), (1, 1))
+    assert_counts(events["0"], windows, model[0].weight.detach().flatten(1).numpy().T)
+
+
+class Attention(nn.Module):
+    def forward(self, q, k, v):
+        return nn.functional.scaled_dot_product_attention(q, k, v)
+
+
+def test_attention_has_two_products():
+    model, (q, k, v) = attached(Attention()), torch.randn(3, 1, 1, 5, 8)
+    with torch.no_grad(), fmaq.observe(model) as events:
+        model(q, k, v)
+    assert list(events) == [":attention_scores", ":attention_values"]
+    assert_counts(events[":attention_scores"], q[0, 0].numpy(), k[0, 0].numpy().T)
+    weights = torch.softmax(fmaq.matmul(q, k.mT, ACC) * 8**-0.5, -1)
+    assert_counts(events[":attention_values"], weights[0, 0].numpy(), v[0, 0].numpy())
+
+
+def test_offsets_are_part_of_what_is_observed():
+    offset = [0, 3, -2, 1, 0, 0, 5]
+    model = attached(nn.Linear(23, 7), {"accumulator": ACC, "offset": offset})
+    x = torch.randn(6, 23)
+    with torch.no_grad(), fmaq.observe(model) as events:
+        model(x)
+    scaled = model.weight.detach().numpy().T * 2.0 ** np.array(offset)
+    assert_counts(events[""], x.numpy(), scaled.astype(np.float32))
+
+
+def test_ranges_histograms_and_noise():
+    model, x = attached(nn.Linear(4, 2, bias=False)), torch.tensor([[4.0, 0.0, -0.5, 0.25]])
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([[1.0, 1.0, 1.0, 1.0], [0.0, 0.0, 0.0, 0.5]]))
+        with fmaq.observe(model) as events:
+            y = model(x)
+    found = events[""]
+    assert found.largest["a"] == 4 and found.smallest["a"] == 0.25
+    assert found.exponents["a"] == {None: 1, 2: 1, -1: 1, -2: 1}
+    assert found.exponents["product"] == {None: 4, 2: 1, -1: 1, -2: 1, -3: 1}
+    exact = x @ model.weight.detach().mT
+    assert found.signal == pytest.approx(float(exact.square().sum()))
+    assert found.noise == pytest.approx(float((exact - y).square().sum()))
+    assert math.isfinite(found.snr) == (found.noise > 0)
+
+
+def test_large_products_are_sampled_evenly_and_say_so():
+    model, x = attached(nn.Linear(64, 32)), torch.randn(200, 64)
+    with torch.no_grad(), fmaq.observe(model, steps=64 * 32 * 20) as events:
+        model(x)
+    assert events[""].sampled == pytest.approx(0.1, abs=0.02)
+    with torch.no_grad(), fmaq.observe(model, steps=None) as every:
+        model(x)
+    assert every[""].sampled == 1 and every[""].steps == 200 * 64 * 32
+    assert events[""].rate("partial_swamping") == pytest.approx(every[""].rate("partial_swamping"), rel=0.1)
+
+
+def test_tables_and_plot(tmp_path):
+    pytest.importorskip("pandas")
+    model = attached(nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3)))
+    with torch.no_grad(), fmaq.observe(model) as events:
+        model(torch.randn(4, 8))
+    frame = events.to_dataframe()
+    assert set(frame.layer) == {"0", "2"} and len(frame) == 2 * len(EVENT_NAMES)
+    row = frame[(frame.layer == "2") & (frame.event == "product_underflow")].iloc[0]
+    assert row["count"] == events["2"].product_underflow and row["of"] == 4 * 6 * 3
+    assert set(events.histograms().part) == {"a", "b", "product", "sum", "output"}
+    assert events.table().row_count == 2
+    assert events.plot(tmp_path / "events.png").stat().st_size > 1000
+
+
+def test_bad_input_is_named():
+    model = nn.Linear(3, 2)
+    with pytest.raises(ValueError, match=r"call fmaq.attach\(model, policy\) before"), fmaq.observe(model):
+        pass
+    with pytest.raises(TypeError, match="got int"), fmaq.observe(3):
+        pass
+    fmaq.attach(model, ACC)
+    with pytest.raises(ValueError, match=r"steps must be a positive number.*got 0"), fmaq.observe(model, steps=0):
+        pass
+    with fmaq.observe(model) as events:
+        pass
+    with pytest.raises(KeyError, match="call the model inside"):
+        events["fc"]
+    with fmaq.observe(model) as events:
+        model(torch.ones(1, 3))
+    with pytest.raises(AttributeError, match="no event 'overflow'"):
+        _ = events[""].overflow
