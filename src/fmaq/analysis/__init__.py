@@ -1,0 +1,25 @@
+"""What a model's sums need: predicted before anything runs. The names load on first use."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+_HOME = {
+    "MantissaTable": "mantissa",
+    "OverflowTable": "overflow",
+    "channel_bounds": "bounds",
+    "least_mantissa": "retention",
+    "mantissa_needed": "mantissa",
+    "overflow_bounds": "overflow",
+    "retention_ratio": "retention",
+    "simulate": "retention",
+}
+
+__all__ = list(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'fmaq.analysis' has no attribute {name!r}; it has: {', '.join(_HOME)}")
+    return getattr(importlib.import_module(f"fmaq.analysis.{_HOME[name]}"), name)
