@@ -8,10 +8,14 @@ from typing import Any
 _HOME = {
     "MantissaTable": "mantissa",
     "OverflowTable": "overflow",
+    "apply_orders": "order",
     "channel_bounds": "bounds",
+    "channel_sizes": "order",
     "least_mantissa": "retention",
     "mantissa_needed": "mantissa",
     "overflow_bounds": "overflow",
+    "reorder": "order",
+    "restore_order": "order",
     "retention_ratio": "retention",
     "simulate": "retention",
 }
