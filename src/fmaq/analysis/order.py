@@ -143,7 +143,7 @@ def _permute(layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
 
 def _channel_dim(layer: nn.Module) -> int:
     """Of a layer's input, from the end: also right without a batch."""
-    return -1 if isinstance(layer, nn.Linear) else -layer.weight.dim() + 1  # type: ignore[union-attr, operator]
+    return -1 if isinstance(layer, nn.Linear) else -layer.weight.dim() + 1  # type: ignore[operator]
 
 
 def _layers(model: nn.Module) -> dict[str, Any]:
