@@ -11,6 +11,8 @@ _HOME = {
     "apply_orders": "order",
     "channel_bounds": "bounds",
     "channel_sizes": "order",
+    "has_mantissas": "mantissa",
+    "input_range": "bounds",
     "least_mantissa": "retention",
     "mantissa_needed": "mantissa",
     "overflow_bounds": "overflow",

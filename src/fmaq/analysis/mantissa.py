@@ -78,10 +78,13 @@ class MantissaTable:
         """The rows as text."""
         return [_cells(row) for row in self.rows]
 
+    def total(self) -> str:
+        """A line that sums up."""
+        short = sum(not row.suitable for row in self.rows)
+        return f"{len(self)} products; {self.needed} bits of mantissa suit all; {short} have fewer than they need"
+
     def __str__(self) -> str:
-        unsuitable = sum(not row.suitable for row in self.rows)
-        total = f"{len(self)} products; {self.needed} bits of mantissa suit all; {unsuitable} have fewer than they need"
-        return "\n".join([in_columns(self.headings(), self.cells()), total])
+        return "\n".join([in_columns(self.headings(), self.cells()), self.total()])
 
     __repr__ = __str__
 
@@ -96,7 +99,7 @@ def mantissa_needed(
     """The mantissa that each product of a model needs, by the length of its sums alone (arXiv 1901.06588).
 
     The model runs once for its shapes; the values in it do not matter. Where products are kept exact, they count as
-    23 bits.
+    23 bits. Products that the attached policy sums in a fixed format are left out.
 
     Args:
         model: any module, attached or not.
@@ -113,7 +116,7 @@ def mantissa_needed(
 
 def _row(product: TracedProduct, given: AccumulatorLike | None, simulated: bool) -> MantissaRow | None:
     acc = accumulator_of(product, given)
-    if acc is None:
+    if acc is None or (given is None and not has_mantissas(acc)):
         return None
     a, p = mantissas(acc)
     ratio = retention_ratio(a, p, product.steps, acc.chunk)
@@ -128,6 +131,11 @@ def _row(product: TracedProduct, given: AccumulatorLike | None, simulated: bool)
         suitable=is_suitable(ratio, product.steps),
         simulated=simulate(acc, product.steps) if simulated else None,
     )
+
+
+def has_mantissas(acc: Accumulator) -> bool:
+    """Both formats are floats."""
+    return all(isinstance(format, FloatFormat) for format in (acc.format, acc.product) if format is not None)
 
 
 def mantissas(acc: Accumulator) -> tuple[int, int]:

@@ -105,9 +105,12 @@ class OverflowTable:
         """The rows as text."""
         return [_cells(row) for row in self.rows]
 
+    def total(self) -> str:
+        """A line that sums up."""
+        return f"{self.proven} of {self.channels} channels cannot overflow"
+
     def __str__(self) -> str:
-        total = f"{self.proven} of {self.channels} channels cannot overflow"
-        return "\n".join([in_columns(self.headings(), self.cells()), total])
+        return "\n".join([in_columns(self.headings(), self.cells()), self.total()])
 
     __repr__ = __str__
 

@@ -1,4 +1,4 @@
-"""The command line: `fmaq demo | evaluate | finetune | bench | hardware`, driven by YAML recipes."""
+"""The command line: `fmaq demo | evaluate | finetune | analyze | bench | hardware`, driven by YAML recipes."""
 
 from __future__ import annotations
 
