@@ -12,6 +12,7 @@ _HOME = {
     "channel_bounds": "bounds",
     "channel_sizes": "order",
     "has_mantissas": "mantissa",
+    "is_suitable": "retention",
     "input_range": "bounds",
     "least_mantissa": "retention",
     "mantissa_needed": "mantissa",

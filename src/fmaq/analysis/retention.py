@@ -10,9 +10,9 @@ figures, tests/test_analysis_retention.py repeats some). As given, they
 - find the mantissa from which a length is suitable, or one bit too many (two, in one case of 24); never too few. A
   likely reason: full swamping is assumed beyond 2^a standard deviations of a term, where rounding to the nearest still
   takes it; it ends at 2^(a+1).
-- are wrong by up to 0.35 as a *ratio* where a length is not suitable. Measured, the ratio depends on n/4^a alone: 0.97
-  at 1, 0.85 at 4, 0.53 at 16, 0.21 at 64; the formula has 0.57 instead of 0.85 at n = 4096 and a = 5. Its events are
-  weighted by how many iterations they last, but for one, and so are no probabilities.
+- are wrong by up to 0.37 as a *ratio* where a length is not suitable. Measured, in one chunk the ratio depends on n/4^a
+  alone: 0.97 at 1, 0.86 at 4, 0.54 at 16, 0.22 at 64; the formula has 0.56 at n = 4096 and a = 5 instead of 0.85. Its
+  events are weighted by how long they last, all but the last of them, and so are no probabilities.
 - say nothing about truncation, which shrinks every sum by about the same factor: the variance kept is 0.88 where the
   formula says 0.999 (n = 576, chunks of 16, 7 bits), and most of that is undone by one constant. `simulate` tells the
   constant and the noise that is left.
