@@ -6,10 +6,25 @@ import importlib
 from typing import Any
 
 _HOME = {
+    "MantissaTable": "mantissa",
     "Observed": "observation",
+    "OverflowTable": "overflow",
     "ProductEvents": "observation",
+    "apply_orders": "order",
     "calibrate": "calibration",
+    "channel_bounds": "bounds",
+    "channel_sizes": "order",
+    "has_mantissas": "mantissa",
+    "input_range": "bounds",
+    "is_suitable": "retention",
+    "least_mantissa": "retention",
+    "mantissa_needed": "mantissa",
     "observe": "observation",
+    "overflow_bounds": "overflow",
+    "reorder": "order",
+    "restore_order": "order",
+    "retention_ratio": "retention",
+    "simulate": "retention",
 }
 
 __all__ = list(_HOME)
@@ -17,5 +32,5 @@ __all__ = list(_HOME)
 
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+        raise AttributeError(f"module 'fmaq.analysis' has no attribute {name!r}; it has: {', '.join(_HOME)}")
+    return getattr(importlib.import_module(f"fmaq.analysis.{_HOME[name]}"), name)

@@ -1,4 +1,4 @@
-"""The command line: `fmaq demo | evaluate | finetune | reproduce | bench | hardware`, driven by YAML recipes."""
+"""The command line, `fmaq`: one file a command, or a group of them; runs are driven by YAML recipes."""
 
 from __future__ import annotations
 

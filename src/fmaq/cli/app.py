@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fmaq.cli import bench, hardware, reproduce
+from fmaq.cli import analyze, bench, hardware, observe, reproduce
 from fmaq.cli.console import print_table
 from fmaq.cli.errors import interruptible
 
@@ -219,6 +219,10 @@ def _finish(record: Record, folder: Path, name: str, as_json: bool) -> None:
     for what, path in (("plot", written.plot), ("report", written.page), ("record", folder / f"{name}.json")):
         typer.echo(f"{what + ':':<8}{path}")
 
+
+app.command(epilog=observe.EPILOG)(observe.observe)
+
+app.command(epilog=analyze.EPILOG)(analyze.analyze)
 
 app.command(epilog=bench.EPILOG)(bench.bench)
 

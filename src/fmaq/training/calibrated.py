@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fmaq.analysis.calibration import Per, calibrate
 from fmaq.emulation import Policy, detach
 from fmaq.numerics import Accumulator
-from fmaq.training.examples import Pairs, as_examples
+from fmaq.training.examples import Examples, Pairs, Windows, as_examples
 from fmaq.training.explain import RecipeError
 from fmaq.training.progress import Bars
 from fmaq.training.recipe import Recipe
@@ -70,14 +70,22 @@ def run_calibrate(
 
 def training_inputs(ready: Prepared, batches: int) -> list[Any]:
     """The first batches of the recipe's training examples, as the model takes them."""
-    train = as_examples(ready.train)
-    if train is None:
+    if ready.train is None:
         raise RecipeError("this recipe cannot be calibrated: its data have no training examples; give data.train")
-    size = ready.recipe.data.batch_size
-    slices = [slice(i * size, (i + 1) * size) for i in range(batches) if i * size < len(train)]
-    if isinstance(train, Pairs):
-        return [{name: tensor[part] for name, tensor in train.inputs.items()} for part in slices]
-    return [train.batch(part)[0] for part in slices]
+    return batches_of(ready.train, ready.recipe.data.batch_size, batches)
+
+
+def batches_of(data: Any, size: int, count: int) -> list[Any]:
+    """The inputs of the first batches of examples, windows or pairs."""
+    data = as_examples(data)
+    if isinstance(data, Mapping):  # of a task of its own: the pairs among what it takes
+        data = next((value for value in data.values() if isinstance(value, Pairs)), data)
+    if not isinstance(data, Examples | Windows | Pairs):
+        raise RecipeError(f"examples, windows or pairs are needed, and the data are {type(data).__name__}")
+    slices = [slice(i * size, (i + 1) * size) for i in range(count) if i * size < len(data)]
+    if isinstance(data, Pairs):
+        return [{name: tensor[part] for name, tensor in data.inputs.items()} for part in slices]
+    return [data.batch(part)[0] for part in slices]
 
 
 def _file_name(policy: Policy) -> str:

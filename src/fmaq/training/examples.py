@@ -119,3 +119,18 @@ def as_examples(data: Any) -> Any:
         inputs, targets = torch.utils.data.default_collate(items)
         return Examples(inputs, targets)
     return data
+
+
+def first_inputs(data: Any, count: int) -> Inputs:
+    """The first inputs of `Examples`, `Windows` or `Pairs`, as a model takes them.
+
+    Raises:
+        TypeError: the data are in a form of the user's own.
+    """
+    if isinstance(data, Examples | Windows):
+        return data.batch(slice(0, count))[0]
+    if isinstance(data, Pairs):
+        return _pick(data.inputs, slice(0, count))
+    raise TypeError(
+        f"cannot take inputs from data of type {type(data).__name__}; known are Examples, Windows and Pairs"
+    )

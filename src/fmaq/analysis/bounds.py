@@ -1,0 +1,236 @@
+"""The worst case of a sum, channel by channel: proof that no input in a range makes an accumulator overflow.
+
+Rounding is odd and monotone: a larger product, or a larger sum before it, never gives a smaller sum. So the input that
+makes every product of a channel as large as the range allows makes each of its partial sums as large as any input can;
+another makes them as small. The walk along those two inputs, rounded as the accumulator rounds but with no end to its
+range, is the bound, whatever the format, the rounding or the chunk: nearest rounding's growth is in it, as it happens.
+No bound from norms is as tight. It is reached, by those inputs, unless terms below the smallest magnitude are flushed
+(which only makes sums smaller), or rounding is stochastic (then it is the worst of all draws).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fmaq.numerics import Accumulator, FixedFormat, FloatFormat, Format
+from fmaq.numerics.reference import exact_sum, round_to_grid
+from fmaq.ops import parse_tensor_format
+from fmaq.ops.operands import AccumulatorLike, widen
+
+Array = NDArray[np.float64]
+RangeLike = float | tuple[float, float] | str | FloatFormat
+
+
+@dataclass(frozen=True)
+class Extremes:
+    """The most negative and the most positive value that a channel's register would hold if its range had no end.
+
+    Attributes:
+        lowest, highest: (channels,), at most and at least 0.
+    """
+
+    lowest: Array
+    highest: Array
+
+    @property
+    def largest(self) -> Array:
+        """The largest magnitude, (channels,)."""
+        return np.maximum(-self.lowest, self.highest)
+
+    def fits(self, format: Format) -> NDArray[np.bool_]:
+        """Neither is beyond the format's range, (channels,). A format without a bias has none, and fits nothing."""
+        if format.is_template:
+            return np.zeros(self.lowest.shape, bool)
+        return (self.lowest >= format.min) & (self.highest <= format.max)
+
+    def exponents(self) -> NDArray[np.int64]:
+        """⌊log2⌋ of the largest magnitude, (channels,): the emax that a float needs. −1074 where that is zero."""
+        largest = self.largest
+        return np.where(largest > 0, np.frexp(largest)[1] - 1, -1074).astype(np.int64)
+
+    def widths(self, fraction: int) -> NDArray[np.int64]:
+        """Bits of the least two's complement of that fraction that holds both, (channels,), at least 2."""
+        above = np.frexp(np.ldexp(self.highest, fraction))[1]  # the least n with highest < 2^n
+        significand, exponent = np.frexp(np.ldexp(-self.lowest, fraction))
+        below = np.where(significand == 0.5, exponent - 1, exponent)  # the least n with −lowest ≤ 2^n
+        return np.maximum(np.maximum(above, below) + 1, 2).astype(np.int64)
+
+
+@dataclass(frozen=True)
+class ChannelBounds:
+    """Worst cases of the output channels of one product.
+
+    Attributes:
+        accumulator: that sums it.
+        low, high: the range of the inputs.
+        sums: extremes of all partial sums, of chunks and across them.
+        products: of the rounded products; None where the accumulator keeps them exact.
+    """
+
+    accumulator: Accumulator
+    low: float
+    high: float
+    sums: Extremes
+    products: Extremes | None
+
+    @property
+    def proven(self) -> NDArray[np.bool_]:
+        """Channels in which no input in the range overflows anything, (channels,)."""
+        proven = self.sums.fits(self.accumulator.format)
+        if self.products is not None and self.accumulator.product is not None:
+            proven = proven & self.products.fits(self.accumulator.product)
+        return proven
+
+    @property
+    def biases(self) -> NDArray[np.int64] | None:
+        """The largest bias of the partial sums' float format that is proven, (channels,); None for a fixed format."""
+        format = self.accumulator.format
+        if not isinstance(format, FloatFormat):
+            return None
+        return 2**format.exponent - 1 - self.sums.exponents()
+
+    @property
+    def product_biases(self) -> NDArray[np.int64] | None:
+        """The same of the products' format; None where that is fixed, or products are exact."""
+        format = self.accumulator.product
+        if self.products is None or not isinstance(format, FloatFormat):
+            return None
+        return 2**format.exponent - 1 - self.products.exponents()
+
+    @property
+    def widths(self) -> NDArray[np.int64] | None:
+        """The least width of the partial sums' fixed format that is proven, (channels,); None for a float."""
+        format = self.accumulator.format
+        return self.sums.widths(format.fraction) if isinstance(format, FixedFormat) else None
+
+
+def input_range(given: RangeLike) -> tuple[float, float]:
+    """The range of inputs that a description means, always with zero in it (padding is zeros).
+
+    Args:
+        given: the largest magnitude; a pair (low, high); `"int8"`, the codes −128 … 127; `"uint8"`, 0 … 255; or a
+            tensor format with a bias, such as `"M4E3b5"`: ± its largest value.
+
+    Raises:
+        TypeError, ValueError: none of these, not finite, or a format whose bias depends on the data.
+    """
+    hint = 'a largest magnitude, a pair (low, high), "int8", "uint8" or a format with a bias like "M4E3b5"'
+    if isinstance(given, (str, FloatFormat)):
+        return _range_of_format(given, hint)
+    pair = given if isinstance(given, tuple) else (-abs(given), abs(given)) if _is_number(given) else None
+    if pair is None or len(pair) != 2 or not all(map(_is_number, pair)):
+        raise TypeError(f"the range of the inputs is {hint}; got {given!r}")
+    low, high = (float(x) for x in pair)
+    if not (math.isfinite(low) and math.isfinite(high) and low <= high):
+        raise ValueError(f"the range of the inputs must be finite, its low end first; got {given!r}")
+    return min(low, 0.0), max(high, 0.0)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+
+
+def _range_of_format(given: str | FloatFormat, hint: str) -> tuple[float, float]:
+    unsigned = isinstance(given, str) and given.strip().startswith("u")
+    try:
+        parsed = parse_tensor_format(given.strip()[1:] if isinstance(given, str) and unsigned else given)
+    except ValueError as error:
+        raise ValueError(f"the range of the inputs is {hint}; got {given!r}") from error
+    if isinstance(parsed, int):
+        return (0.0, 2.0**parsed - 1) if unsigned else (-(2.0 ** (parsed - 1)), 2.0 ** (parsed - 1) - 1)
+    if unsigned:
+        raise ValueError(f"the range of the inputs is {hint}; got {given!r}")
+    if parsed.bias is None:
+        raise ValueError(
+            f"the range of {parsed} is not known before its data are: its bias fits them. Give a bias, like "
+            f'"{parsed}b{2 ** (parsed.exponent - 1) - 1}", or the largest magnitude'
+        )
+    return -parsed.max, parsed.max
+
+
+def channel_bounds(weight: Tensor, accumulator: AccumulatorLike, input_max: RangeLike) -> ChannelBounds:
+    """The worst case of every output channel of a linear layer or convolution, over all inputs in a range.
+
+    Args:
+        weight: (channels, K), or a convolution's (channels, in, *kernel), in float32 or narrower: as it is multiplied,
+            so quantized already where it will be.
+        accumulator: an Accumulator, or what `Accumulator.parse` takes. Formats without biases (`"M7E4"`) prove nothing,
+            but `biases` tells which ones would.
+        input_max: see `input_range`.
+
+    Raises:
+        TypeError, ValueError: the weight has no dimension, or values that are not finite; or of the other arguments.
+    """
+    acc, (low, high) = Accumulator.parse(accumulator), _within_float32(*input_range(input_max))
+    wide = widen(weight, "weight")
+    if wide.dim() < 2:
+        raise ValueError(f"weight must be (channels, K) or (channels, in, *kernel), got {tuple(weight.shape)}")
+    if not bool(torch.isfinite(wide).all()):
+        raise ValueError("weight has values that are not finite; no sum of theirs has a bound")
+    w = wide.detach().flatten(1).t().double().numpy()
+    ends = (w * low, w * high)  # exact: 24 bits times 24 bits
+    highest, lowest = _walk(np.maximum(*ends), acc), _walk(-np.minimum(*ends), acc)
+    sums, products = (Extremes(-below, above) for below, above in zip(lowest, highest, strict=True))
+    return ChannelBounds(acc, low, high, sums, None if acc.product is None else products)
+
+
+def _within_float32(low: float, high: float) -> tuple[float, float]:
+    """The largest range of float32 values inside a range: inputs are float32."""
+    ends = []
+    for end in (low, high):
+        nearest = np.float32(end)
+        ends.append(float(np.nextafter(nearest, np.float32(0))) if abs(float(nearest)) > abs(end) else float(nearest))
+    return ends[0], ends[1]
+
+
+def _walk(terms: Array, acc: Accumulator) -> tuple[Array, Array]:
+    """The largest partial sum and the largest product on the way along terms (K, channels), none of them negative.
+
+    With terms of one sign sums only grow, so it is the last of each chunk and of the sum of chunks.
+    """
+    depth, channels = terms.shape
+    products = terms if acc.product is None else _rounded(terms, acc, acc.product)
+    total, largest = np.zeros(channels), np.zeros(channels)
+    chunk = acc.chunk or max(depth, 1)
+    for start in range(0, depth, chunk):
+        s = np.zeros(channels)
+        for p in products[start : start + chunk]:
+            s = _rounded(exact_sum(s, p), acc, acc.format)
+        total = _rounded(exact_sum(total, s), acc, acc.format)
+        largest = np.maximum(largest, np.maximum(s, total))
+    return largest, products.max(axis=0, initial=0.0)
+
+
+def _rounded(x: Array, acc: Accumulator, format: Format) -> Array:
+    """The most that rounding can make of magnitudes, the format's range unbounded."""
+    return round_to_grid(x, format, acc.rounding, acc.random_bits, 2**acc.random_bits - 1)
+
+
+def a2q_width(l1_norm: float, input_bits: int, is_signed: bool) -> int:
+    """The width of an integer accumulator that A2Q's bound proves: P ≥ β + log2(1 + 2^−β) + 1 (arXiv 2308.13504).
+
+    β = log2‖w‖₁ + N − [signed], so 2^(P−1) − 1 ≥ ‖w‖₁·2^(N−[signed]). `channel_bounds` never needs more, and one bit
+    less where the most negative sum is a power of two, or inputs without a sign (at most 2^N − 1) are near one.
+
+    Args:
+        l1_norm: ‖w‖₁ of a channel's integer weights.
+        input_bits: N, of the inputs.
+        is_signed: whether they have a sign.
+
+    Raises:
+        ValueError: the norm is negative or not finite, or N below 1.
+    """
+    if not (math.isfinite(l1_norm) and l1_norm >= 0):
+        raise ValueError(f"l1_norm must be finite and at least 0, got {l1_norm!r}")
+    if input_bits < 1:
+        raise ValueError(f"input_bits must be at least 1, got {input_bits}")
+    if l1_norm == 0:
+        return 1
+    beta = math.log2(l1_norm) + input_bits - is_signed
+    return math.ceil(beta + math.log2(1 + 2.0**-beta) + 1)

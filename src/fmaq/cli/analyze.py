@@ -1,0 +1,120 @@
+"""`fmaq analyze`: what a recipe's layers need, before anything runs in a short accumulator."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fmaq.cli.console import print_table
+
+EPILOG = (
+    "[bold]Examples[/bold]\n\n  fmaq analyze examples/resnet20/evaluate.yaml -a paper12\n\n"
+    '  fmaq analyze recipe.yaml -a "M6E4 product=M6E4 chunk=32"\n\n'
+    "  fmaq analyze recipe.yaml -a I16f0 --input-max int8\n\n"
+    "  fmaq analyze recipe.yaml -a paper12 --json | jq .overflow"
+)
+
+
+def analyze(
+    recipe: Annotated[
+        Path, typer.Argument(metavar="RECIPE", help="A recipe, a YAML file: its model and data.", show_default=False)
+    ],
+    accumulator: Annotated[
+        str | None,
+        typer.Option(
+            "--accumulator", "-a", help='Of every product, like paper12 or "M7E4 product=M7E4"; else the policy\'s.'
+        ),
+    ] = None,
+    input_max: Annotated[
+        str | None,
+        typer.Option(
+            "--input-max",
+            metavar="RANGE",
+            help='Of every layer\'s inputs: the largest magnitude, LOW,HIGH, int8, uint8, or a format like "M4E3b5". '
+            "By default the range seen in the examples, and a proof holds for that range.",
+            show_default=False,
+        ),
+    ] = None,
+    examples: Annotated[int, typer.Option(min=1, help="Inputs to run the model on, once.")] = 8,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on standard output.")] = False,
+) -> None:
+    """Show, layer by layer, the mantissa that sums of its length need, and the channels that cannot overflow.
+
+    The first table predicts by length alone (variance retention, arXiv 1901.06588), and simulates what the
+    accumulator's own rounding keeps of random sums. The second proves: no input in its range overflows in the channels
+    counted, and the bias or width named would do for all. The data give shapes and ranges; no accuracy is measured.
+    """
+    from fmaq.numerics import Accumulator
+
+    given = None if accumulator is None else Accumulator.parse(accumulator)
+    limits = None if input_max is None else read_range(input_max)
+    found = _tables(recipe, given, limits, examples)
+    if as_json:
+        rows = {name: table.to_dicts() for name, table in found.items()}
+        typer.echo(json.dumps({"recipe": str(recipe), **rows}, ensure_ascii=False))
+        return
+    for name, table in found.items():
+        print_table(_rich(name, table))
+
+
+def read_range(text: str) -> Any:
+    """What `--input-max` says, as `fmaq.analysis.overflow_bounds` takes it.
+
+    Raises:
+        ValueError: it is no range.
+    """
+    from fmaq.analysis import input_range
+
+    try:
+        numbers = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        return input_range(text)
+    if len(numbers) > 2:
+        raise ValueError(f"--input-max takes one number or LOW,HIGH, got {text!r}")
+    return input_range(numbers[0] if len(numbers) == 1 else (numbers[0], numbers[1]))
+
+
+def _tables(path: Path, given: Any, limits: Any, examples: int) -> dict[str, Any]:
+    """The tables by name. Mantissas are what floats have: an accumulator with a fixed format has the second alone."""
+    from fmaq.analysis import has_mantissas, mantissa_needed, overflow_bounds
+    from fmaq.emulation import attach
+    from fmaq.training.examples import first_inputs
+    from fmaq.training.recipe import Recipe
+    from fmaq.training.run import prepare
+
+    ready = prepare(Recipe.load(path))
+    inputs = first_inputs(ready.test, examples)
+    args, named = ((), inputs) if isinstance(inputs, dict) else ((inputs,), {})
+    attach(ready.model, ready.policy if given is None else ready.policy.replace(accumulator="fp32"))
+    found: dict[str, Any] = {}
+    if given is None or has_mantissas(given):
+        found["mantissa"] = mantissa_needed(ready.model, *args, accumulator=given, **named)
+    found["overflow"] = overflow_bounds(ready.model, *args, accumulator=given, input_max=limits, **named)
+    if len(found["overflow"]) == 0:
+        raise ValueError(f"the policy of {path} leaves every sum in float32; name an accumulator, like -a paper12")
+    return found
+
+
+TITLES = {"mantissa": "Mantissa by length", "overflow": "Channels that cannot overflow"}
+TEXT = ("layer", "product", "suitable", "inputs", "proves all", "not analysed")
+
+
+def _rich(name: str, table: Any) -> Any:
+    from rich import box
+    from rich.table import Table
+
+    shown = Table(
+        box=box.SIMPLE_HEAD,
+        title=TITLES[name],
+        title_justify="left",
+        caption=table.total(),
+        caption_justify="left",
+    )
+    for heading in table.headings():
+        shown.add_column(heading, justify="left" if heading in TEXT else "right")
+    for cells in table.cells():
+        shown.add_row(*cells)
+    return shown
