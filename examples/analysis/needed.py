@@ -3,8 +3,9 @@
     python examples/analysis/needed.py examples/resnet20/evaluate.yaml 4
 
 Every product of one forward pass on the first inputs of the recipe's data (how many is the second argument) is formed
-again with short mantissas, exponents unbounded and chunks of 16: to the nearest, the mantissa from which the variance
-is kept (e^(K·|1 − ratio|) < 50, the ratio that of mean squares); and with M7 truncated, the noise after the best gain.
+again with short mantissas, exponents unbounded and chunks of 16. To the nearest, its products exact: the mantissa from
+which the variance is kept (e^(K·|1 − ratio|) < 50, the ratio that of mean squares). With M7 truncated, products too:
+the noise after the best gain.
 Products of one kind and length share a line: the lowest, the median and the highest.
 """
 
@@ -57,7 +58,7 @@ def measured(product: Product) -> tuple[int, float]:
     square = float((exact**2).mean())
     least = LARGEST
     for a in reversed(range(LARGEST)):
-        acc = f"M{a}E7b63 product=M7E7b63 chunk=16 rounding=nearest_even"
+        acc = f"M{a}E7b63 chunk=16 rounding=nearest_even"
         found = short(x, w, None, acc).double()
         lost = float(((exact - found) * (exact + found)).mean()) / square
         if not is_suitable(1 - abs(lost), product.steps or 0):
@@ -89,7 +90,8 @@ def main(path: str, count: int) -> None:
     for (kind, steps), values in found.items():
         needs, noises = zip(*values, strict=True)
         simulated = simulate("M7E4 product=M7E4 chunk=16", steps).noise
-        needed = f"{min(needs)} … {statistics.median(needs):g} … {max(needs)}"
+        highest = f"over {LARGEST - 1}" if max(needs) == LARGEST else str(max(needs))
+        needed = f"{min(needs)} … {statistics.median(needs):g} … {highest}"
         noise = f"{min(noises):.1e} … {statistics.median(noises):.1e} … {max(noises):.1e}"
         cells = (kind, steps, len(values), least_mantissa(7, steps, 16), needed, f"{simulated:.1e}", noise)
         print("|", " | ".join(map(str, cells)), "|")

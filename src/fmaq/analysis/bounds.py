@@ -215,8 +215,9 @@ def _rounded(x: Array, acc: Accumulator, format: Format) -> Array:
 def a2q_width(l1_norm: float, input_bits: int, is_signed: bool) -> int:
     """The width of an integer accumulator that A2Q's bound proves: P ≥ β + log2(1 + 2^−β) + 1 (arXiv 2308.13504).
 
-    β = log2‖w‖₁ + N − [signed], so 2^(P−1) − 1 ≥ ‖w‖₁·2^(N−[signed]). `channel_bounds` never needs more, and one bit
-    less where the most negative sum is a power of two, or inputs without a sign (at most 2^N − 1) are near one.
+    β = log2‖w‖₁ + N − [signed], so 2^(P−1) − 1 ≥ ‖w‖₁·2^(N−[signed]). `channel_bounds` never needs more, and up to
+    three bits less: inputs without a sign reach 2^N − 1 only, weights of both signs do not add up under them, and a
+    register holds one more value below zero.
 
     Args:
         l1_norm: ‖w‖₁ of a channel's integer weights.

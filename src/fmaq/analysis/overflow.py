@@ -130,9 +130,9 @@ def overflow_bounds(
         model: any module, attached or not.
         inputs, kwargs: of its forward.
         accumulator: of every product, in place of the attached policy's; biases may be left out (`"M7E4"`).
-        input_max: the range of every product's input, see `channel_bounds`, or by globs over layers' names. None, or
-            a layer that no glob names: the range seen in this forward pass, and the proof then holds for that range
-            alone.
+        input_max: the range of every product's input, see `channel_bounds`, or by globs over layers' names, of which
+            the first that matches counts. None, or a layer that no glob names: the range seen in this forward pass, and
+            the proof then holds for that range alone.
 
     Raises:
         TypeError, ValueError: no accumulator is given, nor attached; a range is none; or a glob names no layer.
