@@ -142,8 +142,11 @@ class ConvGradients(_Gradients):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
         """One after the other: every example has a gradient of the weight of its own."""
+        tensors, options = inputs[:3], inputs[3:]
         single = [
-            ConvGradients.apply(*(x if at is None else x.select(at, i) for x, at in zip(inputs, in_dims, strict=True)))
+            ConvGradients.apply(
+                *(x if at is None else x.select(at, i) for x, at in zip(tensors, in_dims, strict=False)), *options
+            )
             for i in range(info.batch_size)
         ]
         found = tuple(torch.stack(gradients) for gradients in zip(*single, strict=True))
