@@ -384,7 +384,15 @@ def test_an_interrupted_run_keeps_its_rows(tmp_path: Path) -> None:
 
 
 def test_select() -> None:
-    assert {case.row.suite for case in select([])} == {"gemm", "conv", "networks", "training", "memory", "start"}
+    assert {case.row.suite for case in select([])} == {
+        "gemm",
+        "conv",
+        "networks",
+        "training",
+        "gradients",
+        "memory",
+        "start",
+    }
     assert {case.row.work for case in select(["gemm"], [32])} == {"32×32×32", "1×1024×1024", "8×1024×1024"}
     keys = [case.row.key for case in select([])]
     assert len(keys) == len(set(keys))

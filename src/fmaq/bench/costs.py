@@ -105,7 +105,7 @@ def _first_call(row: Row, rounds: int) -> Row:
 
     def first(i: int) -> float:
         # No other row uses these, so that none of them has been compiled.
-        acc = Accumulator(f"M6E4b{3 + i}", product=f"M6E4b{5 + i}")
+        acc = Accumulator(f"M{2 + i}E3b3", product=f"M{2 + i}E3b5")
         start = time.perf_counter()
         kernels.matmul(a, a, acc)
         return time.perf_counter() - start

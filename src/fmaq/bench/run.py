@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from fmaq.bench import conv, costs, gemm, networks
+from fmaq.bench import conv, costs, gemm, gradients, networks
 from fmaq.bench.machine import describe
 from fmaq.bench.rows import Case, Report
 from fmaq.training.progress import Bars
@@ -16,6 +16,7 @@ SUITES: dict[str, Callable[[], list[Case]]] = {
     "conv": conv.cases,
     "networks": networks.inference_cases,
     "training": networks.training_cases,
+    "gradients": gradients.cases,
     "memory": costs.memory_cases,
     "start": costs.start_cases,
 }

@@ -28,7 +28,9 @@ TORCH_LIMITS = {
 def bench(
     suite: Annotated[
         list[str] | None,
-        typer.Option("--suite", "-s", help="gemm, conv, networks, training, memory or start; may be repeated. All."),
+        typer.Option(
+            "--suite", "-s", help="gemm, conv, networks, training, gradients, memory or start; may be repeated. All."
+        ),
     ] = None,
     threads: Annotated[int, typer.Option(min=1, help="Of both sides.")] = 1,
     target: Annotated[
