@@ -26,7 +26,7 @@ def fashion(train: int = 60000, test: int = 10000) -> tuple[Examples, Examples]:
     folder = next((f for f in (CACHE / "fashion-mnist", INSTALLED) if (f / "t10k-images-idx3-ubyte.gz").exists()), None)
     if folder is None:
         raise FileNotFoundError(
-            "Fashion-MNIST is not fetched; run `make fetch`, or install the Debian package dataset-fashion-mnist"
+            "Fashion-MNIST is neither fetched nor installed; run `make fetch`, or install dataset-fashion-mnist"
         )
     return _fashion(folder, "train", train), _fashion(folder, "t10k", test)
 

@@ -151,7 +151,7 @@ class Results:
         text = io.StringIO()
         writer = csv.writer(text)
         writer.writerow(
-            ["accumulator", "bits", "estimator", self.variants_are, "seed", *self.metrics, "failure", "seconds"]
+            ["accumulator", "bits", "estimator", self.variants_are, "seed", *self.metrics, "failure", "cell_seconds"]
         )
         for result in self.cells:
             cell = result.cell
