@@ -156,6 +156,10 @@ def calibrate(
     chunk: Annotated[
         list[int] | None, typer.Option(min=1, help="Try this chunk for every product. May be repeated.")
     ] = None,
+    rule: Annotated[
+        str, typer.Option(help="trial: the least squared error of the sums; maximum: the largest just fits.")
+    ] = "trial",
+    gain: Annotated[bool, typer.Option(help="Fit gains, which undo the mean shrinkage of truncation.")] = True,
     accumulators: Accumulators = None,
     output: Output = None,
     device: Device = "cpu",
@@ -175,7 +179,8 @@ def calibrate(
     changes = {} if not accumulators else {"accumulators": accumulators}
     loaded, folder = _load(recipe, output, seed, changes)
     pers: Any = tuple(per or ["channel"])
-    record = run_calibrate(loaded, folder, pers, batches, chunk or (), device, Bars(), _say(as_json))
+    how: dict[str, Any] = {"rule": rule, "gain": gain, "shift": gain, "chunks": chunk or ()}
+    record = run_calibrate(loaded, folder, pers, batches, device, Bars(), _say(as_json), **how)
     _finish(record, folder, "calibrate", as_json)
 
 

@@ -25,17 +25,18 @@ def run_calibrate(
     output: Path,
     pers: Sequence[Per] = ("channel",),
     batches: int = 2,
-    chunks: Sequence[int | None] = (),
     device: str = "cpu",
     bars: Bars | None = None,
     say: Say = print,
+    **how: Any,
 ) -> Record:
     """Measure the network in float32, and under each accumulator as given (if it has biases) and calibrated.
 
     Args:
         output: folder for `calibrate.json` and `.csv`, and for every calibrated policy as YAML.
-        pers, chunks: see `fmaq.calibrate`.
+        pers: see `per` of `fmaq.calibrate`; one policy each.
         batches: of training examples, of the recipe's batch size, to calibrate on.
+        **how: `rule`, `gain`, `shift` and `chunks` of `fmaq.calibrate`.
 
     Raises:
         RecipeError: the recipe's data have no training examples.
@@ -59,7 +60,7 @@ def run_calibrate(
         detach(ready.model)
         ready.model.eval()
         for per in pers:
-            found = calibrate(ready.model, policy, inputs, per, chunks=chunks)
+            found = calibrate(ready.model, policy, inputs, per, **how)
             path = output / f"{_file_name(policy)}-{per}.yaml"
             found.save(path)
             record.notes.append(f"{path.name}: {policy.accumulator}, {operands_of(policy)}, per {per}")
