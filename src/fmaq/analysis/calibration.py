@@ -17,7 +17,7 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from fmaq.analysis.fit import SHIFTS, Fit, Trial
-from fmaq.analysis.samples import Sample, sample
+from fmaq.analysis.samples import Sample, is_finite, sample
 from fmaq.emulation.attach import attached
 from fmaq.emulation.policy import FP32, Policy, Rule
 from fmaq.emulation.products import Place, Request, choosing
@@ -125,7 +125,7 @@ class _Fits:
     def choose(self, place: Place, request: Request, rule: Rule) -> Rule:
         """The rule of a product that is met, from this and all earlier samples of it."""
         for operand, is_weight in zip(request.operands, request.is_weight, strict=True):
-            if not (is_weight and place in self.trials) and not _is_finite(operand):
+            if not (is_weight and place in self.trials) and not is_finite(operand):
                 raise ValueError(
                     f"{place.kind} of {place.layer or 'the model itself'} has operands that are not finite"
                 )
@@ -241,11 +241,6 @@ def _inheriting(model: nn.Module, layers: set[str]) -> list[str]:
         and next(module.parameters(recurse=False), None) is not None
         and any(name.startswith(f"{layer}.") or layer == "" for layer in layers)
     ]
-
-
-def _is_finite(x: Tensor) -> bool:
-    low, high = torch.aminmax(x) if x.numel() else (x.sum(), x.sum())
-    return bool(torch.isfinite(low) & torch.isfinite(high))
 
 
 def _template(acc: Accumulator) -> Accumulator:

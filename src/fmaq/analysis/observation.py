@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from fmaq import kernels
-from fmaq.analysis.samples import Sample, sample
+from fmaq.analysis.samples import Sample, is_finite, sample
 from fmaq.emulation.attach import policy_of
 from fmaq.emulation.policy import FP32
 from fmaq.emulation.products import Product, listening
@@ -32,8 +32,9 @@ if TYPE_CHECKING:
     import pandas as pd
     from rich.table import Table
 
-STEPS = 1 << 24  # that are counted of a product, unless there are fewer
-HISTOGRAM_STEPS = 1 << 18  # whose products and sums get into the histograms
+STEPS = 1 << 23  # that are counted of a product, unless there are fewer
+HISTOGRAM_STEPS = 1 << 17  # whose products and sums get into the histograms
+ELEMENTS = 1 << 16  # of a tensor that get into its histogram, at even distances
 COUNTS = (*EVENTS, *(f"merge_{event}" for event in EVENTS))
 PARTS = ("a", "b", "product", "sum", "output")
 Histogram = dict[int | None, int]
@@ -53,9 +54,10 @@ class ProductEvents:
         steps, merges: that were looked at.
         sampled: share of all steps that were.
         calls: how often the product was computed.
-        exponents: how often ⌊log2|·|⌋ is what, of operands a and b, and (in a smaller sample) of rounded products,
-            partial sums and outputs; None counts zeros.
-        largest, smallest: magnitudes above zero, of each of these but products and partial sums.
+        exponents: how often ⌊log2|·|⌋ is what, of operands a and b, rounded products, partial sums and outputs, in a
+            sample where there are many; None counts zeros.
+        largest, smallest: magnitudes above zero, of each of these but products and partial sums; the smallest in the
+            sample.
         signal, noise: sums of the squares of the exact outputs, and of their errors.
     """
 
@@ -275,7 +277,7 @@ def _look(observed: Observed, product: Product, steps: int | None) -> None:
     columns = Columns(*(rule.how.get(name) for name in ("offset", "gain", "shift")))
     part_of_it = sample(product.kind, product.operands, product.options, product.steps, 1, steps or 1 << 62)
     scaled = part_of_it.scaled(columns.offset)
-    if all(bool(torch.isfinite(operand).all()) for operand in product.operands):
+    if all(is_finite(operand) for operand in product.operands):
         _count(found, scaled, acc)
         _histograms(found, scaled, acc)
     y, emulated = part_of_it.exact(), part_of_it.finished(scaled.emulated(acc), columns)
@@ -303,7 +305,10 @@ def _histograms(found: ProductEvents, part: Sample, acc: Accumulator) -> None:
 
 
 def _measure(found: ProductEvents, part: str, x: Tensor) -> None:
-    """The range and the exponents of a tensor."""
+    """The range and the exponents of a tensor, of a large one those of some elements, and the largest."""
+    x = x.flatten()
+    if x.numel() > ELEMENTS:
+        x = torch.cat([x[:: -(-x.numel() // ELEMENTS)], *(end[None] for end in torch.aminmax(x))])
     finite = x[torch.isfinite(x)]
     magnitudes = finite[finite != 0].abs()
     zeros = finite.numel() - magnitudes.numel()

@@ -256,3 +256,9 @@ def _conv_sample(kind: str, x: Tensor, weight: Tensor, options: dict[str, Any], 
     bands = x[:, :, starts + torch.arange(weight.shape[2]) * dilation[0]]  # (N, C, lines, kernel, …)
     bands = bands.transpose(1, 2).flatten(0, 1)
     return ConvSample(bands, weight, (1, *stride[1:]), (0, *padding[1:]), (1, *dilation[1:]), groups, share)
+
+
+def is_finite(x: Tensor) -> bool:
+    """Every value is finite."""
+    low, high = torch.aminmax(x) if x.numel() else (x.sum(), x.sum())
+    return bool(torch.isfinite(low) & torch.isfinite(high))
