@@ -16,7 +16,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fmaq.kernels import available_targets, backward, conv_gradients, matmul_gradients
+from fmaq.kernels import available_targets, backward, conv_gradients, matmul_gradients, use_target
 from fmaq.numerics import Accumulator, reference
 from strategies import (
     Machine,
@@ -287,3 +287,16 @@ def test_an_operand_that_packing_flushes_is_lost_and_a_zero_is_not(target, estim
     is_immediate = estimator == "immediate/diff"
     assert of_a[0, 0].tolist() == ([40.0, 0.0, 120.0, 0.0] if is_immediate else [0.0] * 4)
     assert of_b[0, :, 0].tolist() == ([4.0, 0.0, 0.0, 0.0] if is_immediate else [0.0] * 4)
+
+
+@pytest.mark.parametrize("target", [t.name for t in available_targets()])
+@pytest.mark.parametrize("name", ["I6f0 chunk=4", "I7f1 product=I9f1 chunk=4", "M2E2b0 product=M3E3b2 chunk=3"])
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_every_vector_of_a_tile_has_its_own_masks(target, name, estimator):
+    """Also where several vectors' masks share a byte: four lanes, two vectors a row."""
+    rng, acc = np.random.default_rng(0), Accumulator(name)
+    a, b, grad = small_integers(rng, 1, 5, 33), small_integers(rng, 1, 33, 40), small_integers(rng, 1, 5, 40)
+    with use_target(target):
+        found = matmul_gradients(a, b, grad, acc, estimator)
+    for mine, theirs in zip(found, expected(a, b, grad, masks(a, b, acc, estimator)), strict=True):
+        np.testing.assert_array_equal(mine.numpy(), theirs)

@@ -285,7 +285,9 @@ class GradientGemm(Gemm):
         for i in range(0, self.width, v.count):
             place = element(b, masks, b.add(at, i64(i // BYTE)), I8)
             bits = b.load(place, typ=ir.IntType(max(BYTE, v.count)), align=1)
-            found.append(b.bitcast(b.trunc(bits, ir.IntType(v.count)) if v.count < BYTE else bits, v.mask))
+            if v.count < BYTE:  # a byte has the masks of several vectors
+                bits = b.trunc(b.lshr(bits, ir.Constant(bits.type, i % BYTE)), ir.IntType(v.count))
+            found.append(b.bitcast(bits, v.mask))
         return found
 
     # --- Tasks ------------------------------------------------------------------------------------------------------
