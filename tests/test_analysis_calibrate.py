@@ -90,7 +90,9 @@ def test_as_good_as_exhaustive_search(outlier, times):
     b = torch.randn(40, 5, generator=generator) * 2.0 ** torch.tensor([-6, -2, 0, 3, 7])
     a[0] *= outlier
     sample = MatrixSample(a, b, 1.0)
-    fit = Trial(Accumulator("M4E3 product=M4E3"), sample, by_channel=True, is_shared=False).fit()
+    acc = Accumulator("M4E3 product=M4E3")
+    fit = Trial.searched(acc, sample, by_channel=True, is_shared=False).fit()
+    by_maximum = Trial.searched(acc, sample, by_channel=True, is_shared=False, by_maximum=True).fit(has_gain=False)
     y = sample.exact().double()
 
     def left(acc: str) -> torch.Tensor:
@@ -102,7 +104,7 @@ def test_as_good_as_exhaustive_search(outlier, times):
     best = torch.stack(every).amin(0).sum() / y.square().sum()
     assert float(best) <= fit.error * (1 + 1e-9)
     assert fit.error < times * float(best)
-    assert fit.error < fit.error_by_maximum
+    assert fit.error < by_maximum.error
 
 
 def test_the_policy_computes_what_was_tried():
@@ -205,3 +207,18 @@ def test_resnet20_lives_with_10_bits():
         assert list(Path(folder).glob("*-channel.yaml"))
     as_given, calibrated = (row.metrics["accuracy"] for row in record.rows)
     assert as_given < 0.8 < 0.88 < calibrated
+
+
+def test_the_maximum_rule_makes_the_largest_sum_and_product_just_representable():
+    generator = torch.Generator().manual_seed(5)
+    a, b = (
+        torch.randn(30, 20, generator=generator),
+        torch.randn(20, 4, generator=generator) * torch.tensor([1, 9, 80, 600]),
+    )
+    trial = Trial.searched(Accumulator(TEMPLATE), MatrixSample(a, b, 1.0), True, is_shared=False, by_maximum=True)
+    fit = trial.fit(has_gain=False)
+    offsets = torch.zeros(4, dtype=torch.int32) if fit.offset is None else fit.offset
+    sums = torch.frexp((a @ b).abs().amax(0))[1] - 1
+    assert torch.equal(fit.accumulator.format.emax - offsets, sums)
+    products = torch.frexp((a[:, :, None] * b).abs().amax((0, 1)))[1] - 1
+    assert int((products + offsets).max()) == fit.accumulator.product.emax

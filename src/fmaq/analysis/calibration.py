@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
 
-from fmaq.analysis.fit import SHIFTS, Fit, Trial
+from fmaq.analysis.fit import SHIFTS, Fit, Trial, placed
 from fmaq.analysis.samples import Sample, is_finite, sample
 from fmaq.emulation.attach import attached
 from fmaq.emulation.policy import FP32, Policy, Rule
@@ -25,7 +25,7 @@ from fmaq.emulation.vectors import Vector
 from fmaq.numerics import Accumulator, FloatFormat
 
 Per = Literal["model", "layer", "channel"]
-ROWS = 64  # outputs of a channel that are sampled of a product, a batch
+ROWS = 48  # outputs of a channel that are sampled of a product, a batch
 STEPS = 1 << 22  # or as many as have so many steps, where that is more
 CHOSEN = ("accumulator", "offset", "gain", "shift")
 
@@ -135,30 +135,45 @@ class _Fits:
             self.trials[place].add(found)
         else:
             has_channels = request.is_weight[1]
-            fixed = self.shared.get(_template(acc))
-            self.trials[place] = Trial(fixed or acc, found, has_channels, self.per != "channel", self.chunks, fixed)
-            if self.per == "model" and fixed is None:
+            self.trials[place] = self._trial(acc, found, has_channels)
+            if self.per == "model" and not self.shared:
                 self.samples[place] = found
         return ruled(rule, self._fit(place))
 
+    def _trial(self, acc: Accumulator, found: Sample, has_channels: bool) -> Trial:
+        shared = self.shared.get(_template(acc))
+        if shared is not None:
+            return Trial.of_gains(shared, found, has_channels)
+        return Trial.searched(acc, found, has_channels, self.per != "channel", self.chunks, self.by_maximum)
+
     def _fit(self, place: Place) -> Fit:
         trial = self.trials[place]
-        return trial.fit(self.by_maximum, self.has_gain, self.has_shift and trial.by_channel)
+        return trial.fit(self.has_gain, self.has_shift and trial.by_channel)
 
     def share(self) -> None:
         """One bias for all products of an accumulator: that of the least relative error of their sums, on average."""
-        tops = {place: trial.top for place, trial in self.trials.items()}
         by_template: dict[Accumulator, list[Place]] = {}
         for place, trial in self.trials.items():
             by_template.setdefault(_template(trial.acc), []).append(place)
         for template, places in by_template.items():
-            if not isinstance(template.format, FloatFormat):
-                continue
-            highest = max(tops[place] for place in places)
-            lowest = min(tops[place] for place in places)
-            candidates = [self.trials[places[0]].at(top) for top in range(lowest, highest - min(SHIFTS) + 1)]
-            self.shared[template] = min(candidates, key=lambda acc: self._relative_error(acc, places))
+            if isinstance(template.format, FloatFormat):
+                self.shared[template] = self._one_for_all(template, places)
         self.trials, self.samples = {}, {}
+
+    def _one_for_all(self, template: Accumulator, places: list[Place]) -> Accumulator:
+        """The largest exponent first, with the product's bias as far above as it is for most; then that distance."""
+        tops = [self.trials[place].top for place in places]
+        distances = [self.trials[place].distance for place in places]
+        usual = sorted(distances)[len(distances) // 2]
+
+        def error(acc: Accumulator) -> float:
+            return self._relative_error(acc, places)
+
+        if self.by_maximum:  # the largest sum of all fits, and the largest product
+            return placed(template, max(tops), min(d - top for d, top in zip(distances, tops, strict=True)) + max(tops))
+        top = min(range(min(tops), max(tops) - min(SHIFTS) + 1), key=lambda top: error(placed(template, top, usual)))
+        near = range(max(usual - 2, min(distances)), min(usual + 2, max(distances)) + 1)
+        return min((placed(template, top, distance) for distance in near), key=error)
 
     def _relative_error(self, acc: Accumulator, places: list[Place]) -> float:
         return sum(self.trials[place].relative_error(acc, self.samples[place]) for place in places)

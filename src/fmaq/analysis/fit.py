@@ -6,26 +6,28 @@ since ŷ is what the accumulator computes: no model of the error is needed. For 
 squares, Σyŷ / Σŷ², and the error that is left is Σy² − (Σyŷ)² / Σŷ². So a candidate is known by a few sums, which add
 up over batches, and every group of outputs (a channel, a head) takes the candidate that leaves the least.
 
-Candidates lie around the *maximum rule*, by which the largest sum of a group is just representable: up to three powers
-of two above it, since partial sums may be larger than finished ones, and up to two below, since clipping an outlier may
-cost less than what it takes from all others. The product's format starts at a bound on products, and is moved while
-that helps.
+Candidates lie around the *maximum rule*, by which the largest sum and the largest product of a group are just
+representable: up to three powers of two above it, since partial sums may be larger than finished ones, and up to two
+below, since clipping an outlier may cost less than what it takes from all others. The first batch chooses among these;
+all batches then choose between that and its neighbours. The product's bias is moved, for all groups, while that helps.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from fmaq.analysis.samples import ConvSample, MatrixSample, Sample
+from fmaq.analysis.samples import ConvSample, MatrixSample, Sample, spread
 from fmaq.numerics import Accumulator, FloatFormat
 from fmaq.numerics.formats import Format
 from fmaq.ops.columns import Columns
 
 SHIFTS = (-3, -2, -1, 0, 1, 2)  # of a group's exponents, from the maximum rule
+NEIGHBOURS = (-1, 0, 1)  # of what the first batch chose
+CHANNELS = 128  # of them, the product's bias is chosen on
 MOST_DISTANCE = 12  # that the product's bias is moved from where a bound on products puts it
 MOST_OFFSET = 60  # 2^±offset times any ordinary weight is a float32
 SHIFT_PAYS = 0.98  # a shift is kept if it leaves at most so much of the error
@@ -123,7 +125,6 @@ class Fit:
         accumulator: with biases.
         offset, gain, shift: one a group; None where there is nothing to do.
         error: of the sums, as a share of their mean square.
-        error_by_maximum: the same by the maximum rule, without gains.
     """
 
     accumulator: Accumulator
@@ -131,59 +132,98 @@ class Fit:
     gain: Tensor | None
     shift: Tensor | None
     error: float
-    error_by_maximum: float
 
 
+@dataclass
 class Trial:
-    """The candidates of one product, and what batches have shown of them.
+    """One product's accumulators that are compared, and what batches have shown of them.
 
-    Args:
-        acc: the accumulator whose biases are to be chosen; those it has do not matter.
-        sample: of the product in the first batch.
-        by_channel: a group is a channel, else a head.
+    Attributes:
+        acc: the accumulator, before the shifts.
+        groups: which outputs share an offset and a gain.
+        by_channel: they are channels, else heads.
         is_shared: one bias for all groups.
-        chunks: to choose from, or none: the accumulator's.
-        fixed: an accumulator to keep as it is; only gains are fitted.
+        offset: of each group, before the shifts.
+        shifts: of the exponents, that each group (or all, if they share) chooses from.
+        sums: by shift.
     """
 
-    def __init__(
-        self,
+    acc: Accumulator
+    groups: Groups
+    by_channel: bool
+    is_shared: bool
+    offset: Tensor
+    shifts: tuple[int, ...]
+    sums: dict[int, Sums] = field(default_factory=dict)
+
+    @classmethod
+    def searched(
+        cls,
         acc: Accumulator,
         sample: Sample,
         by_channel: bool,
         is_shared: bool,
         chunks: Sequence[int | None] = (),
-        fixed: Accumulator | None = None,
-    ) -> None:
+        by_maximum: bool = False,
+    ) -> Trial:
+        """Around what serves a sample best.
+
+        Args:
+            acc: the accumulator whose biases are to be chosen; those it has do not matter.
+            sample: of the product in the first batch.
+            chunks: to choose from, or none: the accumulator's.
+            by_maximum: keep to the maximum rule.
+        """
         y = sample.exact()
-        self.by_channel = by_channel
-        self.groups = Groups.of(sample, y, by_channel)
-        self.is_shared = is_shared
-        self.sums: dict[int, Sums] = {}
-        self.shifts: tuple[int, ...] = SHIFTS if fixed is None else (0,)
-        if fixed is not None:
-            self.acc, self.top, self.distance = fixed, 0, 0
-            self.offset = torch.zeros(self.groups.shape, dtype=torch.int32)
-            self.add(sample)
-            return
-        sums, products = _exponent(self.groups.largest(y)), _exponent(_largest_products(sample, self.groups))
-        self.top = int(sums.max())
-        self.offset = torch.zeros_like(sums) if is_shared else (self.top - sums).clamp(-MOST_OFFSET, MOST_OFFSET)
+        groups = Groups.of(sample, y, by_channel)
+        sums, products = _exponent(groups.largest(y)), _exponent(_largest_products(sample, groups))
+        top = int(sums.max())
+        offset = torch.zeros_like(sums) if is_shared else (top - sums).clamp(-MOST_OFFSET, MOST_OFFSET)
         distance = _distance(acc, *((sums.max(), products.max()) if is_shared else (sums, products)))
-        candidates = [_placed(replace(acc, chunk=chunk), self.top, distance) for chunk in chunks or (acc.chunk,)]
-        candidates = [self._with_best_distance(candidate, sample, y) for candidate in candidates]
-        self.acc = _best(candidates, lambda candidate: float(self._shifted(candidate, sample)[1].sum()))
-        self.offset = self.offset + self._shifted(self.acc, sample)[0]
-        self.acc = self._with_best_distance(self.acc, sample, y)
-        self.distance = _bias(self.acc.product) - _bias(self.acc.format)
-        self.add(sample)
+        candidates = [placed(replace(acc, chunk=chunk), top, distance) for chunk in chunks or (acc.chunk,)]
+        trial = cls(candidates[0], groups, by_channel, is_shared, offset, (0,) if by_maximum else SHIFTS)
+        if by_maximum:
+            trial.acc = _best(candidates, trial._error_of(sample, y))
+        else:
+            candidates = [trial._with_best_distance(candidate, sample, y) for candidate in candidates]
+            trial.acc = _best(candidates, lambda candidate: float(trial._shifted(candidate, sample)[1].sum()))
+            trial.offset = offset + trial._shifted(trial.acc, sample)[0]
+            trial.acc = trial._with_best_distance(trial.acc, sample, y)
+            trial.shifts = NEIGHBOURS
+        trial.add(sample)
+        return trial
+
+    @classmethod
+    def of_gains(cls, acc: Accumulator, sample: Sample, by_channel: bool) -> Trial:
+        """Of an accumulator that all groups keep as it is."""
+        groups = Groups.of(sample, sample.exact(), by_channel)
+        trial = cls(acc, groups, by_channel, True, torch.zeros(groups.shape, dtype=torch.int32), (0,))
+        trial.add(sample)
+        return trial
+
+    @property
+    def top(self) -> int:
+        """The largest exponent of the sums' format."""
+        return self.acc.format.emax if isinstance(self.acc.format, FloatFormat) else 0
+
+    @property
+    def distance(self) -> int:
+        """By how much the product's bias is above that of the sums."""
+        return _bias(self.acc.product) - _bias(self.acc.format)
 
     def _error_of(self, sample: Sample, y: Tensor) -> Callable[[Accumulator], float]:
-        """The squared error that an accumulator leaves, at the offsets as they are now."""
-        scaled = sample.scaled(self.offset)
+        """The squared error that an accumulator leaves in some channels, at the offsets as they are now."""
+        groups, offset = self.groups, self.offset
+        if sample.channels > CHANNELS and not (isinstance(sample, ConvSample) and sample.groups > 1):
+            channel = sample.channel_dim % y.dim()
+            picked = spread(y.square().sum([d for d in range(y.dim()) if d != channel]), CHANNELS)
+            sample, y = sample.narrowed(picked), y.index_select(channel, picked)
+            groups = Groups.of(sample, y, self.by_channel)
+            offset = offset[picked] if self.by_channel and offset.dim() else offset
+        scaled = sample.scaled(offset)
 
         def error(acc: Accumulator) -> float:
-            found = Sums.of(self.groups, y, sample.finished(scaled.emulated(acc), Columns(self.offset)))
+            found = Sums.of(groups, y, sample.finished(scaled.emulated(acc), Columns(offset)))
             return float(found.error(found.gain).sum())
 
         return error
@@ -226,18 +266,16 @@ class Trial:
         errors = torch.stack([one.error(one.gain) for one in sums])
         return torch.tensor(list(found))[errors.argmin(0)], errors.amin(0)
 
-    def fit(self, by_maximum: bool = False, has_gain: bool = True, has_shift: bool = False) -> Fit:
+    def fit(self, has_gain: bool = True, has_shift: bool = False) -> Fit:
         """What is best so far.
 
         Args:
-            by_maximum: keep to the maximum rule.
             has_gain: with gains, of each group, or one if they share a bias.
             has_shift: with shifts, where they pay.
         """
         of_groups = {shift: sums.pooled() if self.is_shared else sums for shift, sums in self.sums.items()}
-        shifts = [0] if by_maximum else list(self.shifts)
-        errors = torch.stack([of_groups[s].error(of_groups[s].gain if has_gain else 1.0) for s in shifts])
-        best = torch.tensor(shifts)[errors.argmin(0)]
+        errors = torch.stack([sums.error(sums.gain if has_gain else 1.0) for sums in of_groups.values()])
+        best = torch.tensor(self.shifts)[errors.argmin(0)]
         chosen = _picked(of_groups, best)
         gain, shift = (chosen.gain if has_gain else torch.ones_like(chosen.y)), None
         left = chosen.error(gain)
@@ -247,13 +285,8 @@ class Trial:
             if float(with_shift.sum()) < SHIFT_PAYS * float(left.sum()):
                 gain, shift, left = slope, constant, with_shift
         signal = max(float(chosen.yy.sum()), 1e-300)
-        by_rule = float(of_groups[0].error(1.0).sum()) / signal
         acc, offsets = self._folded(best)
-        return Fit(acc, offsets, gain if has_gain else None, shift, float(left.sum()) / signal, by_rule)
-
-    def at(self, top: int) -> Accumulator:
-        """The accumulator with `top` as its largest exponent, and the product as far away as it was best here."""
-        return _placed(self.acc, top, self.distance)
+        return Fit(acc, offsets, gain if has_gain else None, shift, float(left.sum()) / signal)
 
     def relative_error(self, acc: Accumulator, sample: Sample) -> float:
         """What another accumulator, the same for all groups, leaves of the squared sums, after the best gain."""
@@ -324,7 +357,7 @@ def _distance(acc: Accumulator, sums: Tensor, products: Tensor) -> int:
     return 2**acc.product.exponent - 2**acc.format.exponent - above
 
 
-def _placed(acc: Accumulator, top: int, distance: int) -> Accumulator:
+def placed(acc: Accumulator, top: int, distance: int) -> Accumulator:
     """The accumulator whose largest exponent is `top`, and a product whose bias is that much larger."""
     if not isinstance(acc.format, FloatFormat):
         return acc

@@ -31,6 +31,12 @@ def evenly(total: int, wanted: int) -> list[int]:
     return [i * (total - 1) // max(1, wanted - 1) for i in range(wanted)] if total else []
 
 
+def spread(sizes: Tensor, wanted: int) -> Tensor:
+    """`wanted` indices at even distances, an eighth of them those of the largest sizes instead; all if no more."""
+    largest = sizes.topk(min(wanted, len(sizes)) // 8).indices
+    return torch.cat([largest, torch.tensor(evenly(len(sizes), wanted - len(largest)))]).unique()
+
+
 @dataclass(frozen=True)
 class MatrixSample:
     """(…, M, K) times (…, K, N); the channels are the columns.
@@ -88,6 +94,10 @@ class MatrixSample:
     def finished(self, y: Tensor, columns: Columns) -> Tensor:
         """Sums of the scaled sample with offset, gain and shift."""
         return columns.finish(y, -1, batched=True)
+
+    def narrowed(self, channels: Tensor) -> MatrixSample:
+        """The same with some of the columns alone."""
+        return replace(self, b=self.b[..., channels])
 
     def few(self, rows: int, channels: int) -> tuple[Tensor, Tensor]:
         """(rows, K) and (K, channels) from its first matrix, fewer where it has no more."""
@@ -155,6 +165,10 @@ class ConvSample:
         """Sums of the scaled sample with offset, gain and shift."""
         return columns.finish(y, 1)
 
+    def narrowed(self, channels: Tensor) -> ConvSample:
+        """The same with some of the filters alone; there may be but one group."""
+        return replace(self, weight=self.weight[channels])
+
     def few(self, rows: int, channels: int) -> tuple[Tensor, Tensor]:
         """(rows, K) and (K, channels) of one group, as windows and filters; fewer where it has no more."""
         inputs, outputs = self.x.shape[1] // self.groups, self.channels // self.groups
@@ -211,7 +225,7 @@ def _matrix_sample(a: Tensor, b: Tensor, rows: int, most: int) -> MatrixSample:
         a, b = a.reshape(-1, depth), b.reshape(depth, columns)
         total = a.shape[0]
         wanted = max(rows, most // max(1, depth * columns))
-        a = a[_rows(a, wanted)] if wanted < total else a
+        a = a[spread(a.square().sum(-1), wanted)]
         return MatrixSample(a, b, a.shape[0] / max(1, total))
     batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
     a, b = a.expand(*batch, *a.shape[-2:]), b.expand(*batch, *b.shape[-2:])
@@ -226,12 +240,6 @@ def _matrix_sample(a: Tensor, b: Tensor, rows: int, most: int) -> MatrixSample:
         others = a.shape[:-2].numel()
         a = a[..., evenly(a.shape[-2], max(1, wanted // others)), :]
     return MatrixSample(a, b, a.shape[:-1].numel() / max(1, total))
-
-
-def _rows(a: Tensor, wanted: int) -> Tensor:
-    """Rows at even distances, and in place of an eighth of them those of the largest norms."""
-    largest = a.square().sum(-1).topk(wanted // 8).indices
-    return torch.cat([largest, torch.tensor(evenly(a.shape[0], wanted - len(largest)))]).unique()
 
 
 def _conv_sample(kind: str, x: Tensor, weight: Tensor, options: dict[str, Any], rows: int, most: int) -> ConvSample:

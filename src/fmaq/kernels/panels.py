@@ -41,14 +41,10 @@ class PanelCache:
 
     def __init__(self, capacity: int = CAPACITY) -> None:
         self.capacity = capacity
+        self.size = 0  # bytes of all panels that are kept
         self._kept: OrderedDict[Hashable, Panels] = OrderedDict()
         self._met: OrderedDict[Hashable, None] = OrderedDict()
         self._lock = threading.Lock()
-
-    @property
-    def size(self) -> int:
-        """Bytes of all panels that are kept."""
-        return sum(panels.size for panels in self._kept.values())
 
     def find(self, key: Hashable, size: int) -> Panels | None:
         """The operand's panels, to be packed unless they are; None where it is new, or too large to keep."""
@@ -65,14 +61,16 @@ class PanelCache:
                 return None
             del self._met[key]
             while self._kept and self.size + size > self.capacity:
-                self._kept.popitem(last=False)
+                self.size -= self._kept.popitem(last=False)[1].size
             panels = self._kept[key] = Panels(size)
+            self.size += size
             return panels
 
     def clear(self) -> None:
         """Keep nothing."""
         with self._lock:
             self._kept.clear()
+            self.size = 0
             self._met.clear()
 
 

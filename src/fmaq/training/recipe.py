@@ -116,8 +116,8 @@ def _known_task(value: str, info: ValidationInfo) -> str:
 
 def _readable_accumulators(value: list[Any]) -> list[Any]:
     for item in value:
-        if item != FP32:
-            _try(Accumulator.parse, item).check_float32()
+        if item != FP32 and not (accumulator := _try(Accumulator.parse, item)).is_template:
+            accumulator.check_float32()
     return value
 
 

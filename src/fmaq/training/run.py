@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from fmaq.emulation import Policy, attach, detach
+from fmaq.numerics import Accumulator
 from fmaq.training.callables import load_callable
 from fmaq.training.data import load_data
 from fmaq.training.explain import RecipeError
@@ -126,10 +127,17 @@ def run_evaluate(
         say: told one line a measurement.
     """
     ready = prepare(recipe, device, bars)
+    policies = variants(recipe, ready.policy)
+    for policy in policies:
+        if isinstance(policy.accumulator, Accumulator) and policy.accumulator.is_template:
+            raise RecipeError(
+                f"accumulators: {str(policy.accumulator)!r} lacks a bias; give it, like M7E4b10, or let "
+                f"`fmaq calibrate` choose it"
+            )
     with ready.bars:
         record = ready.record("evaluate")
         say(line(record, record.baseline))
-        for policy in variants(recipe, ready.policy):
+        for policy in policies:
             metrics, seconds = ready.measure(policy)
             record.rows.append(Row(operands_of(policy), str(policy.accumulator), metrics, seconds))
             say(line(record, record.rows[-1]))
