@@ -1,4 +1,7 @@
-"""EfficientNet-Lite0 with its ImageNet weights, as its package defines it, and 20 labelled ImageNet images."""
+"""EfficientNet-Lite0 with its ImageNet weights, as its package defines it, and 20 labelled ImageNet images.
+
+To calibrate on there are the two photographs that scikit-learn comes with.
+"""
 
 import importlib.util
 import sys
@@ -6,9 +9,11 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from sklearn.datasets import load_sample_images
 from torch import Tensor, nn
 
 from fmaq.training.data import image_tensor
+from fmaq.training.examples import Examples
 
 CACHE = Path(__file__).resolve().parents[2] / ".cache" / "examples"
 
@@ -48,6 +53,22 @@ def images(count: int = 20) -> tuple[None, tuple[Tensor, Tensor]]:
     files = sorted(_fetched("imagenet").glob("imagenet_*.jpg"))[:count]
     x = torch.stack([_cropped(Image.open(path)) for path in files])
     return None, ((x - 127) / 128, torch.tensor([int(path.stem.split("_")[-1]) for path in files]))
+
+
+def with_photographs(count: int = 20) -> tuple[Examples, tuple[Tensor, Tensor]]:
+    """To calibrate on, 16 crops of two other photographs, a temple and a flower; and `images` to measure on.
+
+    The crops have no class: −100, which a cross-entropy ignores.
+    """
+    crops = []
+    for photograph in load_sample_images().images:  # (427, 640, 3)
+        whole = Image.fromarray(photograph)
+        corners = [(left, top) for left in (0, 106, 213) for top in (0, 107)]
+        squares = [whole.crop((left, top, left + 320, top + 320)) for left, top in corners]
+        squares += [whole.crop((0, 0, 427, 427)), whole.crop((213, 0, 640, 427))]
+        crops += [_cropped(square) for square in squares]
+    x = torch.stack(crops)
+    return Examples((x - 127) / 128, torch.full((len(crops),), -100)), images(count)[1]
 
 
 def _cropped(image: Image.Image) -> Tensor:
