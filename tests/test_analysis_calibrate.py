@@ -72,6 +72,25 @@ def test_better_than_the_papers_biases_and_the_finer_the_better():
     assert errors["channel"].mean() < 0.1 * paper.mean()
 
 
+def test_by_token_serves_tokens_that_differ_in_size():
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(24, 12), nn.Linear(12, 5))
+    sizes = 2.0 ** torch.arange(-12, 12, 3)[:, None]  # of 8 tokens
+    batches, other = [torch.randn(40, 8, 24) * sizes, torch.randn(40, 8, 24) * sizes], torch.randn(40, 8, 24) * sizes
+    errors = {}
+    with torch.no_grad():
+        for module in model:
+            module.bias.zero_()
+        wanted = model(other)
+        for per in ("channel", "token"):
+            policy = fmaq.calibrate(model, TEMPLATE, batches, per=per)
+            found = fmaq.attach(model, policy)(other)
+            fmaq.detach(model)
+            errors[per] = ((found - wanted).square().sum((0, 2)) / wanted.square().sum((0, 2))).max()
+    assert policy.for_layer("0").per_token and policy.for_layer("1").shift is None
+    assert errors["token"] < 0.1 < errors["channel"]
+
+
 def test_trial_and_gains_beat_the_maximum_rule():
     model, batches, other = Network().eval(), [images(1), images(2)], images(3)
     trial = relative_error(model, fmaq.calibrate(model, TEMPLATE, batches), other)
@@ -122,7 +141,7 @@ def test_the_policy_computes_what_was_tried():
     assert {entry["gain"].shape for entry in scores.values()} == {(2, 1)}, "attention's by head"
 
 
-@pytest.mark.parametrize("per", ["model", "layer", "channel"])
+@pytest.mark.parametrize("per", ["model", "layer", "channel", "token"])
 def test_saved_and_loaded_whole(per, tmp_path):
     model, x = Network().eval(), images(1)
     policy = fmaq.calibrate(model, {"accumulator": TEMPLATE, "weight": "M4E3", "activation": "M4E3"}, [x], per=per)

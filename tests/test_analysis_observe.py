@@ -75,6 +75,32 @@ def test_offsets_are_part_of_what_is_observed():
     assert_counts(events[""], x.numpy(), scaled.astype(np.float32))
 
 
+def test_by_token_the_counts_are_those_of_scaled_rows():
+    model = attached(nn.Sequential(nn.Linear(23, 7)), {"accumulator": ACC, "per_token": True})
+    sizes = 2.0 ** torch.tensor([0, 5, -3, 1, -8, 2])[:, None]
+    x = (torch.rand(6, 23) + 1) * sizes  # so that each row's largest exponent is that of its size
+    with torch.no_grad(), fmaq.observe(model) as events:
+        y = model(x)
+    assert_counts(events["0"], (x / sizes).numpy(), model[0].weight.detach().numpy().T)
+    wanted = x @ model[0].weight.detach().T
+    noise = (y - model[0].bias.detach() - wanted).square().sum() / wanted.square().sum()
+    assert events["0"].noise / events["0"].signal == pytest.approx(float(noise), rel=1e-3)
+
+
+def test_by_token_a_sampled_convolution_knows_its_images():
+    """Bands of images are looked at; the exponent is that of the whole image all the same."""
+    images = torch.randn(4, 3, 16, 16) * torch.tensor([1e-3, 1.0, 1e3, 1.0])[:, None, None, None]
+    images[:, :, 8, 8] *= 50
+    options = {"accumulator": ACC, "per_token": True}
+    model = attached(nn.Sequential(nn.Conv2d(3, 4, 3, padding=1)), options)
+    signals = []
+    for scale in (1.0, 2.0**20):  # an image's size does not matter
+        with torch.no_grad(), fmaq.observe(model, steps=2000) as events:
+            model(images * scale)
+        signals.append([events["0"][name] for name in EVENT_NAMES])
+    assert events["0"].sampled < 1 and signals[0] == signals[1] and sum(signals[0]) > 0
+
+
 def test_ranges_histograms_and_noise():
     model, x = attached(nn.Linear(4, 2, bias=False)), torch.tensor([[4.0, 0.0, -0.5, 0.25]])
     with torch.no_grad():

@@ -69,7 +69,7 @@ def test_observe_prints_a_table_and_writes_frames(recipe, tmp_path):
 
 def test_bad_input_is_answered_by_name(recipe, tmp_path):
     code, output = run("calibrate", recipe, "--per", "tensor", "-o", tmp_path)
-    assert code != 0 and 'per must be "model", "layer" or "channel"' in output
+    assert code != 0 and 'per must be "model", "layer", "channel" or "token"' in output and "accuracy" not in output
     plain = tmp_path / "plain.yaml"
     plain.write_text(RECIPE.split("accumulators")[0])
     code, output = run("observe", plain)

@@ -98,3 +98,55 @@ def test_offsets_gains_and_shifts_by_head():
     assert vectors.shape == (2, 3, 5) and torch.equal(vectors, shared[..., 0])
     with pytest.raises(ValueError, match=r"or have the batch's dimensions before that or before 1, got \(4, 1\)"):
         fmaq.matmul(a, b, ACC, gain=torch.ones(4, 1))
+
+
+def test_by_token_each_row_has_another_bias():
+    torch.manual_seed(5)
+    exponents = torch.tensor([-9, 0, 4, 11, -30])
+    a = torch.rand(5, 40).sub(0.5) * 2.0 ** exponents[:, None]
+    b = torch.randn(40, 6)
+    y = fmaq.matmul(a, b, ACC, per_token=True)
+    for row, found in zip(a, y, strict=True):
+        e = int(torch.frexp(row.abs().max())[1]) - 1
+        own = Accumulator(f"M7E4b{10 - e}", product=f"M7E4b{12 - e}")
+        assert torch.equal(found, fmaq.matmul(row[None], b, own)[0])
+        assert torch.equal(fmaq.matmul(row, b, ACC, per_token=True), found)
+    assert torch.equal(fmaq.linear(a, b.T, None, ACC, per_token=True), y)
+    assert torch.equal(fmaq.matmul(a, b[:, 0], ACC, per_token=True), y[:, 0])
+    batched = fmaq.matmul(a.reshape(5, 1, 40), b.expand(3, 5, 40, 6), ACC, per_token=True)
+    assert torch.equal(batched, y[:, None].expand(3, 5, 1, 6))
+
+
+def test_by_token_an_image_is_one():
+    torch.manual_seed(6)
+    images = torch.randn(3, 4, 6, 6) * torch.tensor([1e-4, 1.0, 300.0])[:, None, None, None]
+    weight, bias, offset = torch.randn(3, 4, 3, 3), torch.randn(3), torch.tensor([0, 2, -1])
+    y = fmaq.conv2d(images, weight, bias, ACC, padding=1, offset=offset, per_token=True)
+    power = 2.0 ** -torch.frexp(images.abs().amax((1, 2, 3), keepdim=True))[1].sub(1).float()
+    scaled = fmaq.conv2d(images * power, weight, None, ACC, padding=1, offset=offset)
+    assert torch.equal(y, scaled / power + bias[:, None, None])
+    assert torch.equal(fmaq.conv2d(images[2], weight, bias, ACC, padding=1, offset=offset, per_token=True), y[2])
+    back = weight.transpose(0, 1).flip(2, 3)
+    assert torch.equal(fmaq.conv_transpose2d(images, back, bias, ACC, padding=1, offset=offset, per_token=True), y)
+
+
+def test_by_token_shift_and_gradient_are_those_of_the_product():
+    torch.manual_seed(7)
+    a = (torch.randn(4, 8) * 100).requires_grad_()
+    b = torch.randn(8, 3, requires_grad=True)
+    shift = torch.tensor([1.0, 2.0, 3.0])
+    y = fmaq.matmul(a, b, ACC, per_token=True, shift=shift)
+    assert torch.equal(y - fmaq.matmul(a, b, ACC, per_token=True), (y - (y - shift)).expand(4, 3))
+    grad = torch.randn(4, 3)
+    y.backward(grad)
+    assert torch.allclose(a.grad, grad @ b.detach().T, rtol=1e-5)
+    assert torch.allclose(b.grad, a.detach().T @ grad, rtol=1e-5)
+
+
+def test_by_token_of_zeros_and_of_what_is_not_finite():
+    a, b = torch.tensor([[0.0, 0.0], [torch.inf, 1.0], [1e-36, 0.0], [3.0, 1e30]]), torch.ones(2, 2)
+    y = fmaq.matmul(a, b, ACC, per_token=True)
+    assert torch.equal(y[0], torch.zeros(2)) and y[1].isnan().all()
+    assert y[2].allclose(torch.tensor(1e-36), rtol=0.01, atol=0) and y[3].allclose(torch.tensor(1e30), rtol=0.01)
+    assert fmaq.matmul(torch.ones(0, 2), b, ACC, per_token=True).shape == (0, 2)
+    assert torch.equal(fmaq.matmul(torch.ones(3, 0), torch.ones(0, 2), ACC, per_token=True), torch.zeros(3, 2))

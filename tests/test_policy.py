@@ -163,6 +163,7 @@ def test_replace_changes_every_accumulator_but_fp32() -> None:
         ({"accumulator": None}, "accumulator must be.*got None"),
         ({"layers": {"fc": {"accumulator": "M7"}}}, "layers: 'fc': 'M7' is not a format"),
         ({"estimator": "imediate/of"}, r"did you mean 'immediate/of'\?"),
+        ({"per_token": 1}, "per_token must be true or false, got 1"),
         (12, "a policy is a mapping"),
         ("papr12", "is not a format"),
     ],

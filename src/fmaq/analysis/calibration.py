@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
 
-from fmaq.analysis.fit import SHIFTS, Fit, Trial, placed
+from fmaq.analysis.fit import SHIFTS, Fit, Trial, placed, relative_error, some_channels
 from fmaq.analysis.samples import Sample, is_finite, sample
 from fmaq.emulation.attach import attached
 from fmaq.emulation.policy import FP32, Policy, Rule
@@ -24,7 +24,7 @@ from fmaq.emulation.products import Place, Request, choosing
 from fmaq.emulation.vectors import Vector
 from fmaq.numerics import Accumulator, FloatFormat
 
-Per = Literal["model", "layer", "channel"]
+Per = Literal["model", "layer", "channel", "token"]
 ROWS = 48  # outputs of a channel that are sampled of a product, a batch
 STEPS = 1 << 22  # or as many as have so many steps, where that is more
 CHOSEN = ("accumulator", "offset", "gain", "shift")
@@ -54,6 +54,8 @@ def calibrate(
         batches: of inputs: a tensor, a tuple of arguments, or a mapping of keyword arguments each. One pass is made.
         per: what has a bias of its own. "model": one for all products. "layer": each product. "channel": each output
             channel (an offset of the weights' exponents, free in hardware), and each head in attention's products.
+            "token": each channel, and each token besides (see `per_token` of `fmaq.matmul`): the hardware has to find a
+            token's largest exponent at run time, and to add it to the token's results. There are no shifts then.
         rule: "trial" takes the least squared error of the sums, after the gain; "maximum" the bias by which the largest
             sum is just representable.
         gain: with gains, by channel or layer, which undo the mean shrinkage of truncation.
@@ -68,8 +70,12 @@ def calibrate(
         ValueError: no batch, `per` or `rule` unknown, the policy emulates nothing that was met, or an operand is not
             finite.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"calibrate takes a torch.nn.Module, got {type(model).__name__}")
+    check_choices(per, rule)
     policy = Policy.parse(policy)
-    _check(model, per, rule)
+    if per == "token":
+        policy = replace(policy, per_token=True)
     fits = _Fits(per, rule == "maximum", gain, shift, tuple(chunks))
     inputs = list(batches)
     if not inputs:
@@ -83,11 +89,14 @@ def calibrate(
     return fits.policy(model, policy)
 
 
-def _check(model: nn.Module, per: str, rule: str) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"calibrate takes a torch.nn.Module, got {type(model).__name__}")
+def check_choices(per: str, rule: str = "trial") -> None:
+    """Refuse what `calibrate` would.
+
+    Raises:
+        ValueError: naming what each may be.
+    """
     if per not in get_args(Per):
-        raise ValueError(f'per must be "model", "layer" or "channel", got {per!r}')
+        raise ValueError(f'per must be "model", "layer", "channel" or "token", got {per!r}')
     if rule not in ("trial", "maximum"):
         raise ValueError(f'rule must be "trial" or "maximum", got {rule!r}')
 
@@ -120,6 +129,7 @@ class _Fits:
         )
         self.trials: dict[Place, Trial] = {}
         self.samples: dict[Place, Sample] = {}
+        self.shifted: set[Place] = set()  # those that may have shifts
         self.shared: dict[Accumulator, Accumulator] = {}
 
     def choose(self, place: Place, request: Request, rule: Rule) -> Rule:
@@ -129,26 +139,26 @@ class _Fits:
                 raise ValueError(
                     f"{place.kind} of {place.layer or 'the model itself'} has operands that are not finite"
                 )
-        acc = Accumulator.parse(rule.accumulator)
-        found = sample(request.kind, request.operands, request.options or {}, request.steps, ROWS, STEPS)
+        options, has_channels = request.options or {}, request.is_weight[1]
+        found = sample(request.kind, request.operands, options, request.steps, ROWS, STEPS, rule.per_token)
         if place in self.trials:
             self.trials[place].add(found)
         else:
-            has_channels = request.is_weight[1]
-            self.trials[place] = self._trial(acc, found, has_channels)
+            self.trials[place] = self._trial(Accumulator.parse(rule.accumulator), found, has_channels)
+            if self.has_shift and has_channels and not rule.per_token:
+                self.shifted.add(place)
             if self.per == "model" and not self.shared:
-                self.samples[place] = found
+                self.samples[place] = some_channels(found)[0]
         return ruled(rule, self._fit(place))
 
     def _trial(self, acc: Accumulator, found: Sample, has_channels: bool) -> Trial:
         shared = self.shared.get(_template(acc))
         if shared is not None:
             return Trial.of_gains(shared, found, has_channels)
-        return Trial.searched(acc, found, has_channels, self.per != "channel", self.chunks, self.by_maximum)
+        return Trial.searched(acc, found, has_channels, self.per in ("model", "layer"), self.chunks, self.by_maximum)
 
     def _fit(self, place: Place) -> Fit:
-        trial = self.trials[place]
-        return trial.fit(self.has_gain, self.has_shift and trial.by_channel)
+        return self.trials[place].fit(self.has_gain, place in self.shifted)
 
     def share(self) -> None:
         """One bias for all products of an accumulator: that of the least relative error of their sums, on average."""
@@ -176,7 +186,7 @@ class _Fits:
         return min((placed(template, top, distance) for distance in near), key=error)
 
     def _relative_error(self, acc: Accumulator, places: list[Place]) -> float:
-        return sum(self.trials[place].relative_error(acc, self.samples[place]) for place in places)
+        return sum(relative_error(acc, self.samples[place]) for place in places)
 
     def policy(self, model: nn.Module, policy: Policy) -> Policy:
         """The policy with an entry for every layer that was met."""
@@ -208,7 +218,7 @@ class _Fits:
             of_product = ruled(rule.for_product(place.kind, place.index), self._fit(place))
             products[place.index] = {
                 name: getattr(of_product, name)
-                for name in (*CHOSEN, "weight", "activation", "estimator")
+                for name in (*CHOSEN, "weight", "activation", "estimator", "per_token")
                 if name in CHOSEN or getattr(of_product, name) != getattr(rule, name)
             }
         default = self._fit(places[0]).accumulator
@@ -234,7 +244,7 @@ def _written(policy: Policy, rule: Rule, default: Accumulator | None = None) -> 
     """A rule as an entry of `layers`: the fields in which it differs from the policy's own, and those chosen."""
     if default is not None and rule.accumulator != FP32:
         rule = replace(rule, accumulator=default)
-    names = ("weight", "activation", "estimator", "backward", "products")
+    names = ("weight", "activation", "estimator", "backward", "per_token", "products")
     entry = {name: getattr(rule, name) for name in CHOSEN}
     return entry | {name: getattr(rule, name) for name in names if getattr(rule, name) != getattr(policy, name)}
 

@@ -213,13 +213,12 @@ class Trial:
 
     def _error_of(self, sample: Sample, y: Tensor) -> Callable[[Accumulator], float]:
         """The squared error that an accumulator leaves in some channels, at the offsets as they are now."""
+        sample, picked = some_channels(sample)
         groups, offset = self.groups, self.offset
-        if sample.channels > CHANNELS and not (isinstance(sample, ConvSample) and sample.groups > 1):
-            channel = sample.channel_dim % y.dim()
-            picked = spread(y.square().sum([d for d in range(y.dim()) if d != channel]), CHANNELS)
-            sample, y = sample.narrowed(picked), y.index_select(channel, picked)
+        if picked is not None:
+            y = y.index_select(sample.channel_dim, picked)
             groups = Groups.of(sample, y, self.by_channel)
-            offset = offset[picked] if self.by_channel and offset.dim() else offset
+            offset = offset[picked] if self.by_channel else offset
         scaled = sample.scaled(offset)
 
         def error(acc: Accumulator) -> float:
@@ -288,11 +287,6 @@ class Trial:
         acc, offsets = self._folded(best)
         return Fit(acc, offsets, gain if has_gain else None, shift, float(left.sum()) / signal)
 
-    def relative_error(self, acc: Accumulator, sample: Sample) -> float:
-        """What another accumulator, the same for all groups, leaves of the squared sums, after the best gain."""
-        found = Sums.of(self.groups, sample.exact(), sample.emulated(acc)).pooled()
-        return float(found.error(found.gain) / found.yy.clamp(min=1e-300))
-
     def _folded(self, best: Tensor) -> tuple[Accumulator, Tensor | None]:
         """The accumulator and the offsets; what all groups share is in the biases, where those can be chosen."""
         offset = self.offset + best
@@ -304,6 +298,22 @@ class Trial:
         acc = _moved(self.acc, common)
         offset = offset - common
         return acc, offset if bool(offset.any()) else None
+
+
+def some_channels(sample: Sample) -> tuple[Sample, Tensor | None]:
+    """A sample with `CHANNELS` of its channels, and which those are; None: all, as there are no more or groups."""
+    if sample.channels <= CHANNELS or (isinstance(sample, ConvSample) and sample.groups > 1):
+        return sample, None
+    channel_last = sample.exact().movedim(sample.channel_dim, -1)
+    picked = spread(channel_last.square().flatten(0, -2).sum(0), CHANNELS)
+    return sample.narrowed(picked), picked
+
+
+def relative_error(acc: Accumulator, sample: Sample) -> float:
+    """What an accumulator, the same for all groups, leaves of the squared sums, after the best gain."""
+    y = sample.exact()
+    found = Sums.of(Groups(tuple(range(y.dim())), ()), y, sample.emulated(acc))
+    return float(found.error(found.gain) / found.yy.clamp(min=1e-300))
 
 
 def _shifted(sample: Sample, acc: Accumulator, shift: int) -> Tensor:

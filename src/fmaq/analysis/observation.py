@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from fmaq import kernels
-from fmaq.analysis.samples import Sample, is_finite, sample
+from fmaq.analysis.samples import Sample, is_finite, sample, unscaled
 from fmaq.emulation.attach import policy_of
 from fmaq.emulation.policy import FP32
 from fmaq.emulation.products import Product, listening
@@ -274,13 +274,17 @@ def _look(observed: Observed, product: Product, steps: int | None) -> None:
     found.all_steps += product.macs or 0
     for part, operand in zip(("a", "b"), product.operands, strict=False):
         _measure(found, part, operand.detach().float())
-    columns = Columns(*(rule.how.get(name) for name in ("offset", "gain", "shift")))
-    part_of_it = sample(product.kind, product.operands, product.options, product.steps, 1, steps or 1 << 62)
+    how = rule.how
+    columns = Columns(how.get("offset"), how.get("gain"), how.get("shift"))
+    part_of_it = sample(
+        product.kind, product.operands, product.options, product.steps, 1, steps or 1 << 62, rule.per_token
+    )
     scaled = part_of_it.scaled(columns.offset)
     if all(is_finite(operand) for operand in product.operands):
         _count(found, scaled, acc)
         _histograms(found, scaled, acc)
-    y, emulated = part_of_it.exact(), part_of_it.finished(scaled.emulated(acc), columns)
+    y = unscaled(part_of_it, part_of_it.exact())
+    emulated = part_of_it.finished(unscaled(part_of_it, scaled.emulated(acc)), columns)
     _measure(found, "output", emulated)
     found.signal += float(y.double().square().sum())
     found.noise += float((y.double() - emulated.double()).square().sum())

@@ -2,6 +2,8 @@
 
 Rows and images are taken at even distances, always the same ones. A sample is a product of its own: its outputs, and
 the events in them, are those that the whole product has there (stochastic rounding aside, which goes by position).
+
+By token, a sample is of operands that are scaled by token: its sums are in units of the token's exponent.
 """
 
 from __future__ import annotations
@@ -44,11 +46,13 @@ class MatrixSample:
     Attributes:
         a, b: the operands, rows of a picked.
         share: of the whole product's outputs, 0 to 1.
+        powers: of two, (…, M, 1), by which the rows of a are multiplied; None: not by token.
     """
 
     a: Tensor
     b: Tensor
     share: float
+    powers: Tensor | None = None
 
     channel_dim = -1
 
@@ -114,6 +118,7 @@ class ConvSample:
         x, weight: (N, C, *spatial) and (O, C/groups, *kernel).
         stride, padding, dilation: a number a dimension.
         share: of the whole product's outputs, 0 to 1.
+        powers: of two, (N, 1, …), by which the images are multiplied; None: not by token.
     """
 
     x: Tensor
@@ -123,6 +128,7 @@ class ConvSample:
     dilation: tuple[int, ...]
     groups: int
     share: float
+    powers: Tensor | None = None
 
     channel_dim = 1
     heads = None
@@ -193,12 +199,23 @@ class ConvSample:
 Sample = MatrixSample | ConvSample
 
 
+def unscaled(found: Sample, y: Tensor) -> Tensor:
+    """Sums of a sample as they are, not in units of the tokens' exponents."""
+    return y if found.powers is None else y / found.powers
+
+
 def _columns(offset: Vector | Offset) -> Columns:
     return Columns(offset.tensor if isinstance(offset, Vector) else offset)
 
 
 def sample(
-    kind: str, operands: tuple[Tensor, ...], options: dict[str, Any], steps: int | None, rows: int, most: int
+    kind: str,
+    operands: tuple[Tensor, ...],
+    options: dict[str, Any],
+    steps: int | None,
+    rows: int,
+    most: int,
+    per_token: bool = False,
 ) -> Sample:
     """A part of a product that is to be emulated.
 
@@ -206,15 +223,19 @@ def sample(
         kind, operands, options, steps: of the product, see `fmaq.emulation.Product`.
         rows: outputs of a channel (or head) that are wanted at least.
         most: steps that are wanted at least, if there are more than those of `rows`.
+        per_token: of operands scaled by token.
     """
     first, second = (x.detach().float() for x in operands)
+    columns = Columns(per_token=per_token)
     if kind.startswith("conv"):
-        return _conv_sample(kind, first, second, options, rows, most)
+        return _conv_sample(kind, first, second, options, rows, most, columns)
     if kind == "linear":
         second = second.t() if second.dim() > 1 else second[:, None]
     elif steps != first.shape[-1]:  # addbmm sums over its batch as well
         first, second = first.transpose(0, 1).flatten(1), second.flatten(0, 1)
-    return _matrix_sample(first, second if second.dim() > 1 else second[:, None], rows, most)
+    picked = _matrix_sample(first, second if second.dim() > 1 else second[:, None], rows, most)
+    a, powers = columns.by_token(picked.a, (-1,))
+    return replace(picked, a=a, powers=powers)
 
 
 def _matrix_sample(a: Tensor, b: Tensor, rows: int, most: int) -> MatrixSample:
@@ -242,9 +263,12 @@ def _matrix_sample(a: Tensor, b: Tensor, rows: int, most: int) -> MatrixSample:
     return MatrixSample(a, b, a.shape[:-1].numel() / max(1, total))
 
 
-def _conv_sample(kind: str, x: Tensor, weight: Tensor, options: dict[str, Any], rows: int, most: int) -> ConvSample:
+def _conv_sample(
+    kind: str, x: Tensor, weight: Tensor, options: dict[str, Any], rows: int, most: int, columns: Columns
+) -> ConvSample:
     """Some images; where one is enough and more, some lines of its outputs, each with the inputs it depends on."""
     x, weight, stride, padding, dilation, groups = as_convolution(kind, x, weight, **options)
+    x, powers = columns.by_token(x, tuple(range(1, x.dim())))
     out = [
         (size + 2 * p - d * (k - 1) - 1) // s + 1
         for size, k, s, p, d in zip(x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
@@ -253,17 +277,19 @@ def _conv_sample(kind: str, x: Tensor, weight: Tensor, options: dict[str, Any], 
     wanted = max(rows, most // max(1, weight.numel()))
     lines = max(1, -(-wanted // (positions // out[0])))
     if wanted >= images * positions or not positions:
-        return ConvSample(x, weight, stride, padding, dilation, groups, 1.0)
+        return ConvSample(x, weight, stride, padding, dilation, groups, 1.0, powers)
     picked_images = evenly(images, -(-lines // out[0]) if lines > images else lines)
     picked = evenly(out[0], -(-lines // len(picked_images)))
     share = len(picked_images) * len(picked) / (images * out[0])
+    powers = None if powers is None else powers[picked_images]
     x = F.pad(x[picked_images], [*[0, 0] * (x.dim() - 3), padding[0], padding[0]])
     if len(picked) == out[0]:
-        return ConvSample(x, weight, stride, (0, *padding[1:]), dilation, groups, share)
+        return ConvSample(x, weight, stride, (0, *padding[1:]), dilation, groups, share, powers)
     starts = torch.tensor(picked)[:, None] * stride[0]
     bands = x[:, :, starts + torch.arange(weight.shape[2]) * dilation[0]]  # (N, C, lines, kernel, …)
     bands = bands.transpose(1, 2).flatten(0, 1)
-    return ConvSample(bands, weight, (1, *stride[1:]), (0, *padding[1:]), (1, *dilation[1:]), groups, share)
+    powers = None if powers is None else powers.repeat_interleave(len(picked), 0)
+    return ConvSample(bands, weight, (1, *stride[1:]), (0, *padding[1:]), (1, *dilation[1:]), groups, share, powers)
 
 
 def is_finite(x: Tensor) -> bool:

@@ -150,7 +150,10 @@ def calibrate(
     recipe: RecipePath,
     per: Annotated[
         list[str] | None,
-        typer.Option(help="What has a bias of its own: model, layer or channel. May be repeated; channel by default."),
+        typer.Option(
+            help="What has a bias of its own: model, layer, channel, or token (and channel; it costs the hardware an "
+            "exponent found at run time). May be repeated; channel by default."
+        ),
     ] = None,
     batches: Annotated[int, typer.Option(min=1, help="Of training examples, to calibrate on.")] = 2,
     chunk: Annotated[

@@ -36,7 +36,7 @@ FP32 = "fp32"
 CHOSEN_FIELDS = ("offset", "gain", "shift")
 """What is chosen for one accumulator, by `calibrate` say."""
 
-PRODUCT_FIELDS = ("accumulator", "weight", "activation", "estimator", "backward", *CHOSEN_FIELDS)
+PRODUCT_FIELDS = ("accumulator", "weight", "activation", "estimator", "backward", "per_token", *CHOSEN_FIELDS)
 RULE_FIELDS = (*PRODUCT_FIELDS, "products")
 
 
@@ -50,6 +50,7 @@ class Rule:
         activation: format that activations are quantized to, or None.
         estimator: of the gradients, see `fmaq.matmul`.
         backward: accumulator of the gradient products, see `fmaq.matmul`; None is float32.
+        per_token: each token has an exponent of its own, found at run time; see `fmaq.matmul`.
         offset, gain, shift: of the output channels (or heads), see `fmaq.matmul`; None where there is none.
         products: what differs for single products, by their index in a call or by kind.
     """
@@ -59,6 +60,7 @@ class Rule:
     activation: str | None = None
     estimator: str = "identity"
     backward: Accumulator | None = None
+    per_token: bool = False
     offset: Vector | None = None
     gain: Vector | None = None
     shift: Vector | None = None
@@ -74,7 +76,7 @@ class Rule:
     def how(self) -> dict[str, Any]:
         """What a product is told beside its accumulator: keywords of `fmaq.matmul`, `linear` and convolutions."""
         chosen = {name: getattr(self, name) for name in CHOSEN_FIELDS}
-        how = {"estimator": self.estimator, "backward": self.backward}
+        how = {"estimator": self.estimator, "backward": self.backward, "per_token": self.per_token}
         return how | {k: v.tensor for k, v in chosen.items() if v is not None}
 
     def for_product(self, kind: str, index: int) -> Rule:
@@ -115,6 +117,8 @@ class Policy:
         activation: the same for activations.
         estimator: of the gradients, see `fmaq.matmul`.
         backward: an accumulator of the two gradient products of the estimator identity, or None: float32.
+        per_token: each token (row of the first operand; image of a convolution) has an exponent of its own, which
+            costs the hardware finding it at run time.
         offset: added to the accumulator's and the product's bias: an integer, or one for each output channel.
         gain, shift: multiply the finished sums, and are then added: a number, or one for each output channel.
             Of batched products (heads), all three may have further dimensions in front; see `fmaq.matmul`.
@@ -134,6 +138,7 @@ class Policy:
     activation: str | None = None
     estimator: str = "identity"
     backward: Accumulator | None = None
+    per_token: bool = False
     offset: Vector | None = None
     gain: Vector | None = None
     shift: Vector | None = None
@@ -393,6 +398,10 @@ def _checked(name: str, value: Any) -> Any:
         return value
     if name == "backward":
         return _backward(value)
+    if name == "per_token":
+        if not isinstance(value, bool):
+            raise TypeError(f"per_token must be true or false, got {value!r}")
+        return value
     if name in CHOSEN_FIELDS:
         return _vector(name, value)
     if name == "products":

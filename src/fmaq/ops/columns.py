@@ -1,8 +1,13 @@
-"""What a product does to its output channels: an offset of their exponents before, undone after, a gain and a shift.
+"""What a product does to its output channels: an offset of their exponents before, undone after, a gain and a shift;
+and, if that is wanted, to its tokens: an exponent of their own.
 
 An offset c by column is the product with b·2^c, times 2^−c, all exact: the column's accumulator has another bias. In
 hardware it is an offset of the weights' exponents. A gain undoes the mean shrinkage of truncation, and folds into the
 scale that follows; a shift undoes a mean error, and folds into the bias vector.
+
+By token, the product is that of a·2^−e, times 2^e, where e is the exponent of the largest magnitude in the row of a:
+each row has another bias, as it needs. Unlike the others that is not known before: the hardware has to find e, the
+largest exponent of K, while it reads the row, and to add it to the exponents of the row's results.
 """
 
 from __future__ import annotations
@@ -20,7 +25,7 @@ LARGEST = 126  # 2^±126 are normal float32
 
 @dataclass(frozen=True)
 class Columns:
-    """An offset, a gain and a shift, each one for all columns, one a column, or None.
+    """An offset, a gain and a shift, each one for all columns, one a column, or None; and whether it is by token.
 
     Of a batched product each may have the dimensions of the batch in front: (heads, 1) is one a head, (heads, N) one a
     head and column.
@@ -29,11 +34,12 @@ class Columns:
     offset: Offset = None
     gain: Gain = None
     shift: Gain = None
+    per_token: bool = False
 
     @property
     def is_empty(self) -> bool:
         """Nothing is done."""
-        return self.offset is None and self.gain is None and self.shift is None
+        return self.offset is None and self.gain is None and self.shift is None and not self.per_token
 
     def scale(self, b: Tensor, dim: int, batched: bool = False) -> Tensor:
         """b·2^offset, with the columns of the product along `dim`; `batched`: (…, K, N).
@@ -48,6 +54,17 @@ class Columns:
         if not torch.equal(scaled.detach() / power, b.detach().expand(scaled.shape)) and bool(torch.isfinite(b).all()):
             raise ValueError(f"offset {self.offset} pushes values out of float32's range; choose one nearer to zero")
         return scaled
+
+    def by_token(self, a: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor | None]:
+        """a·2^−e and 2^−e, which the product is to be divided by; without `per_token` a, and None.
+
+        Args:
+            dims: of a, over which one token extends; they are 1 in 2^−e.
+        """
+        if not self.per_token:
+            return a, None
+        powers = token_powers(a, dims)
+        return a * powers, powers
 
     def finish(self, y: Tensor, dim: int, batched: bool = False, rows: bool = True) -> Tensor:
         """y·2^−offset·gain + shift, with the columns along `dim`; `batched`: (…, M, N), or (…, N) without `rows`."""
@@ -67,6 +84,20 @@ class Columns:
         if offset.numel() and int(offset.abs().max()) > LARGEST:
             raise ValueError(f"offset must be from {-LARGEST} to {LARGEST}, got {self.offset}")
         return ((sign * offset.to(torch.int32) + 127) << 23).view(torch.float32)
+
+
+def token_powers(a: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """2^−e with e = ⌊log2 max|a|⌋ over some dimensions, which are kept as 1; 1 for tokens that are zero or not finite.
+
+    a·2^−e is exact but for what is smaller than 2^−126 of the token's largest magnitude.
+    """
+    shape = [1 if d in dims or d - a.dim() in dims else size for d, size in enumerate(a.shape)]
+    if not a.numel():
+        return torch.ones(shape, device=a.device)
+    largest = a.detach().abs().amax(dims, keepdim=True)
+    exponent = (torch.frexp(largest)[1] - 1).clamp(-LARGEST, LARGEST)
+    has_one = torch.isfinite(largest) & (largest > 0)
+    return torch.where(has_one, ((127 - exponent) << 23).view(torch.float32), 1.0)
 
 
 def _float(value: float | Tensor) -> Tensor:

@@ -237,8 +237,17 @@ def _conv(
     x, weight = widen(x, "x"), widen(weight, "weight")
     _check_shapes(x, weight, bias, dims, groups)
     image, weight, *geometry = as_convolution(f"conv{dims}d", x, weight, stride, padding, dilation, groups)
+    y = _scaled(image, weight, acc, geometry, how, columns)
+    return _finish(y, bias, is_batched=x.dim() == dims + 2)
+
+
+def _scaled(
+    image: Tensor, weight: Tensor, acc: Accumulator, geometry: Sequence[Any], how: Estimate, columns: Columns
+) -> Tensor:
+    """A convolution with its offset, gain and shift; an image is a token."""
+    image, powers = columns.by_token(image, tuple(range(1, image.dim())))
     y = _Convolution.apply(image, columns.scale(weight, 0), acc, *geometry, how)
-    return _finish(columns.finish(y, 1), bias, is_batched=x.dim() == dims + 2)
+    return columns.finish(y if powers is None else y / powers, 1)
 
 
 def _finish(y: Tensor, bias: Tensor | None, is_batched: bool) -> Tensor:
@@ -261,10 +270,13 @@ def conv1d(
     gain: Gain = None,
     shift: Gain = None,
     backward: AccumulatorLike | None = None,
+    per_token: bool = False,
 ) -> Tensor:
     """`torch.nn.functional.conv1d` whose dot products are summed in `acc`; see `conv2d`."""
     how = Estimate.parse(estimator, backward)
-    return _conv(1, x, weight, bias, acc, stride, padding, dilation, groups, how, Columns(offset, gain, shift))
+    return _conv(
+        1, x, weight, bias, acc, stride, padding, dilation, groups, how, Columns(offset, gain, shift, per_token)
+    )
 
 
 def conv2d(
@@ -281,6 +293,7 @@ def conv2d(
     gain: Gain = None,
     shift: Gain = None,
     backward: AccumulatorLike | None = None,
+    per_token: bool = False,
 ) -> Tensor:
     """`torch.nn.functional.conv2d` whose dot products are summed in `acc`; the bias is added afterwards in float32.
 
@@ -288,6 +301,7 @@ def conv2d(
         x: (N, C, H, W) or (C, H, W), float32, bfloat16, float16 or float8, any strides.
         weight: (O, C/groups, kH, kW). bias: (O,), or None.
         acc, estimator, backward: see `matmul`; offset, gain and shift, too: of all output channels, or one each (O,).
+        per_token: every image has an exponent of its own, see `matmul`.
         stride, dilation, groups: as torch's. padding: a number a dimension, `"same"` or `"valid"`.
 
     Returns:
@@ -298,7 +312,9 @@ def conv2d(
         ValueError: shapes or sizes that do not fit; the message names them.
     """
     how = Estimate.parse(estimator, backward)
-    return _conv(2, x, weight, bias, acc, stride, padding, dilation, groups, how, Columns(offset, gain, shift))
+    return _conv(
+        2, x, weight, bias, acc, stride, padding, dilation, groups, how, Columns(offset, gain, shift, per_token)
+    )
 
 
 def conv3d(
@@ -315,10 +331,13 @@ def conv3d(
     gain: Gain = None,
     shift: Gain = None,
     backward: AccumulatorLike | None = None,
+    per_token: bool = False,
 ) -> Tensor:
     """`torch.nn.functional.conv3d` whose dot products are summed in `acc`; see `conv2d`."""
     how = Estimate.parse(estimator, backward)
-    return _conv(3, x, weight, bias, acc, stride, padding, dilation, groups, how, Columns(offset, gain, shift))
+    return _conv(
+        3, x, weight, bias, acc, stride, padding, dilation, groups, how, Columns(offset, gain, shift, per_token)
+    )
 
 
 def _conv_transpose(
@@ -339,8 +358,8 @@ def _conv_transpose(
     x, weight = widen(x, "x"), widen(weight, "weight")
     image, weight, *geometry = _stuffed(dims, x, weight, stride, padding, output_padding, groups, dilation)
     _check_shapes(image, weight, bias, dims, groups)
-    y = _Convolution.apply(image, columns.scale(weight, 0), acc, *geometry, how)
-    return _finish(columns.finish(y, 1), bias, is_batched=x.dim() == dims + 2)
+    y = _scaled(image, weight, acc, geometry, how, columns)
+    return _finish(y, bias, is_batched=x.dim() == dims + 2)
 
 
 def _stuffed(
@@ -414,9 +433,10 @@ def conv_transpose1d(
     gain: Gain = None,
     shift: Gain = None,
     backward: AccumulatorLike | None = None,
+    per_token: bool = False,
 ) -> Tensor:
     """`torch.nn.functional.conv_transpose1d` whose dot products are summed in `acc`; see `conv_transpose2d`."""
-    how, columns = Estimate.parse(estimator, backward), Columns(offset, gain, shift)
+    how, columns = Estimate.parse(estimator, backward), Columns(offset, gain, shift, per_token)
     return _conv_transpose(1, x, weight, bias, acc, stride, padding, output_padding, groups, dilation, how, columns)
 
 
@@ -435,6 +455,7 @@ def conv_transpose2d(
     gain: Gain = None,
     shift: Gain = None,
     backward: AccumulatorLike | None = None,
+    per_token: bool = False,
 ) -> Tensor:
     """`torch.nn.functional.conv_transpose2d` whose dot products are summed in `acc`.
 
@@ -447,7 +468,7 @@ def conv_transpose2d(
     Returns:
         (N, O, H', W') or (O, H', W') in float32.
     """
-    how, columns = Estimate.parse(estimator, backward), Columns(offset, gain, shift)
+    how, columns = Estimate.parse(estimator, backward), Columns(offset, gain, shift, per_token)
     return _conv_transpose(2, x, weight, bias, acc, stride, padding, output_padding, groups, dilation, how, columns)
 
 
@@ -466,7 +487,8 @@ def conv_transpose3d(
     gain: Gain = None,
     shift: Gain = None,
     backward: AccumulatorLike | None = None,
+    per_token: bool = False,
 ) -> Tensor:
     """`torch.nn.functional.conv_transpose3d` whose dot products are summed in `acc`; see `conv_transpose2d`."""
-    how, columns = Estimate.parse(estimator, backward), Columns(offset, gain, shift)
+    how, columns = Estimate.parse(estimator, backward), Columns(offset, gain, shift, per_token)
     return _conv_transpose(3, x, weight, bias, acc, stride, padding, output_padding, groups, dilation, how, columns)

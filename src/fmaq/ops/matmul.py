@@ -63,6 +63,7 @@ def matmul(
     gain: Gain = None,
     shift: Gain = None,
     backward: AccumulatorLike | None = None,
+    per_token: bool = False,
 ) -> Tensor:
     """`torch.matmul` whose dot products are summed in `acc`, chunk by chunk (arXiv 2401.14110).
 
@@ -77,6 +78,8 @@ def matmul(
         gain: a number, or one a column (N,), that multiplies the finished sums in float32.
         shift: a number, or one a column (N,), that is then added.
             Of batched products all three may have the dimensions of the batch in front: (heads, 1), or (heads, N).
+        per_token: every row of a has an exponent of its own, e = ⌊log2 max|row|⌋: the product with row·2^−e, times 2^e.
+            In hardware that is an exponent to be found at run time.
 
     Returns:
         float32 of the shape that torch.matmul gives. A non-finite operand makes every output that depends on it NaN.
@@ -87,15 +90,16 @@ def matmul(
             `backward` beside an estimator other than identity.
     """
     acc, how = check(acc, estimator), Estimate.parse(estimator, backward)
-    columns = Columns(offset, gain, shift)
+    columns = Columns(offset, gain, shift, per_token)
     if columns.is_empty:
         left, right, shape = as_batches(a, b)
         return _BatchedProduct.apply(left, right, acc, how).reshape(shape)
     a, b = widen(a, "a"), widen(b, "b")
     wide = b[:, None] if b.dim() == 1 else b
+    a, powers = columns.by_token(a, (-1,)) if a.dim() else (a, None)
     left, right, shape = as_batches(a, columns.scale(wide, -1, batched=True) if b.dim() else b)
     y = _BatchedProduct.apply(left, right, acc, how).reshape(shape)
-    y = columns.finish(y, -1, batched=True, rows=a.dim() > 1)
+    y = columns.finish(y if powers is None else y / powers, -1, batched=True, rows=a.dim() > 1)
     return y[..., 0] if b.dim() == 1 else y
 
 
@@ -135,12 +139,13 @@ def linear(
     gain: Gain = None,
     shift: Gain = None,
     backward: AccumulatorLike | None = None,
+    per_token: bool = False,
 ) -> Tensor:
     """`torch.nn.functional.linear` whose dot products are summed in `acc`; the bias is added afterwards in float32.
 
     Args:
         x: (…, K). weight: (N, K) or (K,). bias: (N,), or None.
-        acc, estimator, offset, gain, shift, backward: see `matmul`.
+        acc, estimator, offset, gain, shift, backward, per_token: see `matmul`.
 
     Returns:
         (…, N) in float32, or (…) with a weight of (K,).
@@ -159,5 +164,5 @@ def linear(
         bias = widen(bias, "bias")
         if bias.shape != weight.shape[:-1]:
             raise ValueError(f"bias must be {tuple(weight.shape[:-1])}, got {tuple(bias.shape)}")
-    y = matmul(x, weight.t(), acc, estimator, offset, gain, shift, backward)
+    y = matmul(x, weight.t(), acc, estimator, offset, gain, shift, backward, per_token)
     return y if bias is None else y + bias

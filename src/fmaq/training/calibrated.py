@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fmaq.analysis.calibration import Per, calibrate
+from fmaq.analysis.calibration import Per, calibrate, check_choices
 from fmaq.emulation import Policy, detach
 from fmaq.numerics import Accumulator
 from fmaq.training.examples import Examples, Pairs, Windows, as_examples
@@ -41,6 +41,8 @@ def run_calibrate(
     Raises:
         RecipeError: the recipe's data have no training examples.
     """
+    for per in pers:
+        check_choices(per, how.get("rule", "trial"))
     ready = prepare(recipe, device, bars)
     inputs = training_inputs(ready, batches)
     record = ready.record("calibrate")
