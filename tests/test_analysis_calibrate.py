@@ -67,7 +67,7 @@ def test_better_than_the_papers_biases_and_the_finer_the_better():
     }
     paper = relative_errors(model, PAPER, other)
     largest = 5  # channel: one bias for all has to serve this one
-    assert errors["layer"][largest] < 0.1 * min(errors["model"][largest], paper[largest])
+    assert max(errors["layer"][largest], errors["model"][largest]) < 0.1 * paper[largest]
     assert errors["channel"].mean() < 0.5 * min(errors["layer"].mean(), errors["model"].mean())
     assert errors["channel"].mean() < 0.1 * paper.mean()
 

@@ -5,6 +5,7 @@ import io
 import math
 import tarfile
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 import fmaq
+from fmaq.training.calibrated import run_calibrate
 from fmaq.training.data import load_data
 from fmaq.training.examples import Pairs, Windows
 from fmaq.training.models import build_model
@@ -190,3 +192,23 @@ def test_smollm2_needs_a_bias_by_layer_and_is_covered_whole() -> None:
     fmaq.attach(model, recipe.load_policy())
     assert fmaq.coverage(model, input_ids=short.tokens[:, :16]).share == 1
     assert exact < evaluate(model, short, "perplexity", progress=False)["perplexity"] < 4 * exact
+
+
+@pytest.mark.data
+@pytest.mark.parametrize(
+    ("example", "arguments", "metric", "best"),
+    [
+        ("efficientnet_lite0", {"count": 10}, "loss", min),
+        ("minilm", {"texts": 10}, "cosine", max),
+        pytest.param("smollm2", {"windows": 1, "window": 256, "train": 1}, "perplexity", min, marks=pytest.mark.slow),
+    ],
+)
+def test_calibrated_on_other_data_a_network_loses_less_than_with_the_papers_biases(
+    example: str, arguments: dict[str, int], metric: str, best: Callable[..., float], tmp_path: Path
+) -> None:
+    need(example)
+    changes = {"accumulators": ["M6E4b10 product=M6E4b12"], "operands": ["float32"], "data.arguments": arguments}
+    recipe = Recipe.load(EXAMPLES / example / "calibrate.yaml", changes)
+    record = run_calibrate(recipe, tmp_path, batches=1, say=lambda _: None)
+    as_given, calibrated = (row.metrics[metric] for row in record.rows)
+    assert as_given != calibrated == best(as_given, calibrated)

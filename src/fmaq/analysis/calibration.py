@@ -7,6 +7,7 @@ what earlier ones really give them. What is chosen, and by which objective: see 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, get_args
@@ -152,7 +153,7 @@ class _Fits:
         return ruled(rule, self._fit(place))
 
     def _trial(self, acc: Accumulator, found: Sample, has_channels: bool) -> Trial:
-        shared = self.shared.get(_template(acc))
+        shared = self.shared.get(replace(_template(acc), chunk=None))
         if shared is not None:
             return Trial.of_gains(shared, found, has_channels)
         return Trial.searched(acc, found, has_channels, self.per in ("model", "layer"), self.chunks, self.by_maximum)
@@ -161,13 +162,17 @@ class _Fits:
         return self.trials[place].fit(self.has_gain, place in self.shifted)
 
     def share(self) -> None:
-        """One bias for all products of an accumulator: that of the least relative error of their sums, on average."""
+        """One accumulator for all products of a template: that of the least relative error of their sums, on average.
+
+        Its chunk is the one that most of them would choose.
+        """
         by_template: dict[Accumulator, list[Place]] = {}
         for place, trial in self.trials.items():
-            by_template.setdefault(_template(trial.acc), []).append(place)
+            by_template.setdefault(replace(_template(trial.acc), chunk=None), []).append(place)
         for template, places in by_template.items():
             if isinstance(template.format, FloatFormat):
-                self.shared[template] = self._one_for_all(template, places)
+                chunk = Counter(self.trials[place].acc.chunk for place in places).most_common(1)[0][0]
+                self.shared[template] = self._one_for_all(replace(template, chunk=chunk), places)
         self.trials, self.samples = {}, {}
 
     def _one_for_all(self, template: Accumulator, places: list[Place]) -> Accumulator:

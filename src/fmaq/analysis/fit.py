@@ -10,6 +10,11 @@ Candidates lie around the *maximum rule*, by which the largest sum and the large
 representable: up to three powers of two above it, since partial sums may be larger than finished ones, and up to two
 below, since clipping an outlier may cost less than what it takes from all others. The first batch chooses among these;
 all batches then choose between that and its neighbours. The product's bias is moved, for all groups, while that helps.
+
+What a channel will be given may be larger than what it was shown: a class of which no image was seen never had the
+largest logit, and a feature may not have been met at all. So the error of saturation is added that is to be expected
+from what all channels show together (`Tail`): their sums are taken to be distributed alike, but for mean and standard
+deviation; and that deviation is taken to be no less than it is where no input is weaker than most.
 """
 
 from __future__ import annotations
@@ -27,6 +32,7 @@ from fmaq.ops.columns import Columns
 
 SHIFTS = (-3, -2, -1, 0, 1, 2)  # of a group's exponents, from the maximum rule
 NEIGHBOURS = (-1, 0, 1)  # of what the first batch chose
+TAIL = 4096  # of the largest standardized sums are kept
 CHANNELS = 128  # of them, the product's bias is chosen on
 MOST_DISTANCE = 12  # that the product's bias is moved from where a bound on products puts it
 MOST_OFFSET = 60  # 2^±offset times any ordinary weight is a float32
@@ -64,12 +70,16 @@ class Groups:
         """The largest magnitudes."""
         return y.abs().amax(self.dims).reshape(self.shape)
 
+    def spread(self, x: Tensor, y: Tensor) -> Tensor:
+        """One number a group, so that it broadcasts with the outputs."""
+        return x.reshape([1 if d in self.dims else size for d, size in enumerate(y.shape)])
+
 
 @dataclass
 class Sums:
-    """What is known of a candidate: sums over the sampled outputs of each group, which add up over batches."""
+    """Sums over some of the sampled outputs of each group, which add up over batches."""
 
-    count: float
+    count: Tensor
     y: Tensor
     found: Tensor
     yy: Tensor
@@ -79,19 +89,23 @@ class Sums:
     @classmethod
     def of(cls, groups: Groups, y: Tensor, found: Tensor) -> Sums:
         """Of exact sums and those of an accumulator."""
-        of_group = y.numel() / max(1, torch.Size(groups.shape).numel())
         y, found = y.double(), found.double()
-        return cls(of_group, *map(groups.sum, (y, found, y * y, y * found, found * found)))
+        of_group = y.numel() / max(1, torch.Size(groups.shape).numel())
+        count = torch.full(groups.shape, of_group, dtype=torch.float64)
+        return cls(count, *map(groups.sum, (y, found, y * y, y * found, found * found)))
 
     def __add__(self, other: Sums) -> Sums:
         return Sums(*(getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__))
 
-    def pooled(self) -> Sums:
-        """All groups as one."""
-        groups = self.y.numel()
-        return Sums(
-            self.count * groups, *(getattr(self, n).sum() for n in ("y", "found", "yy", "y_found", "found_found"))
-        )
+    def pooled(self, weight: Tensor | float = 1.0) -> Sums:
+        """All groups as one, each at its weight."""
+        return Sums(*((getattr(self, name) * weight).sum() for name in self.__dataclass_fields__))
+
+    @property
+    def deviation(self) -> Tensor:
+        """The standard deviation of the exact sums."""
+        mean = self.y / self.count
+        return (self.yy / self.count - mean * mean).clamp(min=0).sqrt()
 
     @property
     def gain(self) -> Tensor:
@@ -106,15 +120,111 @@ class Sums:
     @property
     def line(self) -> tuple[Tensor, Tensor]:
         """The gain and the shift of least squares."""
-        variance = self.found_found - self.found * self.found / self.count
-        gain = (self.y_found - self.found * self.y / self.count) / variance.clamp(min=1e-300)
+        count = self.count.clamp(min=1)
+        variance = self.found_found - self.found * self.found / count
+        gain = (self.y_found - self.found * self.y / count) / variance.clamp(min=1e-300)
         gain = torch.where((variance > 0) & (gain > 0), gain, 1.0)
-        return gain, (self.y - gain * self.found) / self.count
+        return gain, (self.y - gain * self.found) / count
 
     def error_of_line(self, gain: Tensor, shift: Tensor) -> Tensor:
         """Σ (y − gain·ŷ − shift)²."""
         linear = 2 * shift * (gain * self.found - self.y) + self.count * shift * shift
         return (self.error(gain) + linear).clamp(min=0)
+
+
+@dataclass
+class Shown:
+    """What samples show of an accumulator.
+
+    A gain undoes the shrinkage of truncation, which all sums share, and is not to make up for saturation. So only sums
+    that do not saturate have a say in it, and each group has the same say in a gain of all.
+
+    Attributes:
+        all: the sums.
+        inside: those below the largest that there is.
+    """
+
+    all: Sums
+    inside: Sums
+
+    @classmethod
+    def of(cls, groups: Groups, y: Tensor, found: Tensor, largest: Tensor) -> Shown:
+        """Of exact sums and those of an accumulator; `largest` as the groups' shape."""
+        everything = Sums.of(groups, y, found)
+        saturated = found.abs() >= groups.spread(largest.to(found.dtype), found)
+        if not bool(saturated.any()):
+            return cls(everything, everything)
+        inside = Sums.of(groups, y.masked_fill(saturated, 0), found.masked_fill(saturated, 0))
+        return cls(everything, replace(inside, count=groups.sum(~saturated)))
+
+    def __add__(self, other: Shown) -> Shown:
+        return Shown(self.all + other.all, self.inside + other.inside)
+
+    def pooled(self) -> Shown:
+        """All groups as one."""
+        alive = self.all.yy > 0
+        weight = torch.where(alive, self.all.count / torch.where(alive, self.all.yy, 1.0), 0.0)
+        return Shown(self.all.pooled(), self.inside.pooled(weight))
+
+
+@dataclass
+class Tail:
+    """What the channels of a product show together of how large their sums may become.
+
+    Attributes:
+        groups: the channels, or heads.
+        count: of sums, of which `sums` are the largest.
+        sums: (sum − its channel's mean) / its channel's standard deviation, magnitudes in ascending order.
+        powers: the mean square of every input, one a batch.
+        shown: of each channel, the mean square that such inputs give if they are independent.
+        least: the same if none of the inputs is weaker than most.
+    """
+
+    groups: Groups
+    count: int = 0
+    sums: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
+    powers: list[Tensor] = field(default_factory=list)
+    shown: Tensor | None = None
+    least: Tensor | None = None
+
+    def add(self, sample: Sample, y: Tensor, by_channel: bool) -> None:
+        """Take a sample into account, and its exact sums."""
+        deviation, mean = torch.std_mean(y, self.groups.dims, correction=0, keepdim=True)
+        varies = deviation > 1e-4 * mean.abs()  # more than by float32's rounding
+        magnitudes = torch.where(varies, (y - mean) / deviation, 0.0).abs().flatten()
+        largest = magnitudes.topk(min(TAIL, magnitudes.numel())).values.double()
+        self.sums = torch.cat([self.sums, largest]).sort().values[-TAIL:]
+        self.count += y.numel()
+        if by_channel:
+            self.powers.append(sample.input_power())
+            power = torch.stack(self.powers).mean(0)
+            self.shown = sample.output_power(power).double()
+            self.least = sample.output_power(power.clamp(min=float(power.median()))).double()
+
+    def deviation(self, sums: Sums) -> Tensor:
+        """The standard deviation of each channel, or what it is expected to be at least."""
+        found = sums.deviation
+        if self.shown is None or self.least is None or not bool((self.shown > 0).any()):
+            return found
+        usual = (found / self.shown.sqrt())[self.shown > 0].median()  # as inputs are not independent
+        return torch.maximum(found, usual * self.least.sqrt())
+
+    def largest(self, sums: Sums) -> Tensor:
+        """The largest magnitude of each channel that is expected in as many sums."""
+        usual = self.sums[-min(len(self.sums), sums.y.numel())]
+        return (sums.y / sums.count).abs() + usual * self.deviation(sums)
+
+    def excess(self, sums: Sums, limit: Tensor) -> Tensor:
+        """Σ (max(0, |sum| − limit))² as it is expected in as many sums."""
+        deviation = self.deviation(sums).clamp(min=1e-30)
+        limit = (limit - (sums.y / sums.count).abs()) / deviation
+        above = self.sums.flip(0)
+        count = len(above) - torch.searchsorted(self.sums, limit)
+        first, second = (
+            torch.cat([torch.zeros(1, dtype=torch.float64), x.cumsum(0)])[count] for x in (above, above * above)
+        )
+        share = (second - 2 * limit * first + limit * limit * count).clamp(min=0) / max(1, self.count)
+        return sums.count * deviation**2 * share
 
 
 @dataclass(frozen=True)
@@ -145,7 +255,8 @@ class Trial:
         is_shared: one bias for all groups.
         offset: of each group, before the shifts.
         shifts: of the exponents, that each group (or all, if they share) chooses from.
-        sums: by shift.
+        shown: by shift.
+        tail: how large the sums may become.
     """
 
     acc: Accumulator
@@ -154,7 +265,8 @@ class Trial:
     is_shared: bool
     offset: Tensor
     shifts: tuple[int, ...]
-    sums: dict[int, Sums] = field(default_factory=dict)
+    shown: dict[int, Shown] = field(default_factory=dict)
+    tail: Tail | None = None
 
     @classmethod
     def searched(
@@ -176,12 +288,19 @@ class Trial:
         """
         y = sample.exact()
         groups = Groups.of(sample, y, by_channel)
-        sums, products = _exponent(groups.largest(y)), _exponent(_largest_products(sample, groups))
+        largest, tail = groups.largest(y).double(), None
+        if not (is_shared or by_maximum):
+            tail = Tail(groups)
+            tail.add(sample, y, by_channel)
+            largest = torch.maximum(largest, tail.largest(Sums.of(groups, y, y)))
+        largest_products = _largest_products(sample, groups)
+        sums, products = _exponent(largest), _exponent(largest_products)
         top = int(sums.max())
         offset = torch.zeros_like(sums) if is_shared else (top - sums).clamp(-MOST_OFFSET, MOST_OFFSET)
-        distance = _distance(acc, *((sums.max(), products.max()) if is_shared else (sums, products)))
+        above = products.max() - top if is_shared else (products - sums)[largest_products > 0]
+        distance = _distance(acc, above)
         candidates = [placed(replace(acc, chunk=chunk), top, distance) for chunk in chunks or (acc.chunk,)]
-        trial = cls(candidates[0], groups, by_channel, is_shared, offset, (0,) if by_maximum else SHIFTS)
+        trial = cls(candidates[0], groups, by_channel, is_shared, offset, (0,) if by_maximum else SHIFTS, tail=tail)
         if by_maximum:
             trial.acc = _best(candidates, trial._error_of(sample, y))
         else:
@@ -190,7 +309,7 @@ class Trial:
             trial.offset = offset + trial._shifted(trial.acc, sample)[0]
             trial.acc = trial._with_best_distance(trial.acc, sample, y)
             trial.shifts = NEIGHBOURS
-        trial.add(sample)
+        trial._show(sample)
         return trial
 
     @classmethod
@@ -198,7 +317,7 @@ class Trial:
         """Of an accumulator that all groups keep as it is."""
         groups = Groups.of(sample, sample.exact(), by_channel)
         trial = cls(acc, groups, by_channel, True, torch.zeros(groups.shape, dtype=torch.int32), (0,))
-        trial.add(sample)
+        trial._show(sample)
         return trial
 
     @property
@@ -222,8 +341,9 @@ class Trial:
         scaled = sample.scaled(offset)
 
         def error(acc: Accumulator) -> float:
-            found = Sums.of(groups, y, sample.finished(scaled.emulated(acc), Columns(offset)))
-            return float(found.error(found.gain).sum())
+            found = sample.finished(scaled.emulated(acc), Columns(offset))
+            shown = Shown.of(groups, y, found, largest_of(acc, offset))
+            return float(shown.all.error(shown.inside.gain).sum())
 
         return error
 
@@ -247,23 +367,38 @@ class Trial:
 
     def add(self, sample: Sample) -> None:
         """Take another sample into account."""
-        for shift, found in self._sums(self.acc, sample).items():
-            self.sums[shift] = self.sums[shift] + found if shift in self.sums else found
+        if self.tail is not None:
+            self.tail.add(sample, sample.exact(), self.by_channel)
+        self._show(sample)
 
-    def _sums(self, acc: Accumulator, sample: Sample) -> dict[int, Sums]:
+    def _show(self, sample: Sample) -> None:
+        for shift, found in self._shown(self.acc, sample).items():
+            self.shown[shift] = self.shown[shift] + found if shift in self.shown else found
+
+    def _shown(self, acc: Accumulator, sample: Sample) -> dict[int, Shown]:
         """What a sample shows of every shift."""
-        y, scaled = sample.exact(), sample.scaled(self.offset)
-        return {
-            shift: Sums.of(self.groups, y, sample.finished(_shifted(scaled, acc, shift), Columns(self.offset)))
-            for shift in self.shifts
-        }
+        y, scaled, shown = sample.exact(), sample.scaled(self.offset), {}
+        for shift in self.shifts:
+            found = sample.finished(_shifted(scaled, acc, shift), Columns(self.offset))
+            shown[shift] = Shown.of(self.groups, y, found, largest_of(acc, self.offset + shift))
+        return shown
 
     def _shifted(self, acc: Accumulator, sample: Sample) -> tuple[Tensor, Tensor]:
         """The best shift of each group (or of all), and the squared error that it leaves."""
-        found = self._sums(acc, sample)
-        sums = [one.pooled() if self.is_shared else one for one in found.values()]
-        errors = torch.stack([one.error(one.gain) for one in sums])
-        return torch.tensor(list(found))[errors.argmin(0)], errors.amin(0)
+        shown = self._shown(acc, sample)
+        errors = self._errors({shift: one.pooled() if self.is_shared else one for shift, one in shown.items()})
+        return torch.tensor(list(shown))[errors.argmin(0)], errors.amin(0)
+
+    def _errors(self, shown: dict[int, Shown], has_gain: bool = True) -> Tensor:
+        """(shifts, groups): the squared error that each shift leaves, and what saturation is expected to add."""
+        errors = []
+        for shift, one in shown.items():
+            gain = one.inside.gain if has_gain else torch.ones_like(one.all.y)
+            error = one.all.error(gain)
+            if self.tail is not None:
+                error = error + self.tail.excess(one.all, gain * largest_of(self.acc, self.offset + shift))
+            errors.append(error)
+        return torch.stack(errors)
 
     def fit(self, has_gain: bool = True, has_shift: bool = False) -> Fit:
         """What is best so far.
@@ -272,14 +407,15 @@ class Trial:
             has_gain: with gains, of each group, or one if they share a bias.
             has_shift: with shifts, where they pay.
         """
-        of_groups = {shift: sums.pooled() if self.is_shared else sums for shift, sums in self.sums.items()}
-        errors = torch.stack([sums.error(sums.gain if has_gain else 1.0) for sums in of_groups.values()])
+        of_groups = {shift: one.pooled() if self.is_shared else one for shift, one in self.shown.items()}
+        errors = self._errors(of_groups, has_gain)
         best = torch.tensor(self.shifts)[errors.argmin(0)]
-        chosen = _picked(of_groups, best)
-        gain, shift = (chosen.gain if has_gain else torch.ones_like(chosen.y)), None
+        chosen = _picked({shift: one.all for shift, one in of_groups.items()}, best)
+        inside = _picked({shift: one.inside for shift, one in of_groups.items()}, best)
+        gain, shift = (inside.gain if has_gain else torch.ones_like(chosen.y)), None
         left = chosen.error(gain)
         if has_gain and has_shift:
-            slope, constant = chosen.line
+            slope, constant = inside.line
             with_shift = chosen.error_of_line(slope, constant)
             if float(with_shift.sum()) < SHIFT_PAYS * float(left.sum()):
                 gain, shift, left = slope, constant, with_shift
@@ -312,8 +448,10 @@ def some_channels(sample: Sample) -> tuple[Sample, Tensor | None]:
 def relative_error(acc: Accumulator, sample: Sample) -> float:
     """What an accumulator, the same for all groups, leaves of the squared sums, after the best gain."""
     y = sample.exact()
-    found = Sums.of(Groups(tuple(range(y.dim())), ()), y, sample.emulated(acc))
-    return float(found.error(found.gain) / found.yy.clamp(min=1e-300))
+    groups = Groups.of(sample, y, by_channel=True)
+    largest = largest_of(acc, torch.zeros(groups.shape, dtype=torch.int32))
+    shown = Shown.of(groups, y, sample.emulated(acc), largest).pooled()
+    return float(shown.all.error(shown.inside.gain) / shown.all.yy.clamp(min=1e-300))
 
 
 def _shifted(sample: Sample, acc: Accumulator, shift: int) -> Tensor:
@@ -326,14 +464,18 @@ def _shifted(sample: Sample, acc: Accumulator, shift: int) -> Tensor:
 
 def _picked(candidates: dict[int, Sums], best: Tensor) -> Sums:
     """The sums of each group's best candidate."""
-    first = next(iter(candidates.values()))
     found = {}
-    for name in ("y", "found", "yy", "y_found", "found_found"):
-        value = torch.zeros_like(first.y)
+    for name in Sums.__dataclass_fields__:
+        value = torch.zeros(best.shape, dtype=torch.float64)
         for shift, sums in candidates.items():
             value = torch.where(best == shift, getattr(sums, name), value)
         found[name] = value
-    return Sums(first.count, **found)
+    return Sums(**found)
+
+
+def largest_of(acc: Accumulator, offset: Tensor) -> Tensor:
+    """The largest sum of each group."""
+    return acc.format.max * torch.ldexp(torch.ones(offset.shape, dtype=torch.float64), -offset)
 
 
 def _exponent(magnitudes: Tensor) -> Tensor:
@@ -359,12 +501,15 @@ def _largest_conv_products(sample: ConvSample) -> Tensor:
     return products.reshape(1, -1, *[1] * (sample.x.dim() - 2))
 
 
-def _distance(acc: Accumulator, sums: Tensor, products: Tensor) -> int:
-    """By how much the product's bias is to be above the sum's, so that the largest product is just representable."""
-    if not (isinstance(acc.format, FloatFormat) and isinstance(acc.product, FloatFormat)):
+def _distance(acc: Accumulator, above: Tensor) -> int:
+    """By how much the product's bias is to be above the sum's, so that all largest products are representable.
+
+    Args:
+        above: by how much the exponents of the largest products are above those of the largest sums.
+    """
+    if not (isinstance(acc.format, FloatFormat) and isinstance(acc.product, FloatFormat)) or not above.numel():
         return 0
-    above = int((products - sums).max())
-    return 2**acc.product.exponent - 2**acc.format.exponent - above
+    return 2**acc.product.exponent - 2**acc.format.exponent - int(above.max())
 
 
 def placed(acc: Accumulator, top: int, distance: int) -> Accumulator:

@@ -99,6 +99,14 @@ class MatrixSample:
         """Sums of the scaled sample with offset, gain and shift."""
         return columns.finish(y, -1, batched=True)
 
+    def input_power(self) -> Tensor:
+        """The mean square of each of K's inputs: (K,)."""
+        return self.a.square().flatten(0, -2).mean(0)
+
+    def output_power(self, power: Tensor) -> Tensor:
+        """The mean square of each channel, (N,), were its inputs of such mean squares independent and of mean zero."""
+        return power @ self.b.square()
+
     def narrowed(self, channels: Tensor) -> MatrixSample:
         """The same with some of the columns alone."""
         return replace(self, b=self.b[..., channels])
@@ -170,6 +178,15 @@ class ConvSample:
     def finished(self, y: Tensor, columns: Columns) -> Tensor:
         """Sums of the scaled sample with offset, gain and shift."""
         return columns.finish(y, 1)
+
+    def input_power(self) -> Tensor:
+        """The mean square of each input channel: (C,)."""
+        return self.x.square().transpose(0, 1).flatten(1).mean(1)
+
+    def output_power(self, power: Tensor) -> Tensor:
+        """The mean square of each channel, (O,), were its inputs of such mean squares independent and of mean zero."""
+        taps = self.weight.square().flatten(2).sum(2).unflatten(0, (self.groups, -1))  # (groups, O/groups, C/groups)
+        return (taps * power.reshape(self.groups, 1, -1)).sum(2).flatten()
 
     def narrowed(self, channels: Tensor) -> ConvSample:
         """The same with some of the filters alone; there may be but one group."""
