@@ -13,8 +13,7 @@ all batches then choose between that and its neighbours. The product's bias is m
 
 What a channel will be given may be larger than what it was shown: a class of which no image was seen never had the
 largest logit, and a feature may not have been met at all. So the error of saturation is added that is to be expected
-from what all channels show together (`Tail`): their sums are taken to be distributed alike, but for mean and standard
-deviation; and that deviation is taken to be no less than it is where no input is weaker than most.
+of a channel by what all channels show together (`Tail`).
 """
 
 from __future__ import annotations
@@ -32,6 +31,7 @@ from fmaq.ops.columns import Columns
 
 SHIFTS = (-3, -2, -1, 0, 1, 2)  # of a group's exponents, from the maximum rule
 NEIGHBOURS = (-1, 0, 1)  # of what the first batch chose
+PRIOR = 16.0  # sums that a channel is taken to be shown beside its own
 TAIL = 4096  # of the largest standardized sums are kept
 CHANNELS = 128  # of them, the product's bias is chosen on
 MOST_DISTANCE = 12  # that the product's bias is moved from where a bound on products puts it
@@ -169,62 +169,48 @@ class Shown:
 
 @dataclass
 class Tail:
-    """What the channels of a product show together of how large their sums may become.
+    """How large the sums of a channel may become, by what all channels show.
+
+    Each channel has a size that does not depend on what was shown to it: the root mean square of its sums if its inputs
+    were independent, none of them weaker than most. All channels' sums, by their sizes, are taken to be of one
+    distribution, from which a channel draws as if it had been shown `PRIOR` sums more.
 
     Attributes:
-        groups: the channels, or heads.
         count: of sums, of which `sums` are the largest.
-        sums: (sum − its channel's mean) / its channel's standard deviation, magnitudes in ascending order.
+        sums: magnitudes by their channel's size, in ascending order.
         powers: the mean square of every input, one a batch.
-        shown: of each channel, the mean square that such inputs give if they are independent.
-        least: the same if none of the inputs is weaker than most.
+        size: of each channel.
     """
 
-    groups: Groups
     count: int = 0
     sums: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
     powers: list[Tensor] = field(default_factory=list)
-    shown: Tensor | None = None
-    least: Tensor | None = None
+    size: Tensor = field(default_factory=lambda: torch.ones(0, dtype=torch.float64))
 
-    def add(self, sample: Sample, y: Tensor, by_channel: bool) -> None:
+    def add(self, sample: Sample, groups: Groups, y: Tensor) -> None:
         """Take a sample into account, and its exact sums."""
-        deviation, mean = torch.std_mean(y, self.groups.dims, correction=0, keepdim=True)
-        varies = deviation > 1e-4 * mean.abs()  # more than by float32's rounding
-        magnitudes = torch.where(varies, (y - mean) / deviation, 0.0).abs().flatten()
+        self.powers.append(sample.input_power())
+        power = torch.stack(self.powers).mean(0)
+        self.size = sample.output_power(power.clamp(min=float(power.median()))).double().sqrt().clamp(min=1e-30)
+        magnitudes = (y.abs() / groups.spread(self.size.to(y.dtype), y)).flatten()
         largest = magnitudes.topk(min(TAIL, magnitudes.numel())).values.double()
         self.sums = torch.cat([self.sums, largest]).sort().values[-TAIL:]
         self.count += y.numel()
-        if by_channel:
-            self.powers.append(sample.input_power())
-            power = torch.stack(self.powers).mean(0)
-            self.shown = sample.output_power(power).double()
-            self.least = sample.output_power(power.clamp(min=float(power.median()))).double()
 
-    def deviation(self, sums: Sums) -> Tensor:
-        """The standard deviation of each channel, or what it is expected to be at least."""
-        found = sums.deviation
-        if self.shown is None or self.least is None or not bool((self.shown > 0).any()):
-            return found
-        usual = (found / self.shown.sqrt())[self.shown > 0].median()  # as inputs are not independent
-        return torch.maximum(found, usual * self.least.sqrt())
-
-    def largest(self, sums: Sums) -> Tensor:
-        """The largest magnitude of each channel that is expected in as many sums."""
-        usual = self.sums[-min(len(self.sums), sums.y.numel())]
-        return (sums.y / sums.count).abs() + usual * self.deviation(sums)
+    def largest(self) -> Tensor:
+        """The magnitude of each channel that one in as many sums is expected to exceed."""
+        return self.size * self.sums[-min(len(self.sums), self.size.numel())]
 
     def excess(self, sums: Sums, limit: Tensor) -> Tensor:
-        """Σ (max(0, |sum| − limit))² as it is expected in as many sums."""
-        deviation = self.deviation(sums).clamp(min=1e-30)
-        limit = (limit - (sums.y / sums.count).abs()) / deviation
+        """Σ (max(0, |sum| − limit))² as it is expected, in as many sums."""
+        limit = limit / self.size
         above = self.sums.flip(0)
         count = len(above) - torch.searchsorted(self.sums, limit)
         first, second = (
             torch.cat([torch.zeros(1, dtype=torch.float64), x.cumsum(0)])[count] for x in (above, above * above)
         )
         share = (second - 2 * limit * first + limit * limit * count).clamp(min=0) / max(1, self.count)
-        return sums.count * deviation**2 * share
+        return sums.count * PRIOR / (PRIOR + sums.count) * self.size**2 * share
 
 
 @dataclass(frozen=True)
@@ -289,10 +275,10 @@ class Trial:
         y = sample.exact()
         groups = Groups.of(sample, y, by_channel)
         largest, tail = groups.largest(y).double(), None
-        if not (is_shared or by_maximum):
-            tail = Tail(groups)
-            tail.add(sample, y, by_channel)
-            largest = torch.maximum(largest, tail.largest(Sums.of(groups, y, y)))
+        if by_channel and not (is_shared or by_maximum):
+            tail = Tail()
+            tail.add(sample, groups, y)
+            largest = torch.maximum(largest, tail.largest())
         largest_products = _largest_products(sample, groups)
         sums, products = _exponent(largest), _exponent(largest_products)
         top = int(sums.max())
@@ -368,7 +354,7 @@ class Trial:
     def add(self, sample: Sample) -> None:
         """Take another sample into account."""
         if self.tail is not None:
-            self.tail.add(sample, sample.exact(), self.by_channel)
+            self.tail.add(sample, self.groups, sample.exact())
         self._show(sample)
 
     def _show(self, sample: Sample) -> None:
