@@ -126,6 +126,76 @@ def test_as_good_as_exhaustive_search(outlier, times):
     assert fit.error < by_maximum.error
 
 
+def test_a_channel_has_room_for_what_only_others_were_shown():
+    """A classifier calibrated on images of three of its twelve classes: the logits of the others fit all the same."""
+    torch.manual_seed(2)
+    model = nn.Linear(96, 12, bias=False)
+    prototypes = torch.randn(12, 96) * 4
+    with torch.no_grad():
+        model.weight.copy_(prototypes / 96)
+    batches = [prototypes[:3].repeat(8, 1) + torch.randn(24, 96)]
+    policy = fmaq.calibrate(model, "M6E3 product=M6E3", batches, per="channel")
+    rule = policy.for_layer("")
+    offset = torch.zeros(12) if rule.offset is None else rule.offset.tensor
+    largest = rule.accumulator.format.max * 2.0 ** -offset.float()
+    assert (largest[3:] > 0.7 * (model.weight[3:] * prototypes[3:]).sum(1).detach()).all()
+
+
+def test_an_input_that_was_never_met_has_room():
+    """A depthwise convolution, one channel of which sees zeros in the batches."""
+    torch.manual_seed(3)
+    model = nn.Conv2d(6, 6, 3, groups=6, bias=False)
+    x = torch.randn(4, 6, 9, 9)
+    other = torch.randn(4, 6, 9, 9)
+    x[:, 2] = 0
+    with torch.no_grad():
+        wanted = model(other)
+        found = fmaq.attach(model, fmaq.calibrate(model, TEMPLATE, [x]))(other)
+    errors = (found - wanted).square().sum((0, 2, 3)) / wanted.square().sum((0, 2, 3))
+    assert errors.max() < 0.02
+
+
+def test_a_gain_does_not_make_up_for_saturation():
+    """One channel of sixteen is far beyond the others, which fit: they keep their gain."""
+    torch.manual_seed(4)
+    a, b = torch.randn(64, 64), torch.randn(64, 16)
+    b[:, 5] *= 40
+    fit = Trial.of_gains(Accumulator("M7E4b10 product=M7E4b10"), MatrixSample(a, b, 1.0), by_channel=True).fit()
+    y = a @ b
+    found = fmaq.matmul(a, b, fit.accumulator)
+    least_squares = float((y * found).sum() / found.square().sum())
+    assert least_squares > 2.5 and 1 < float(fit.gain) < 1.2
+
+
+def test_one_bias_for_a_model_is_one_whatever_the_chunks():
+    model, x = Network().eval(), images(1)
+    policy = fmaq.calibrate(model, TEMPLATE, [x], per="model", chunks=(4, 8))
+    accumulators = {policy.for_layer(name).accumulator for name in ("conv", "q", "k", "v", "out")}
+    assert len(accumulators) == 1 and accumulators.pop().chunk in (4, 8)
+
+
+class Experts(nn.Module):
+    """A weight for each matrix of a batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 16, 5) * 2.0 ** torch.tensor([-4.0, 0, 3, 5, 8]))
+
+    def forward(self, x):
+        return torch.bmm(x, self.weight)
+
+
+@pytest.mark.parametrize("per", ["model", "layer", "channel", "token"])
+def test_batches_of_weights(per):
+    torch.manual_seed(5)
+    model, x, other = Experts(), torch.randn(3, 20, 16), torch.randn(3, 20, 16)
+    with torch.no_grad():
+        wanted = model(other)
+        found = fmaq.attach(model, fmaq.calibrate(model, TEMPLATE, [x], per=per))(other)
+    errors = (found - wanted).square().sum((0, 1)) / wanted.square().sum((0, 1))
+    assert errors[-1] < 0.01 and (per in ("model", "layer") or errors.max() < 0.01)
+
+
 def test_the_policy_computes_what_was_tried():
     """By hand: the layer's accumulator, offsets, gains and shifts, and its own bias."""
     model, x = Network().eval(), images(1)

@@ -25,192 +25,17 @@ import torch
 from torch import Tensor
 
 from fmaq.analysis.samples import ConvSample, MatrixSample, Sample, spread
+from fmaq.analysis.shown import Groups, Shown, Tail
 from fmaq.numerics import Accumulator, FloatFormat
 from fmaq.numerics.formats import Format
 from fmaq.ops.columns import Columns
 
 SHIFTS = (-3, -2, -1, 0, 1, 2)  # of a group's exponents, from the maximum rule
 NEIGHBOURS = (-1, 0, 1)  # of what the first batch chose
-PRIOR = 16.0  # sums that a channel is taken to be shown beside its own
-TAIL = 4096  # of the largest standardized sums are kept
 CHANNELS = 128  # of them, the product's bias is chosen on
 MOST_DISTANCE = 12  # that the product's bias is moved from where a bound on products puts it
 MOST_OFFSET = 60  # 2^±offset times any ordinary weight is a float32
 SHIFT_PAYS = 0.98  # a shift is kept if it leaves at most so much of the error
-
-
-@dataclass(frozen=True)
-class Groups:
-    """The outputs that share an offset and a gain: those of a channel, of a head, or all.
-
-    Attributes:
-        dims: dimensions of the outputs that a group extends over.
-        shape: of an offset, as `Columns` takes it.
-    """
-
-    dims: tuple[int, ...]
-    shape: tuple[int, ...]
-
-    @classmethod
-    def of(cls, sample: Sample, y: Tensor, by_channel: bool) -> Groups:
-        """Channels where the product has a weight (`by_channel`), else heads, where it has several."""
-        everything = tuple(range(y.dim()))
-        if by_channel:
-            channel = sample.channel_dim % y.dim()
-            return cls(tuple(d for d in everything if d != channel), (y.shape[channel],))
-        if sample.heads is not None and sample.heads > 1:
-            return cls(tuple(d for d in everything if d != y.dim() - 3), (sample.heads, 1))
-        return cls(everything, ())
-
-    def sum(self, y: Tensor) -> Tensor:
-        """Sums over the groups, in float64, of shape `shape`."""
-        return y.double().sum(self.dims).reshape(self.shape)
-
-    def largest(self, y: Tensor) -> Tensor:
-        """The largest magnitudes."""
-        return y.abs().amax(self.dims).reshape(self.shape)
-
-    def spread(self, x: Tensor, y: Tensor) -> Tensor:
-        """One number a group, so that it broadcasts with the outputs."""
-        return x.reshape([1 if d in self.dims else size for d, size in enumerate(y.shape)])
-
-
-@dataclass
-class Sums:
-    """Sums over some of the sampled outputs of each group, which add up over batches."""
-
-    count: Tensor
-    y: Tensor
-    found: Tensor
-    yy: Tensor
-    y_found: Tensor
-    found_found: Tensor
-
-    @classmethod
-    def of(cls, groups: Groups, y: Tensor, found: Tensor) -> Sums:
-        """Of exact sums and those of an accumulator."""
-        y, found = y.double(), found.double()
-        of_group = y.numel() / max(1, torch.Size(groups.shape).numel())
-        count = torch.full(groups.shape, of_group, dtype=torch.float64)
-        return cls(count, *map(groups.sum, (y, found, y * y, y * found, found * found)))
-
-    def __add__(self, other: Sums) -> Sums:
-        return Sums(*(getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__))
-
-    def pooled(self, weight: Tensor | float = 1.0) -> Sums:
-        """All groups as one, each at its weight."""
-        return Sums(*((getattr(self, name) * weight).sum() for name in self.__dataclass_fields__))
-
-    @property
-    def deviation(self) -> Tensor:
-        """The standard deviation of the exact sums."""
-        mean = self.y / self.count
-        return (self.yy / self.count - mean * mean).clamp(min=0).sqrt()
-
-    @property
-    def gain(self) -> Tensor:
-        """Σyŷ / Σŷ², and 1 where there is nothing to scale or it would turn a sum around."""
-        gain = self.y_found / self.found_found.clamp(min=1e-300)
-        return torch.where((self.found_found > 0) & (gain > 0), gain, 1.0)
-
-    def error(self, gain: Tensor | float) -> Tensor:
-        """Σ (y − gain·ŷ)²."""
-        return (self.yy - 2 * gain * self.y_found + gain * gain * self.found_found).clamp(min=0)
-
-    @property
-    def line(self) -> tuple[Tensor, Tensor]:
-        """The gain and the shift of least squares."""
-        count = self.count.clamp(min=1)
-        variance = self.found_found - self.found * self.found / count
-        gain = (self.y_found - self.found * self.y / count) / variance.clamp(min=1e-300)
-        gain = torch.where((variance > 0) & (gain > 0), gain, 1.0)
-        return gain, (self.y - gain * self.found) / count
-
-    def error_of_line(self, gain: Tensor, shift: Tensor) -> Tensor:
-        """Σ (y − gain·ŷ − shift)²."""
-        linear = 2 * shift * (gain * self.found - self.y) + self.count * shift * shift
-        return (self.error(gain) + linear).clamp(min=0)
-
-
-@dataclass
-class Shown:
-    """What samples show of an accumulator.
-
-    A gain undoes the shrinkage of truncation, which all sums share, and is not to make up for saturation. So only sums
-    that do not saturate have a say in it, and each group has the same say in a gain of all.
-
-    Attributes:
-        all: the sums.
-        inside: those below the largest that there is.
-    """
-
-    all: Sums
-    inside: Sums
-
-    @classmethod
-    def of(cls, groups: Groups, y: Tensor, found: Tensor, largest: Tensor) -> Shown:
-        """Of exact sums and those of an accumulator; `largest` as the groups' shape."""
-        everything = Sums.of(groups, y, found)
-        saturated = found.abs() >= groups.spread(largest.to(found.dtype), found)
-        if not bool(saturated.any()):
-            return cls(everything, everything)
-        inside = Sums.of(groups, y.masked_fill(saturated, 0), found.masked_fill(saturated, 0))
-        return cls(everything, replace(inside, count=groups.sum(~saturated)))
-
-    def __add__(self, other: Shown) -> Shown:
-        return Shown(self.all + other.all, self.inside + other.inside)
-
-    def pooled(self) -> Shown:
-        """All groups as one."""
-        alive = self.all.yy > 0
-        weight = torch.where(alive, self.all.count / torch.where(alive, self.all.yy, 1.0), 0.0)
-        return Shown(self.all.pooled(), self.inside.pooled(weight))
-
-
-@dataclass
-class Tail:
-    """How large the sums of a channel may become, by what all channels show.
-
-    Each channel has a size that does not depend on what was shown to it: the root mean square of its sums if its inputs
-    were independent, none of them weaker than most. All channels' sums, by their sizes, are taken to be of one
-    distribution, from which a channel draws as if it had been shown `PRIOR` sums more.
-
-    Attributes:
-        count: of sums, of which `sums` are the largest.
-        sums: magnitudes by their channel's size, in ascending order.
-        powers: the mean square of every input, one a batch.
-        size: of each channel.
-    """
-
-    count: int = 0
-    sums: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
-    powers: list[Tensor] = field(default_factory=list)
-    size: Tensor = field(default_factory=lambda: torch.ones(0, dtype=torch.float64))
-
-    def add(self, sample: Sample, groups: Groups, y: Tensor) -> None:
-        """Take a sample into account, and its exact sums."""
-        self.powers.append(sample.input_power())
-        power = torch.stack(self.powers).mean(0)
-        self.size = sample.output_power(power.clamp(min=float(power.median()))).double().sqrt().clamp(min=1e-30)
-        magnitudes = (y.abs() / groups.spread(self.size.to(y.dtype), y)).flatten()
-        largest = magnitudes.topk(min(TAIL, magnitudes.numel())).values.double()
-        self.sums = torch.cat([self.sums, largest]).sort().values[-TAIL:]
-        self.count += y.numel()
-
-    def largest(self) -> Tensor:
-        """The magnitude of each channel that one in as many sums is expected to exceed."""
-        return self.size * self.sums[-min(len(self.sums), self.size.numel())]
-
-    def excess(self, sums: Sums, limit: Tensor) -> Tensor:
-        """Σ (max(0, |sum| − limit))² as it is expected, in as many sums."""
-        limit = limit / self.size
-        above = self.sums.flip(0)
-        count = len(above) - torch.searchsorted(self.sums, limit)
-        first, second = (
-            torch.cat([torch.zeros(1, dtype=torch.float64), x.cumsum(0)])[count] for x in (above, above * above)
-        )
-        share = (second - 2 * limit * first + limit * limit * count).clamp(min=0) / max(1, self.count)
-        return sums.count * PRIOR / (PRIOR + sums.count) * self.size**2 * share
 
 
 @dataclass(frozen=True)
@@ -396,16 +221,15 @@ class Trial:
         of_groups = {shift: one.pooled() if self.is_shared else one for shift, one in self.shown.items()}
         errors = self._errors(of_groups, has_gain)
         best = torch.tensor(self.shifts)[errors.argmin(0)]
-        chosen = _picked({shift: one.all for shift, one in of_groups.items()}, best)
-        inside = _picked({shift: one.inside for shift, one in of_groups.items()}, best)
-        gain, shift = (inside.gain if has_gain else torch.ones_like(chosen.y)), None
-        left = chosen.error(gain)
+        chosen = Shown.picked(of_groups, best)
+        gain, shift = (chosen.inside.gain if has_gain else torch.ones_like(chosen.all.y)), None
+        left = chosen.all.error(gain)
         if has_gain and has_shift:
-            slope, constant = inside.line
-            with_shift = chosen.error_of_line(slope, constant)
+            slope, constant = chosen.inside.line
+            with_shift = chosen.all.error_of_line(slope, constant)
             if float(with_shift.sum()) < SHIFT_PAYS * float(left.sum()):
                 gain, shift, left = slope, constant, with_shift
-        signal = max(float(chosen.yy.sum()), 1e-300)
+        signal = max(float(chosen.all.yy.sum()), 1e-300)
         acc, offsets = self._folded(best)
         return Fit(acc, offsets, gain if has_gain else None, shift, float(left.sum()) / signal)
 
@@ -446,17 +270,6 @@ def _shifted(sample: Sample, acc: Accumulator, shift: int) -> Tensor:
         return sample.emulated(_moved(acc, shift))
     everywhere = torch.tensor(shift)
     return sample.finished(sample.scaled(everywhere).emulated(acc), Columns(everywhere))
-
-
-def _picked(candidates: dict[int, Sums], best: Tensor) -> Sums:
-    """The sums of each group's best candidate."""
-    found = {}
-    for name in Sums.__dataclass_fields__:
-        value = torch.zeros(best.shape, dtype=torch.float64)
-        for shift, sums in candidates.items():
-            value = torch.where(best == shift, getattr(sums, name), value)
-        found[name] = value
-    return Sums(**found)
 
 
 def largest_of(acc: Accumulator, offset: Tensor) -> Tensor:

@@ -105,7 +105,7 @@ class MatrixSample:
 
     def output_power(self, power: Tensor) -> Tensor:
         """The mean square of each channel, (N,), were its inputs of such mean squares independent and of mean zero."""
-        return power @ self.b.square()
+        return (power @ self.b.square()).reshape(-1, self.channels).mean(0)
 
     def narrowed(self, channels: Tensor) -> MatrixSample:
         """The same with some of the columns alone."""
