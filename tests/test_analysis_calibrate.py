@@ -196,6 +196,80 @@ def test_batches_of_weights(per):
     assert errors[-1] < 0.01 and (per in ("model", "layer") or errors.max() < 0.01)
 
 
+def error_after(model: nn.Module, policy, x: torch.Tensor) -> float:
+    """The squared error of the outputs, as a share of their squares."""
+    with torch.no_grad():
+        wanted = model(x)
+        found = fmaq.attach(model, policy)(x)
+        fmaq.detach(model)
+    return float((found - wanted).double().square().sum() / wanted.double().square().sum())
+
+
+PERS = ("model", "layer", "channel", "token")
+
+
+@pytest.mark.parametrize("per", PERS)
+def test_awkward_magnitudes_do_not_spoil_the_rest(per):
+    """A channel far smaller or larger than the others, down to subnormal weights, and values that underflow."""
+    for scale in (1e-38, 1e-24, 1e19):
+        torch.manual_seed(0)
+        model = nn.Linear(32, 24, bias=False)
+        with torch.no_grad():
+            model.weight[3] *= scale
+        assert (
+            error_after(model, fmaq.calibrate(model, TEMPLATE, [torch.randn(64, 32)], per=per), torch.randn(64, 32))
+            < 0.01
+        )
+    model, x = nn.Linear(16, 8), torch.randn(32, 16)
+    wide = fmaq.calibrate(model, "M7E7 product=M7E7", [x * 1e-3], per=per)
+    assert error_after(model, wide, torch.randn(32, 16) * 1e-3) < 0.01
+
+
+class Softmaxes(nn.Module):
+    def forward(self, x):
+        return torch.softmax(x, -1) @ torch.softmax(8 * x, -1)
+
+
+@pytest.mark.parametrize("per", PERS)
+def test_the_first_batch_is_not_the_last_word(per):
+    torch.manual_seed(0)
+    model, usual = nn.Linear(32, 24, bias=False), [torch.randn(16, 32) for _ in range(3)]
+    for first in (torch.zeros(16, 32), 0.01 * torch.randn(16, 32), torch.zeros(0, 32), torch.randn(1, 32)):
+        assert error_after(model, fmaq.calibrate(model, TEMPLATE, [first, *usual], per=per), torch.randn(64, 32)) < 0.02
+    heads = [3 * torch.randn(2, 4, 16, 16), 3 * torch.randn(1, 4, 16, 16)]
+    for batches in (heads, heads[::-1]):
+        assert error_after(Softmaxes(), fmaq.calibrate(Softmaxes(), TEMPLATE, batches, per=per), heads[0]) < 0.01
+
+
+@pytest.mark.parametrize(
+    "spec", ["I16f0 product=I16f0", "I16f20 product=I16f20", "I16f-8 product=I16f-8", "I16f8 product=M7E4"]
+)
+def test_fixed_point_is_given_the_offset_that_fits(spec):
+    torch.manual_seed(0)
+    model = nn.Linear(32, 24)
+    for per in PERS:
+        assert (
+            error_after(model, fmaq.calibrate(model, spec, [torch.randn(64, 32)], per=per), torch.randn(64, 32)) < 1e-3
+        )
+
+
+def test_templates_of_single_products_are_completed():
+    model, x = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True).eval(), torch.randn(3, 7, 16)
+    for part in (
+        {"products": {"attention_scores": {"accumulator": "M6E4"}}},
+        {"layers": {"self_attn": {"products": {1: {"accumulator": "M6E4"}}}}},
+    ):
+        policy = fmaq.calibrate(model, {"accumulator": "M7E4 product=M7E4", **part}, [x])
+        assert error_after(model, policy, torch.randn(3, 7, 16)) < 0.01
+
+
+def test_other_heads_from_call_to_call_are_named():
+    with pytest.raises(
+        ValueError, match=r"matmul of the model itself has \(2, 1\) channels or heads in one call and \(4, 1\)"
+    ):
+        fmaq.calibrate(Softmaxes(), TEMPLATE, [torch.randn(1, 4, 8, 8), torch.randn(1, 2, 8, 8)])
+
+
 def test_the_policy_computes_what_was_tried():
     """By hand: the layer's accumulator, offsets, gains and shifts, and its own bias."""
     model, x = Network().eval(), images(1)

@@ -128,6 +128,20 @@ def test_large_products_are_sampled_evenly_and_say_so():
     assert events[""].rate("partial_swamping") == pytest.approx(every[""].rate("partial_swamping"), rel=0.1)
 
 
+def test_samples_are_even_and_nothing_is_no_trouble():
+    model = attached(nn.Sequential(nn.Linear(32, 8)), Accumulator("M7E4b8 product=M7E4b8"))
+    x = torch.randn(4000, 32)
+    x[::40] *= 200
+    rates = []
+    with torch.no_grad():
+        for steps in (None, 32 * 8 * 1000):
+            with fmaq.observe(model, steps=steps) as events:
+                model(x)
+                model(x[:0])
+            rates.append(events["0"].rate("product_overflow"))
+    assert rates[1] == pytest.approx(rates[0], rel=0.5)
+
+
 def test_tables_and_plot(tmp_path):
     pytest.importorskip("pandas")
     model = attached(nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3)))

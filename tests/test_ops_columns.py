@@ -80,6 +80,10 @@ def test_wrong_offsets_and_gains_are_refused(options, error, message):
 def test_an_offset_that_leaves_float32_is_refused():
     with pytest.raises(ValueError, match="out of float32's range"):
         fmaq.matmul(torch.ones(1, 1), torch.tensor([[2.0**100]]), ACC, offset=100)
+    with pytest.raises(ValueError, match="out of float32's range"):
+        fmaq.matmul(torch.ones(1, 1), torch.tensor([[2.0**-90]]), ACC, offset=-60)
+    tiny = torch.tensor([[1.0], [3 * 2.0**-149]])  # what is so small beside the rest may lose bits
+    assert float(fmaq.matmul(torch.ones(1, 2), tiny, ACC, offset=-1)) == 1
 
 
 def test_offsets_gains_and_shifts_by_head():

@@ -329,3 +329,10 @@ def test_replacing_the_accumulator_drops_what_was_chosen_for_the_old_one() -> No
 def test_wrong_vectors_and_products_are_named(given, message) -> None:
     with pytest.raises((TypeError, ValueError), match=message):
         Policy.parse(given)
+
+
+def test_vectors_of_layers_with_awkward_names_are_told_apart(tmp_path) -> None:
+    layers = {name: {"offset": list(range(i, i + 40))} for i, name in enumerate(("layers", "products", "a.0"))}
+    policy = Policy.parse({"layers": {**layers, "a": {"products": {0: {"offset": list(range(9, 49))}}}}})
+    policy.save(tmp_path / "policy.yaml")
+    assert Policy.load(tmp_path / "policy.yaml") == policy

@@ -135,17 +135,22 @@ class _Fits:
 
     def choose(self, place: Place, request: Request, rule: Rule) -> Rule:
         """The rule of a product that is met, from this and all earlier samples of it."""
+        where = f"{place.kind} of {place.layer or 'the model itself'}"
         for operand, is_weight in zip(request.operands, request.is_weight, strict=True):
             if not (is_weight and place in self.trials) and not is_finite(operand):
-                raise ValueError(
-                    f"{place.kind} of {place.layer or 'the model itself'} has operands that are not finite"
-                )
-        options, has_channels = request.options or {}, request.is_weight[1]
-        found = sample(request.kind, request.operands, options, request.steps, ROWS, STEPS, rule.per_token)
-        if place in self.trials:
-            self.trials[place].add(found)
+                raise ValueError(f"{where} has operands that are not finite")
+        acc, has_channels = Accumulator.parse(rule.accumulator), request.is_weight[1]
+        if any(not operand.numel() for operand in request.operands):
+            return replace(rule, accumulator=placed(acc, 0, 0))
+        options = request.options or {}
+        found = sample(request.kind, request.operands, options, request.steps, ROWS, STEPS, rule.per_token, True)
+        if place in self.trials and not self.trials[place].is_outgrown_by(found):
+            try:
+                self.trials[place].add(found)
+            except ValueError as error:
+                raise ValueError(f"{where} {error}; calibrate it with calls that are alike") from None
         else:
-            self.trials[place] = self._trial(Accumulator.parse(rule.accumulator), found, has_channels)
+            self.trials[place] = self._trial(acc, found, has_channels)
             if self.has_shift and has_channels and not rule.per_token:
                 self.shifted.add(place)
             if self.per == "model" and not self.shared:
@@ -186,7 +191,8 @@ class _Fits:
 
         if self.by_maximum:  # the largest sum of all fits, and the largest product
             return placed(template, max(tops), min(d - top for d, top in zip(distances, tops, strict=True)) + max(tops))
-        top = min(range(min(tops), max(tops) - min(SHIFTS) + 1), key=lambda top: error(placed(template, top, usual)))
+        candidates = range(max(tops) - min(SHIFTS), min(tops) - 1, -1)  # of equals, the one with most room
+        top = min(candidates, key=lambda top: error(placed(template, top, usual)))
         near = range(max(usual - 2, min(distances)), min(usual + 2, max(distances)) + 1)
         return min((placed(template, top, distance) for distance in near), key=error)
 
@@ -210,9 +216,9 @@ class _Fits:
             rule = policy.for_layer(name)
             if name not in entries and rule is not None:
                 entries[name] = _written(policy, rule, default)
-        return replace(
-            policy, accumulator=own, layers={key: _completed(entry, default) for key, entry in entries.items()}
-        )
+        layers = {key: _completed(entry, default) for key, entry in entries.items()}
+        products = {key: _completed(entry, default) or {} for key, entry in policy.products.items()}
+        return replace(policy, accumulator=own, products=products, layers=layers)
 
     def _entry(self, policy: Policy, rule: Rule, places: list[Place]) -> dict[str, Any]:
         """One product: what it has is the layer's. Several: each by its index."""
@@ -256,10 +262,14 @@ def _written(policy: Policy, rule: Rule, default: Accumulator | None = None) -> 
 
 def _completed(entry: Mapping[str, Any] | None, default: Accumulator) -> Mapping[str, Any] | None:
     """An entry without formats that still need a bias: no product that it speaks for was met."""
-    accumulator = None if entry is None else entry.get("accumulator")
-    if entry is None or not isinstance(accumulator, Accumulator) or not accumulator.is_template:
-        return entry
-    return {**entry, "accumulator": default}
+    if entry is None:
+        return None
+    completed, accumulator = dict(entry), entry.get("accumulator")
+    if isinstance(accumulator, Accumulator) and accumulator.is_template:
+        completed["accumulator"] = default
+    if "products" in entry:
+        completed["products"] = {key: _completed(one, default) for key, one in entry["products"].items()}
+    return completed
 
 
 def _inheriting(model: nn.Module, layers: set[str]) -> list[str]:

@@ -18,6 +18,7 @@ of a channel by what all channels show together (`Tail`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -26,7 +27,7 @@ from torch import Tensor
 
 from fmaq.analysis.samples import ConvSample, MatrixSample, Sample, spread
 from fmaq.analysis.shown import Groups, Shown, Tail
-from fmaq.numerics import Accumulator, FloatFormat
+from fmaq.numerics import Accumulator, FixedFormat, FloatFormat
 from fmaq.numerics.formats import Format
 from fmaq.ops.columns import Columns
 
@@ -35,6 +36,7 @@ NEIGHBOURS = (-1, 0, 1)  # of what the first batch chose
 CHANNELS = 128  # of them, the product's bias is chosen on
 MOST_DISTANCE = 12  # that the product's bias is moved from where a bound on products puts it
 MOST_OFFSET = 60  # 2^±offset times any ordinary weight is a float32
+OUTGROWN = 4.0  # a sample whose sums are so many times the largest before starts anew
 SHIFT_PAYS = 0.98  # a shift is kept if it leaves at most so much of the error
 
 
@@ -68,6 +70,7 @@ class Trial:
         shifts: of the exponents, that each group (or all, if they share) chooses from.
         shown: by shift.
         tail: how large the sums may become.
+        largest: magnitude of an exact sum in each group.
     """
 
     acc: Accumulator
@@ -78,6 +81,7 @@ class Trial:
     shifts: tuple[int, ...]
     shown: dict[int, Shown] = field(default_factory=dict)
     tail: Tail | None = None
+    largest: Tensor = field(default_factory=lambda: torch.zeros(()))
 
     @classmethod
     def searched(
@@ -99,18 +103,21 @@ class Trial:
         """
         y = sample.exact()
         groups = Groups.of(sample, y, by_channel)
-        largest, tail = groups.largest(y).double(), None
+        shown, tail = groups.largest(y).double(), None
+        largest = shown
         if by_channel and not (is_shared or by_maximum):
             tail = Tail()
             tail.add(sample, groups, y)
             largest = torch.maximum(largest, tail.largest())
         largest_products = _largest_products(sample, groups)
         sums, products = _exponent(largest), _exponent(largest_products)
-        top = int(sums.max())
-        offset = torch.zeros_like(sums) if is_shared else (top - sums).clamp(-MOST_OFFSET, MOST_OFFSET)
-        above = products.max() - top if is_shared else (products - sums)[largest_products > 0]
-        distance = _distance(acc, above)
-        candidates = [placed(replace(acc, chunk=chunk), top, distance) for chunk in chunks or (acc.chunk,)]
+        above = products.max() - sums.max() if is_shared else (products - sums)[largest_products > 0]
+        most_above = int(above.max()) if above.numel() else 0
+        top = _top_of(acc, int(sums.max()), most_above)
+        offset = (top - (sums.max().expand_as(sums) if is_shared else sums)).clamp(-MOST_OFFSET, MOST_OFFSET)
+        candidates = [
+            placed(replace(acc, chunk=chunk), top, _distance(acc, most_above)) for chunk in chunks or (acc.chunk,)
+        ]
         trial = cls(candidates[0], groups, by_channel, is_shared, offset, (0,) if by_maximum else SHIFTS, tail=tail)
         if by_maximum:
             trial.acc = _best(candidates, trial._error_of(sample, y))
@@ -120,6 +127,7 @@ class Trial:
             trial.offset = offset + trial._shifted(trial.acc, sample)[0]
             trial.acc = trial._with_best_distance(trial.acc, sample, y)
             trial.shifts = NEIGHBOURS
+        trial.largest = shown
         trial._show(sample)
         return trial
 
@@ -166,8 +174,7 @@ class Trial:
         best, least = acc, error(acc)
         for step in (1, -1):
             for moved in range(1, MOST_DISTANCE + 1):
-                product = replace(acc.product, bias=_bias(acc.product) + step * moved)
-                candidate = replace(acc, product=product)
+                candidate = _biased(acc, _bias(acc.format), _bias(acc.product) + step * moved)
                 found = error(candidate)
                 if found >= least:
                     break
@@ -177,10 +184,29 @@ class Trial:
         return best
 
     def add(self, sample: Sample) -> None:
-        """Take another sample into account."""
+        """Take another sample into account.
+
+        Raises:
+            ValueError: it has other channels or heads.
+        """
+        y = sample.exact()
+        groups = Groups.of(sample, y, self.by_channel)
+        if groups.shape != self.groups.shape:
+            raise ValueError(f"has {groups.shape} channels or heads in one call and {self.groups.shape} in another")
+        self.groups = groups
         if self.tail is not None:
-            self.tail.add(sample, self.groups, sample.exact())
+            self.tail.add(sample, groups, y)
+        self.largest = torch.maximum(self.largest, groups.largest(y).double())
         self._show(sample)
+
+    def is_outgrown_by(self, sample: Sample) -> bool:
+        """The sums of most groups are so much larger than any before that the shifts no longer reach them."""
+        y = sample.exact()
+        groups = Groups.of(sample, y, self.by_channel)
+        if len(self.shifts) == 1 or groups.shape != self.groups.shape:
+            return False
+        times = groups.largest(y).double() / self.largest.clamp(min=1e-300)
+        return float(times.max() if self.is_shared else times.median()) >= OUTGROWN
 
     def _show(self, sample: Sample) -> None:
         for shift, found in self._shown(self.acc, sample).items():
@@ -240,9 +266,8 @@ class Trial:
             return self.acc, offset if bool(offset.any()) else None
         if not isinstance(self.acc.product, FloatFormat | None):
             return self.acc, offset
-        common = int(offset.flatten().median())
-        acc = _moved(self.acc, common)
-        offset = offset - common
+        acc = _moved(self.acc, int(offset.flatten().median()))
+        offset = offset - (_bias(acc.format) - _bias(self.acc.format))
         return acc, offset if bool(offset.any()) else None
 
 
@@ -300,35 +325,51 @@ def _largest_conv_products(sample: ConvSample) -> Tensor:
     return products.reshape(1, -1, *[1] * (sample.x.dim() - 2))
 
 
-def _distance(acc: Accumulator, above: Tensor) -> int:
-    """By how much the product's bias is to be above the sum's, so that all largest products are representable.
+def _top_of(acc: Accumulator, sums: int, above: int) -> int:
+    """The largest exponent that sums are to have: theirs, or what fits a fixed-point format, which has no bias.
 
     Args:
-        above: by how much the exponents of the largest products are above those of the largest sums.
+        sums: exponent of the largest.
+        above: by how much that of the largest product is above it.
     """
-    if not (isinstance(acc.format, FloatFormat) and isinstance(acc.product, FloatFormat)) or not above.numel():
+    limits = [
+        math.frexp(format.max)[1] - 1 - beyond
+        for format, beyond in ((acc.format, 0), (acc.product, above))
+        if isinstance(format, FixedFormat)
+    ]
+    return min(limits, default=sums)
+
+
+def _distance(acc: Accumulator, above: int) -> int:
+    """By how much the product's bias is to be above the sum's, so that all largest products are representable."""
+    if not isinstance(acc.product, FloatFormat):
         return 0
-    return 2**acc.product.exponent - 2**acc.format.exponent - int(above.max())
+    return 2**acc.product.exponent - (2**acc.format.exponent if isinstance(acc.format, FloatFormat) else 1) - above
 
 
 def placed(acc: Accumulator, top: int, distance: int) -> Accumulator:
-    """The accumulator whose largest exponent is `top`, and a product whose bias is that much larger."""
-    if not isinstance(acc.format, FloatFormat):
-        return acc
-    bias = 2**acc.format.exponent - 1 - top
-    product = acc.product
-    if isinstance(product, FloatFormat):
-        product = replace(product, bias=bias + distance)
-    return replace(acc, format=replace(acc.format, bias=bias), product=product)
+    """The accumulator whose largest exponent is `top`, and a product whose bias is that much larger than its bias."""
+    bias = 2**acc.format.exponent - 1 - top if isinstance(acc.format, FloatFormat) else -top
+    return _biased(acc, bias, bias + distance)
 
 
 def _moved(acc: Accumulator, by: int) -> Accumulator:
     """The accumulator with larger biases."""
-    assert isinstance(acc.format, FloatFormat)
-    product = acc.product
+    return _biased(acc, _bias(acc.format) + by, _bias(acc.product) + by)
+
+
+def _biased(acc: Accumulator, bias: int, product_bias: int) -> Accumulator:
+    """With these biases in the formats that have one, or the nearest that float32 can hold."""
+    format, product = acc.format, acc.product
+    if isinstance(format, FloatFormat):
+        format = replace(format, bias=_held(format, bias))
     if isinstance(product, FloatFormat):
-        product = replace(product, bias=_bias(product) + by)
-    return replace(acc, format=replace(acc.format, bias=_bias(acc.format) + by), product=product)
+        product = replace(product, bias=_held(product, product_bias))
+    return replace(acc, format=format, product=product)
+
+
+def _held(format: FloatFormat, bias: int) -> int:
+    return max(2**format.exponent - 128, min(126, bias))
 
 
 def _bias(format: Format | None) -> int:

@@ -265,7 +265,7 @@ def _look(observed: Observed, product: Product, steps: int | None) -> None:
     """Add what a product shows."""
     assert product.rule is not None
     rule = product.rule
-    if rule.accumulator == FP32:
+    if rule.accumulator == FP32 or any(not operand.numel() for operand in product.operands):
         return
     acc = Accumulator.parse(rule.accumulator)
     key = product.layer, product.kind, product.index

@@ -36,7 +36,7 @@ def evenly(total: int, wanted: int) -> list[int]:
 def spread(sizes: Tensor, wanted: int) -> Tensor:
     """`wanted` indices at even distances, an eighth of them those of the largest sizes instead; all if no more."""
     largest = sizes.topk(min(wanted, len(sizes)) // 8).indices
-    return torch.cat([largest, torch.tensor(evenly(len(sizes), wanted - len(largest)))]).unique()
+    return torch.cat([largest, torch.tensor(evenly(len(sizes), wanted - len(largest)), dtype=torch.long)]).unique()
 
 
 @dataclass(frozen=True)
@@ -101,11 +101,11 @@ class MatrixSample:
 
     def input_power(self) -> Tensor:
         """The mean square of each of K's inputs: (K,)."""
-        return self.a.square().flatten(0, -2).mean(0)
+        return self.a.double().square().flatten(0, -2).mean(0)
 
     def output_power(self, power: Tensor) -> Tensor:
         """The mean square of each channel, (N,), were its inputs of such mean squares independent and of mean zero."""
-        return (power @ self.b.square()).reshape(-1, self.channels).mean(0)
+        return (power @ self.b.double().square()).reshape(-1, self.channels).mean(0)
 
     def narrowed(self, channels: Tensor) -> MatrixSample:
         """The same with some of the columns alone."""
@@ -181,11 +181,13 @@ class ConvSample:
 
     def input_power(self) -> Tensor:
         """The mean square of each input channel: (C,)."""
-        return self.x.square().transpose(0, 1).flatten(1).mean(1)
+        return self.x.double().square().transpose(0, 1).flatten(1).mean(1)
 
     def output_power(self, power: Tensor) -> Tensor:
         """The mean square of each channel, (O,), were its inputs of such mean squares independent and of mean zero."""
-        taps = self.weight.square().flatten(2).sum(2).unflatten(0, (self.groups, -1))  # (groups, O/groups, C/groups)
+        taps = (
+            self.weight.double().square().flatten(2).sum(2).unflatten(0, (self.groups, -1))
+        )  # (groups, O/groups, C/groups)
         return (taps * power.reshape(self.groups, 1, -1)).sum(2).flatten()
 
     def narrowed(self, channels: Tensor) -> ConvSample:
@@ -233,6 +235,7 @@ def sample(
     rows: int,
     most: int,
     per_token: bool = False,
+    with_largest: bool = False,
 ) -> Sample:
     """A part of a product that is to be emulated.
 
@@ -241,6 +244,7 @@ def sample(
         rows: outputs of a channel (or head) that are wanted at least.
         most: steps that are wanted at least, if there are more than those of `rows`.
         per_token: of operands scaled by token.
+        with_largest: an eighth of a matrix's rows are those of the largest norms; else all are at even distances.
     """
     first, second = (x.detach().float() for x in operands)
     columns = Columns(per_token=per_token)
@@ -250,20 +254,21 @@ def sample(
         second = second.t() if second.dim() > 1 else second[:, None]
     elif steps != first.shape[-1]:  # addbmm sums over its batch as well
         first, second = first.transpose(0, 1).flatten(1), second.flatten(0, 1)
-    picked = _matrix_sample(first, second if second.dim() > 1 else second[:, None], rows, most)
+    picked = _matrix_sample(first, second if second.dim() > 1 else second[:, None], rows, most, with_largest)
     a, powers = columns.by_token(picked.a, (-1,))
     return replace(picked, a=a, powers=powers)
 
 
-def _matrix_sample(a: Tensor, b: Tensor, rows: int, most: int) -> MatrixSample:
+def _matrix_sample(a: Tensor, b: Tensor, rows: int, most: int, with_largest: bool) -> MatrixSample:
     """Some rows of a; where each matrix of a batch has its own b, some of the first dimension's batches, too."""
     a = a[None] if a.dim() == 1 else a
     depth, columns = b.shape[-2:]
-    if b.shape[:-2].numel() == 1:
-        a, b = a.reshape(-1, depth), b.reshape(depth, columns)
+    if b.dim() == 2:
+        a = a.reshape(-1, depth)
         total = a.shape[0]
         wanted = max(rows, most // max(1, depth * columns))
-        a = a[spread(a.square().sum(-1), wanted)]
+        if wanted < total:
+            a = a[spread(a.double().square().sum(-1), wanted) if with_largest else evenly(total, wanted)]
         return MatrixSample(a, b, a.shape[0] / max(1, total))
     batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
     a, b = a.expand(*batch, *a.shape[-2:]), b.expand(*batch, *b.shape[-2:])

@@ -10,6 +10,7 @@ from torch import Tensor
 from fmaq.analysis.samples import Sample
 
 PRIOR = 16.0  # sums that a channel is taken to be shown beside its own
+FEW = 8.0  # sums, of which a gain is not to be trusted
 TAIL = 4096  # of the largest sums are kept
 
 
@@ -88,7 +89,16 @@ class Sums:
 
     @property
     def gain(self) -> Tensor:
-        """Σyŷ / Σŷ², and 1 where there is nothing to scale or it would turn a sum around."""
+        """Σyŷ / Σŷ², and 1 where there is nothing to scale or it would turn a sum around.
+
+        A group of fewer than `FEW` sums has the gain of all groups.
+        """
+        alone = self._gain()
+        if not bool((self.count < FEW).any()):
+            return alone
+        return torch.where(self.count < FEW, self.pooled(_equal_say(self))._gain(), alone)
+
+    def _gain(self) -> Tensor:
         gain = self.y_found / self.found_found.clamp(min=1e-300)
         return torch.where((self.found_found > 0) & (gain > 0), gain, 1.0)
 
@@ -98,17 +108,26 @@ class Sums:
 
     @property
     def line(self) -> tuple[Tensor, Tensor]:
-        """The gain and the shift of least squares."""
+        """The gain and the shift of least squares; of few sums, `gain` and no shift."""
         count = self.count.clamp(min=1)
         variance = self.found_found - self.found * self.found / count
         gain = (self.y_found - self.found * self.y / count) / variance.clamp(min=1e-300)
         gain = torch.where((variance > 0) & (gain > 0), gain, 1.0)
-        return gain, (self.y - gain * self.found) / count
+        shift = (self.y - gain * self.found) / count
+        is_few = self.count < FEW
+        return torch.where(is_few, self.gain, gain), torch.where(is_few, 0.0, shift)
 
     def error_of_line(self, gain: Tensor, shift: Tensor) -> Tensor:
         """Σ (y − gain·ŷ − shift)²."""
         linear = 2 * shift * (gain * self.found - self.y) + self.count * shift * shift
         return (self.error(gain) + linear).clamp(min=0)
+
+
+def _equal_say(sums: Sums) -> Tensor:
+    """Weights that give groups whose sums differ in size the same say; by count they are 1 on average."""
+    alive = sums.yy > 0
+    weight = torch.where(alive, sums.count / torch.where(alive, sums.yy, 1.0), 0.0)
+    return weight * sums.count.sum() / (weight * sums.count).sum().clamp(min=1e-300)
 
 
 @dataclass
@@ -147,9 +166,7 @@ class Shown:
 
     def pooled(self) -> Shown:
         """All groups as one."""
-        alive = self.all.yy > 0
-        weight = torch.where(alive, self.all.count / torch.where(alive, self.all.yy, 1.0), 0.0)
-        return Shown(self.all.pooled(), self.inside.pooled(weight))
+        return Shown(self.all.pooled(), self.inside.pooled(_equal_say(self.all)))
 
 
 @dataclass
@@ -176,9 +193,10 @@ class Tail:
         """Take a sample into account, and its exact sums."""
         self.powers.append(sample.input_power())
         power = torch.stack(self.powers).mean(0)
-        self.size = sample.output_power(power.clamp(min=float(power.median()))).double().sqrt().clamp(min=1e-30)
-        magnitudes = (y.abs() / groups.spread(self.size.to(y.dtype), y)).flatten()
-        largest = magnitudes.topk(min(TAIL, magnitudes.numel())).values.double()
+        self.size = sample.output_power(power.clamp(min=float(power.median()))).sqrt()
+        size = groups.spread(self.size, y)
+        magnitudes = torch.where(size > 0, y.abs() / size, 0.0).flatten()
+        largest = magnitudes.topk(min(TAIL, magnitudes.numel())).values
         self.sums = torch.cat([self.sums, largest]).sort().values[-TAIL:]
         self.count += y.numel()
 
@@ -188,7 +206,7 @@ class Tail:
 
     def excess(self, sums: Sums, limit: Tensor) -> Tensor:
         """Σ (max(0, |sum| − limit))² as it is expected, in as many sums."""
-        limit = limit / self.size
+        limit = limit / self.size.clamp(min=1e-300)
         above = self.sums.flip(0)
         count = len(above) - torch.searchsorted(self.sums, limit)
         first, second = (

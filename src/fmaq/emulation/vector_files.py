@@ -33,6 +33,8 @@ def taken_out(mapping: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, np.
         if array.size <= INLINE:
             return value
         name = ".".join(part for part in place if part not in ("layers", "products"))
+        while name in vectors:  # of modules that are called so, or have a number as a name
+            name += "_"
         vectors[name] = array
         return name
 

@@ -21,6 +21,8 @@ Offset = int | Tensor | None
 Gain = float | Tensor | None
 
 LARGEST = 126  # 2^±126 are normal float32
+SMALLEST = 2.0**-126
+KEPT = 2.0**-100  # an offset that turns a value as large as this into less than the smallest is refused
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,8 @@ class Columns:
     def scale(self, b: Tensor, dim: int, batched: bool = False) -> Tensor:
         """b·2^offset, with the columns of the product along `dim`; `batched`: (…, K, N).
 
+        It is exact, but for what is below 2^−126 afterwards, which may lose bits.
+
         Raises:
             TypeError, ValueError: the offset is not integers of a fitting shape, or pushes b out of float32's range.
         """
@@ -51,8 +55,12 @@ class Columns:
             return b
         power = _along(self._power(1), b, dim, "offset", batched, rows=True)
         scaled = b * power
-        if not torch.equal(scaled.detach() / power, b.detach().expand(scaled.shape)) and bool(torch.isfinite(b).all()):
-            raise ValueError(f"offset {self.offset} pushes values out of float32's range; choose one nearer to zero")
+        if not torch.equal(scaled.detach() / power, b.detach().expand(scaled.shape)):
+            lost = (b.detach().abs() >= KEPT) & (scaled.detach().abs() < SMALLEST)
+            if bool((torch.isinf(scaled) & torch.isfinite(b)).any() | lost.any()):
+                raise ValueError(
+                    f"offset {self.offset} pushes values out of float32's range; choose one nearer to zero"
+                )
         return scaled
 
     def by_token(self, a: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor | None]:
@@ -89,11 +97,11 @@ class Columns:
 def token_powers(a: Tensor, dims: tuple[int, ...]) -> Tensor:
     """2^−e with e = ⌊log2 max|a|⌋ over some dimensions, which are kept as 1; 1 for tokens that are zero or not finite.
 
-    a·2^−e is exact but for what is smaller than 2^−126 of the token's largest magnitude.
+    a·2^−e is exact but for what is smaller than 2^−126 of the token's largest magnitude. −126 ≤ e ≤ 126.
     """
     shape = [1 if d in dims or d - a.dim() in dims else size for d, size in enumerate(a.shape)]
     if not a.numel():
-        return torch.ones(shape, device=a.device)
+        return torch.ones(shape, dtype=torch.float32, device=a.device)
     largest = a.detach().abs().amax(dims, keepdim=True)
     exponent = (torch.frexp(largest)[1] - 1).clamp(-LARGEST, LARGEST)
     has_one = torch.isfinite(largest) & (largest > 0)
