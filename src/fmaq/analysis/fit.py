@@ -71,6 +71,7 @@ class Trial:
         shown: by shift.
         tail: how large the sums may become.
         largest: magnitude of an exact sum in each group.
+        has_equal_say: each group in the gain of all; see `Shown`.
     """
 
     acc: Accumulator
@@ -82,6 +83,7 @@ class Trial:
     shown: dict[int, Shown] = field(default_factory=dict)
     tail: Tail | None = None
     largest: Tensor = field(default_factory=lambda: torch.zeros(()))
+    has_equal_say: bool = False
 
     @classmethod
     def searched(
@@ -135,7 +137,8 @@ class Trial:
     def of_gains(cls, acc: Accumulator, sample: Sample, by_channel: bool) -> Trial:
         """Of an accumulator that all groups keep as it is."""
         groups = Groups.of(sample, sample.exact(), by_channel)
-        trial = cls(acc, groups, by_channel, True, torch.zeros(groups.shape, dtype=torch.int32), (0,))
+        offset = torch.zeros(groups.shape, dtype=torch.int32)
+        trial = cls(acc, groups, by_channel, True, offset, (0,), has_equal_say=True)
         trial._show(sample)
         return trial
 
@@ -244,7 +247,9 @@ class Trial:
             has_gain: with gains, of each group, or one if they share a bias.
             has_shift: with shifts, where they pay.
         """
-        of_groups = {shift: one.pooled() if self.is_shared else one for shift, one in self.shown.items()}
+        of_groups = {
+            shift: one.pooled(self.has_equal_say) if self.is_shared else one for shift, one in self.shown.items()
+        }
         errors = self._errors(of_groups, has_gain)
         best = torch.tensor(self.shifts)[errors.argmin(0)]
         chosen = Shown.picked(of_groups, best)
@@ -285,7 +290,7 @@ def relative_error(acc: Accumulator, sample: Sample) -> float:
     y = sample.exact()
     groups = Groups.of(sample, y, by_channel=True)
     largest = largest_of(acc, torch.zeros(groups.shape, dtype=torch.int32))
-    shown = Shown.of(groups, y, sample.emulated(acc), largest).pooled()
+    shown = Shown.of(groups, y, sample.emulated(acc), largest).pooled(has_equal_say=True)
     return float(shown.all.error(shown.inside.gain) / shown.all.yy.clamp(min=1e-300))
 
 

@@ -135,7 +135,8 @@ class Shown:
     """What samples show of an accumulator.
 
     A gain undoes the shrinkage of truncation, which all sums share, and is not to make up for saturation. So only sums
-    that do not saturate have a say in it, and each group has the same say in a gain of all.
+    that do not saturate have a say in it; and where an accumulator was not chosen for the product, whose partial sums
+    may saturate too, each group has the same say in a gain of all, however large its sums are.
 
     Attributes:
         all: the sums.
@@ -164,9 +165,9 @@ class Shown:
         parts = ({key: getattr(one, name) for key, one in candidates.items()} for name in ("all", "inside"))
         return cls(*(Sums.picked(part, best) for part in parts))
 
-    def pooled(self) -> Shown:
+    def pooled(self, has_equal_say: bool = False) -> Shown:
         """All groups as one."""
-        return Shown(self.all.pooled(), self.inside.pooled(_equal_say(self.all)))
+        return Shown(self.all.pooled(), self.inside.pooled(_equal_say(self.all) if has_equal_say else 1.0))
 
 
 @dataclass
