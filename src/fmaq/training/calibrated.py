@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -62,10 +63,15 @@ def run_calibrate(
         detach(ready.model)
         ready.model.eval()
         for per in pers:
+            start = time.monotonic()
             found = calibrate(ready.model, policy, inputs, per, **how)
+            seconds = time.monotonic() - start
             path = output / f"{_file_name(policy)}-{per}.yaml"
             found.save(path)
-            record.notes.append(f"{path.name}: {policy.accumulator}, {operands_of(policy)}, per {per}")
+            record.notes.append(
+                f"{path.name}: {policy.accumulator}, {operands_of(policy)}, per {per}, chosen in {seconds:.1f} s"
+            )
+            say(f"chosen in {seconds:.1f} s: {path}")
             measure(found, f"per {per}")
             detach(ready.model)
     return record
