@@ -58,7 +58,7 @@ def calibrate(
             "token": each channel, and each token besides (see `per_token` of `fmaq.matmul`): the hardware has to find a
             token's largest exponent at run time, and to add it to the token's results. There are no shifts then.
         rule: "trial" takes the least squared error of the sums, after the gain; "maximum" the bias by which the largest
-            sum is just representable.
+            sum of the first batch is just representable.
         gain: with gains, by channel or layer, which undo the mean shrinkage of truncation.
         shift: with shifts of the mean of channels, where they pay.
         chunks: try these chunks for every product, and keep the best; none: the accumulator's own.

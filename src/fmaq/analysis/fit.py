@@ -122,12 +122,12 @@ class Trial:
         ]
         trial = cls(candidates[0], groups, by_channel, is_shared, offset, (0,) if by_maximum else SHIFTS, tail=tail)
         if by_maximum:
-            trial.acc = _best(candidates, trial._error_of(sample, y))
+            trial.acc = _best(candidates, trial._error_of(sample))
         else:
-            candidates = [trial._with_best_distance(candidate, sample, y) for candidate in candidates]
+            candidates = [trial._with_best_distance(candidate, sample) for candidate in candidates]
             trial.acc = _best(candidates, lambda candidate: float(trial._shifted(candidate, sample)[1].sum()))
             trial.offset = offset + trial._shifted(trial.acc, sample)[0]
-            trial.acc = trial._with_best_distance(trial.acc, sample, y)
+            trial.acc = trial._with_best_distance(trial.acc, sample)
             trial.shifts = NEIGHBOURS
         trial.largest = shown
         trial._show(sample)
@@ -152,8 +152,9 @@ class Trial:
         """By how much the product's bias is above that of the sums."""
         return _bias(self.acc.product) - _bias(self.acc.format)
 
-    def _error_of(self, sample: Sample, y: Tensor) -> Callable[[Accumulator], float]:
+    def _error_of(self, sample: Sample) -> Callable[[Accumulator], float]:
         """The squared error that an accumulator leaves in some channels, at the offsets as they are now."""
+        y = sample.exact()
         sample, picked = some_channels(sample)
         groups, offset = self.groups, self.offset
         if picked is not None:
@@ -169,11 +170,11 @@ class Trial:
 
         return error
 
-    def _with_best_distance(self, acc: Accumulator, sample: Sample, y: Tensor) -> Accumulator:
+    def _with_best_distance(self, acc: Accumulator, sample: Sample) -> Accumulator:
         """The accumulator with the product's bias moved up, or else down, while that helps."""
         if not (isinstance(acc.format, FloatFormat) and isinstance(acc.product, FloatFormat)):
             return acc
-        error = self._error_of(sample, y)
+        error = self._error_of(sample)
         best, least = acc, error(acc)
         for step in (1, -1):
             for moved in range(1, MOST_DISTANCE + 1):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -78,7 +79,11 @@ class MatrixSample:
         return self.b.shape[-3] if self.b.dim() >= 4 else None
 
     def exact(self) -> Tensor:
-        """The sums in float32 by torch: (…, M, N)."""
+        """The sums in float32 by torch, not to be written into: (…, M, N)."""
+        return self._exact
+
+    @cached_property
+    def _exact(self) -> Tensor:
         return torch.matmul(self.a, self.b)
 
     def emulated(self, acc: Accumulator) -> Tensor:
@@ -159,7 +164,11 @@ class ConvSample:
         return self.x.shape[0] * self.channels * positions
 
     def exact(self) -> Tensor:
-        """The sums in float32 by torch: (N, O, *out)."""
+        """The sums in float32 by torch, not to be written into: (N, O, *out)."""
+        return self._exact
+
+    @cached_property
+    def _exact(self) -> Tensor:
         convolution = (F.conv1d, F.conv2d, F.conv3d)[self.x.dim() - 3]
         return convolution(self.x, self.weight, None, self.stride, self.padding, self.dilation, self.groups)
 
