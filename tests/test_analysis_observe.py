@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import fmaq
+from fmaq.kernels import Geometry
 from fmaq.numerics import Accumulator, reference
 from test_kernels_conv import unfolded
 
@@ -46,7 +47,7 @@ def test_counts_of_a_convolution_are_the_references():
     model, x = attached(nn.Sequential(nn.Conv2d(3, 4, 3, stride=2, padding=1))), torch.randn(2, 3, 7, 6)
     with torch.no_grad(), fmaq.observe(model) as events:
         model(x)
-    windows, _ = unfolded(x.numpy(), (3, 3), (2, 2), ((1, 1), (1, 1)), (1, 1))
+    windows, _ = unfolded(x.numpy(), (3, 3), Geometry((2, 2), (1, 1), (1, 1)))
     assert_counts(events["0"], windows, model[0].weight.detach().flatten(1).numpy().T)
 
 

@@ -1,6 +1,7 @@
 """The benchmark: what it counts and compares, its files and its messages, on tiny sizes; no test depends on speed."""
 
 import json
+import mmap
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -300,7 +301,9 @@ def test_extra_memory_counts_what_a_product_needs(monkeypatch: pytest.MonkeyPatc
     kept = []
 
     def wasteful(a: torch.Tensor, b: torch.Tensor, acc: Accumulator) -> torch.Tensor:
-        kept.append(torch.ones(a.shape[1], 2 * 1024 * 1024 // 64))  # 8 MiB for a 64-row product
+        pages = mmap.mmap(-1, 8 << 20)  # new ones, whatever the heap has free
+        pages[:: mmap.PAGESIZE] = b"\1" * (len(pages) // mmap.PAGESIZE)
+        kept.append(pages)
         return torch.ones_like(a)
 
     monkeypatch.setattr(kernels, "matmul", wasteful)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from fmaq.kernels import available_targets, conv, matmul, products, use_target
+from fmaq.kernels import Geometry, available_targets, conv, matmul, products, use_target
 from fmaq.numerics import Accumulator, reference
 
 EXCEPTION_FLAGS = 0x3F  # of MXCSR: which exceptions happened, not how to compute
@@ -122,7 +122,7 @@ def test_torch_may_flush_subnormals(register):
     assert torch.set_flush_denormal(True)
     try:
         found = matmul(a, b, acc)
-        image = conv(a, b[:, :, :1].mT.contiguous()[:, :2].expand(1, 2, 3), acc, (1,), ((0, 0),), (1,), 1)
+        image = conv(a, b[:, :, :1].mT.contiguous()[:, :2].expand(1, 2, 3), acc, Geometry((1,), (0,), (1,)))
         still_flushes = register.read() & FLUSH_TO_ZERO
     finally:
         torch.set_flush_denormal(False)

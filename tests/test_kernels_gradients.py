@@ -16,7 +16,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fmaq.kernels import available_targets, backward, conv_gradients, matmul_gradients, use_target
+from fmaq.kernels import Geometry, available_targets, backward, conv_gradients, matmul_gradients, use_target
 from fmaq.numerics import Accumulator, reference
 from strategies import (
     Machine,
@@ -148,14 +148,14 @@ def test_sums_of_small_integers_are_exact(acc, machine, estimator, seed, batches
 
 
 @examples(60)
-@given(acc=narrow, geometry=geometries(), machine=machines, estimator=estimators, seed=st.integers(0, 2**32 - 1))
-def test_convolutions_are_unfold_and_the_reference(acc, geometry, machine, estimator, seed):
-    x_shape, weight_shape, *options = geometry
+@given(acc=narrow, product=geometries(), machine=machines, estimator=estimators, seed=st.integers(0, 2**32 - 1))
+def test_convolutions_are_unfold_and_the_reference(acc, product, machine, estimator, seed):
+    x_shape, weight_shape, geometry = product
     rng = np.random.default_rng(seed)
     x, weight = small_integers(rng, *x_shape), small_integers(rng, *weight_shape)
-    of_x, of_weight, grad = expected_of_conv(rng, x, weight, acc, estimator, *options)
+    of_x, of_weight, grad = expected_of_conv(rng, x, weight, acc, estimator, geometry)
     with divided(machine):
-        found = conv_gradients(x, weight, grad, acc, estimator, *options)
+        found = conv_gradients(x, weight, grad, acc, estimator, geometry)
     if found is None:
         assert not x.any() or not weight.any()
         return
@@ -163,16 +163,16 @@ def test_convolutions_are_unfold_and_the_reference(acc, geometry, machine, estim
     np.testing.assert_array_equal(found[1].numpy(), of_weight, err_msg=f"{acc} {estimator}")
 
 
-def expected_of_conv(rng, x, weight, acc, estimator, stride, padding, dilation, groups):
+def expected_of_conv(rng, x, weight, acc, estimator, geometry):
     """The gradients of image and weight by the reference, on windows of the image, and a gradient of the output."""
-    images, outputs, inputs = x.shape[0], weight.shape[0], weight.shape[1]
+    images, outputs, inputs, groups = x.shape[0], *weight.shape[:2], geometry.groups
     per_group = outputs // groups
     places = torch.arange(1, x.numel() + 1).reshape(x.shape).double()  # 0 is padding
     of_x, of_weight, grads = np.zeros(x.numel() + 1), np.zeros(weight.shape), []
     for group in range(groups):
         mine, channels = (slice(group * n, (group + 1) * n) for n in (per_group, inputs))
-        a, out = unfolded(x[:, channels].numpy(), weight.shape[2:], stride, padding, dilation)
-        at, _ = unfolded(places[:, channels].numpy(), weight.shape[2:], stride, padding, dilation)
+        a, out = unfolded(x[:, channels].numpy(), weight.shape[2:], geometry)
+        at, _ = unfolded(places[:, channels].numpy(), weight.shape[2:], geometry)
         b = np.zeros((a.shape[1], outputs), np.float32)  # all columns, so that n counts through the groups
         b[:, mine] = weight[mine].reshape(per_group, -1).T
         grad = np.zeros((a.shape[0], outputs), np.float32)
@@ -191,10 +191,10 @@ def test_channels_last_images(estimator, target):
     rng = np.random.default_rng(1)
     x = small_integers(rng, 2, 16, 7, 9).contiguous(memory_format=torch.channels_last)
     weight = small_integers(rng, 5, 16, 3, 3).contiguous(memory_format=torch.channels_last)
-    options = (2, 1), ((1, 1), (0, 2)), (1, 2), 1
-    of_x, of_weight, grad = expected_of_conv(rng, x, weight, NARROW[1], estimator, *options)
+    geometry = Geometry((2, 1), (1, 2), (1, 2))
+    of_x, of_weight, grad = expected_of_conv(rng, x, weight, NARROW[1], estimator, geometry)
     for output in (grad, grad.contiguous(memory_format=torch.channels_last)):
-        found = conv_gradients(x, weight, output, NARROW[1], estimator, *options)
+        found = conv_gradients(x, weight, output, NARROW[1], estimator, geometry)
         np.testing.assert_array_equal(found[0].numpy(), of_x)
         np.testing.assert_array_equal(found[1].numpy(), of_weight)
 
@@ -267,8 +267,8 @@ def test_threads_do_not_change_a_bit_of_a_convolution(estimator):
     found = []
     for threads in (1, 2):
         with Machine(0, threads, None, False).applied():
-            options = (1, 1), ((1, 1), (1, 1)), (1, 1), 2
-            found.append(conv_gradients(x, weight, grad, Accumulator.paper12, estimator, *options))
+            geometry = Geometry((1, 1), (1, 1), (1, 1), groups=2)
+            found.append(conv_gradients(x, weight, grad, Accumulator.paper12, estimator, geometry))
     for first, second in zip(*found, strict=True):
         assert torch.equal(first, second)
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fmaq.kernels import conv, count_conv_exponents, count_exponents
+from fmaq.kernels import Geometry, conv, count_conv_exponents, count_exponents
 from fmaq.kernels.histograms import BINS, LOWEST
 from fmaq.numerics import Accumulator, reference
 from strategies import depths, examples, machines, operands, pooled, sizes
@@ -36,8 +36,8 @@ def test_exponents_are_those_of_the_reference(data, acc, machine, m, n, depth):
 def test_exponents_of_a_convolution():
     torch.manual_seed(0)
     x, weight, acc = torch.randn(2, 3, 7, 6), torch.randn(5, 3, 3, 3), Accumulator.paper12
-    geometry = (2, 1), ((1, 1), (0, 0)), (1, 1)
-    windows, _ = unfolded(x.numpy(), (3, 3), geometry[0], geometry[1], geometry[2])
-    found = count_conv_exponents(x, weight, acc, *geometry, 1)
+    geometry = Geometry((2, 1), (1, 0), (1, 1))
+    windows, _ = unfolded(x.numpy(), (3, 3), geometry)
+    found = count_conv_exponents(x, weight, acc, geometry)
     np.testing.assert_array_equal(found, expected(windows, weight.flatten(1).T.numpy(), acc))
-    assert found.sum() == 2 * conv(x, weight, acc, *geometry, 1).numel() * 27
+    assert found.sum() == 2 * conv(x, weight, acc, geometry).numel() * 27

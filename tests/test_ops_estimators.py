@@ -12,6 +12,7 @@ from torch import nn
 
 import fmaq
 from fmaq.emulation import Policy, attach
+from fmaq.kernels import Geometry
 from fmaq.numerics import Accumulator, reference
 from ops_cases import EXACT, accumulators, torch_gradients, values
 from test_kernels_conv import unfolded
@@ -81,8 +82,8 @@ def test_convolutions_are_unfold_and_the_reference(estimator, dims, groups):
     rng = np.random.default_rng(3)
     x, weight = small_integers(rng, 2, 4, *(9, 8, 7)[:dims]), small_integers(rng, 8, 4 // groups, *(3, 2, 3)[:dims])
     stride, padding, dilation = (2, 1, 3)[:dims], (1, 2, 0)[:dims], (1, 2, 1)[:dims]
-    pairs = tuple((p, p) for p in padding)
-    of_x, of_weight, grad = expected_of_conv(rng, x, weight, NARROW[1], estimator, stride, pairs, dilation, groups)
+    geometry = Geometry(stride, padding, dilation, groups)
+    of_x, of_weight, grad = expected_of_conv(rng, x, weight, NARROW[1], estimator, geometry)
     operation = (fmaq.conv1d, fmaq.conv2d, fmaq.conv3d)[dims - 1]
     x.requires_grad_()
     weight.requires_grad_()
@@ -257,10 +258,10 @@ def test_convolutions_sum_their_gradients_in_an_accumulator(dims, groups):
     extra = [size - end for size, end in zip(x.shape[2:], reached, strict=True)]
     back = transposed(grad, weight.detach(), None, LOW, stride, padding, extra, groups, dilation)
     assert torch.equal(of_x, back)
-    pairs, per_group = [(p, p) for p in padding], 8 // groups
+    geometry, per_group = Geometry(stride, padding, dilation, groups), 8 // groups
     for g in range(groups):
         channels = slice(g * weight.shape[1], (g + 1) * weight.shape[1])
-        windows, _ = unfolded(x.detach()[:, channels].numpy(), weight.shape[2:], stride, pairs, dilation)
+        windows, _ = unfolded(x.detach()[:, channels].numpy(), weight.shape[2:], geometry)
         mine = grad[:, g * per_group : (g + 1) * per_group].movedim(1, 0).flatten(1)  # over (image, position)
         wanted = reference.matmul(mine.numpy(), windows, LOW).reshape(per_group, *weight.shape[1:])
         np.testing.assert_array_equal(of_weight[g * per_group : (g + 1) * per_group].numpy(), wanted)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fmaq import kernels
 from fmaq.emulation.vectors import Vector
+from fmaq.kernels import Geometry
 from fmaq.numerics import Accumulator
 from fmaq.ops.columns import Columns, Offset
 from fmaq.ops.conv import as_convolution
@@ -129,17 +130,13 @@ class ConvSample:
 
     Attributes:
         x, weight: (N, C, *spatial) and (O, C/groups, *kernel).
-        stride, padding, dilation: a number a dimension.
         share: of the whole product's outputs, 0 to 1.
         powers: of two, (N, 1, …), by which the images are multiplied; None: not by token.
     """
 
     x: Tensor
     weight: Tensor
-    stride: tuple[int, ...]
-    padding: tuple[int, ...]
-    dilation: tuple[int, ...]
-    groups: int
+    geometry: Geometry
     share: float
     powers: Tensor | None = None
 
@@ -159,9 +156,7 @@ class ConvSample:
     @property
     def outputs(self) -> int:
         """Sums that are computed."""
-        sizes = zip(self.x.shape[2:], self.weight.shape[2:], self.stride, self.padding, self.dilation, strict=True)
-        positions = math.prod((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in sizes)
-        return self.x.shape[0] * self.channels * positions
+        return self.x.shape[0] * self.channels * math.prod(self.geometry.out(self.x.shape[2:], self.weight.shape[2:]))
 
     def exact(self) -> Tensor:
         """The sums in float32 by torch, not to be written into: (N, O, *out)."""
@@ -169,16 +164,15 @@ class ConvSample:
 
     @cached_property
     def _exact(self) -> Tensor:
-        convolution = (F.conv1d, F.conv2d, F.conv3d)[self.x.dim() - 3]
-        return convolution(self.x, self.weight, None, self.stride, self.padding, self.dilation, self.groups)
+        return kernels.torch_conv(self.x, self.weight, self.geometry)
 
     def emulated(self, acc: Accumulator) -> Tensor:
         """The sums in an accumulator: (N, O, *out)."""
-        return kernels.conv(self.x, self.weight, acc, *self._geometry)
+        return kernels.conv(self.x, self.weight, acc, self.geometry)
 
     def count(self, acc: Accumulator) -> list[int]:
         """How often each event happens in the steps, then in the merges."""
-        return kernels.count_conv_events(self.x, self.weight, acc, *self._geometry)
+        return kernels.count_conv_events(self.x, self.weight, acc, self.geometry)
 
     def scaled(self, offset: Vector | Offset) -> ConvSample:
         """The same with each filter times 2^offset."""
@@ -206,10 +200,10 @@ class ConvSample:
     def few(self, rows: int, channels: int) -> tuple[Tensor, Tensor]:
         """(rows, K) and (K, channels) of one group, as windows and filters; fewer where it has no more."""
         inputs, outputs = self.x.shape[1] // self.groups, self.channels // self.groups
-        x = F.pad(self.x[:, :inputs], [p for pair in reversed(self.padding) for p in (pair, pair)])
+        x = F.pad(self.x[:, :inputs], [p for pair in reversed(self.geometry.padding) for p in (pair, pair)])
         windows = x
         for d, (kernel, stride, dilation) in enumerate(
-            zip(self.weight.shape[2:], self.stride, self.dilation, strict=True)
+            zip(self.weight.shape[2:], self.geometry.stride, self.geometry.dilation, strict=True)
         ):
             windows = windows.unfold(2 + d, dilation * (kernel - 1) + 1, stride)[..., ::dilation]
         dims = self.x.dim() - 2
@@ -220,8 +214,9 @@ class ConvSample:
         return torch.stack(picked), filters.t()
 
     @property
-    def _geometry(self) -> tuple[Any, ...]:
-        return self.stride, tuple((p, p) for p in self.padding), self.dilation, self.groups
+    def groups(self) -> int:
+        """Of channels."""
+        return self.geometry.groups
 
 
 Sample = MatrixSample | ConvSample
@@ -298,29 +293,32 @@ def _conv_sample(
     kind: str, x: Tensor, weight: Tensor, options: dict[str, Any], rows: int, most: int, columns: Columns
 ) -> ConvSample:
     """Some images; where one is enough and more, some lines of its outputs, each with the inputs it depends on."""
-    x, weight, stride, padding, dilation, groups = as_convolution(kind, x, weight, **options)
+    x, weight, geometry = as_convolution(kind, x, weight, **options)
     x, powers = columns.by_token(x, tuple(range(1, x.dim())))
-    out = [
-        (size + 2 * p - d * (k - 1) - 1) // s + 1
-        for size, k, s, p, d in zip(x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
-    ]
+    out = geometry.out(x.shape[2:], weight.shape[2:])
     images, positions = x.shape[0], math.prod(out)
     wanted = max(rows, most // max(1, weight.numel()))
     lines = max(1, -(-wanted // (positions // out[0])))
     if wanted >= images * positions or not positions:
-        return ConvSample(x, weight, stride, padding, dilation, groups, 1.0, powers)
+        return ConvSample(x, weight, geometry, 1.0, powers)
     picked_images = evenly(images, -(-lines // out[0]) if lines > images else lines)
     picked = evenly(out[0], -(-lines // len(picked_images)))
     share = len(picked_images) * len(picked) / (images * out[0])
     powers = None if powers is None else powers[picked_images]
-    x = F.pad(x[picked_images], [*[0, 0] * (x.dim() - 3), padding[0], padding[0]])
+    (stride, *strides), (padding, *paddings), (dilation, *dilations) = (
+        geometry.stride,
+        geometry.padding,
+        geometry.dilation,
+    )
+    x = F.pad(x[picked_images], [*[0, 0] * (x.dim() - 3), padding, padding])
     if len(picked) == out[0]:
-        return ConvSample(x, weight, stride, (0, *padding[1:]), dilation, groups, share, powers)
-    starts = torch.tensor(picked)[:, None] * stride[0]
-    bands = x[:, :, starts + torch.arange(weight.shape[2]) * dilation[0]]  # (N, C, lines, kernel, …)
+        return ConvSample(x, weight, replace(geometry, padding=(0, *paddings)), share, powers)
+    starts = torch.tensor(picked)[:, None] * stride
+    bands = x[:, :, starts + torch.arange(weight.shape[2]) * dilation]  # (N, C, lines, kernel, …)
     bands = bands.transpose(1, 2).flatten(0, 1)
     powers = None if powers is None else powers.repeat_interleave(len(picked), 0)
-    return ConvSample(bands, weight, (1, *stride[1:]), (0, *padding[1:]), (1, *dilation[1:]), groups, share, powers)
+    of_band = Geometry((1, *strides), (0, *paddings), (1, *dilations), geometry.groups)
+    return ConvSample(bands, weight, of_band, share, powers)
 
 
 def is_finite(x: Tensor) -> bool:

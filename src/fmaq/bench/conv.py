@@ -63,10 +63,10 @@ def _case(shape: Shape) -> Case:
         weight = torch.randn(shape.outputs, inputs, shape.kernel, shape.kernel, generator=generator)
         weight *= (2 / (inputs * shape.kernel**2)) ** 0.5
         around = shape.kernel // 2
+        geometry = kernels.Geometry((1, 1), (around, around), (1, 1), shape.groups)
 
         def ours() -> Tensor:
-            padding = ((around, around), (around, around))
-            return kernels.conv(x, weight, Accumulator.paper12, (1, 1), padding, (1, 1), shape.groups)
+            return kernels.conv(x, weight, Accumulator.paper12, geometry)
 
         return ours, lambda: torch.conv2d(x, weight, None, 1, around, 1, shape.groups)
 

@@ -1,6 +1,7 @@
 """From an accumulator to machine code: products of float32 tensors, equal bit for bit to `numerics.reference`."""
 
 from fmaq.kernels.backward import conv_gradients, matmul_gradients
+from fmaq.kernels.geometry import Geometry, torch_conv
 from fmaq.kernels.products import (
     conv,
     count_conv_events,
@@ -14,6 +15,7 @@ from fmaq.kernels.rounding import round_to_float
 from fmaq.kernels.targets import available_targets, current_target, use_target
 
 __all__ = [
+    "Geometry",
     "available_targets",
     "conv",
     "conv_gradients",
@@ -26,5 +28,6 @@ __all__ = [
     "matmul_gradients",
     "round_to_float",
     "spoiled_outputs",
+    "torch_conv",
     "use_target",
 ]

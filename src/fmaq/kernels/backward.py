@@ -21,6 +21,7 @@ from fmaq.kernels.arithmetic import Arithmetic
 from fmaq.kernels.arithmetic64 import General64
 from fmaq.kernels.choose import Choice
 from fmaq.kernels.compile import Compiled, compile_module
+from fmaq.kernels.geometry import Geometry
 from fmaq.kernels.gradients import GradientGemm, Wanted
 from fmaq.kernels.packing import FLOAT32_BYTES
 from fmaq.kernels.parameters import FIELD, FIELDS, Tile
@@ -284,15 +285,12 @@ def conv_gradients(
     grad: Tensor,
     acc: Accumulator,
     estimator: str,
-    stride: tuple[int, ...],
-    padding: tuple[tuple[int, int], ...],
-    dilation: tuple[int, ...],
-    groups: int,
+    geometry: Geometry,
     of_x: bool = True,
     of_weight: bool = True,
 ) -> Gradients | None:
     """Those of `products.conv`, of its x and weight, through its steps; see `matmul_gradients`."""
-    problem = _conv_problem(x, weight, stride, padding, dilation, groups)
+    problem = _conv_problem(x, weight, geometry)
     if 0 in (problem.batches, problem.rows, problem.columns, problem.depth):
         return None
     grad, dims = grad.contiguous(), x.dim() - 2

@@ -22,6 +22,7 @@ from fmaq.kernels.choose import Choice, choose
 from fmaq.kernels.compile import Compiled, compile_module
 from fmaq.kernels.events import CountingGemm
 from fmaq.kernels.gemm import COUNTERS, Gemm
+from fmaq.kernels.geometry import Geometry, torch_conv
 from fmaq.kernels.histograms import BINS, HistogramGemm
 from fmaq.kernels.packing import Packing
 from fmaq.kernels.panels import Panels, kept
@@ -268,67 +269,52 @@ def conv(
     x: Tensor,
     weight: Tensor,
     acc: Accumulator,
-    stride: tuple[int, ...],
-    padding: tuple[tuple[int, int], ...],
-    dilation: tuple[int, ...],
-    groups: int,
+    geometry: Geometry,
 ) -> Tensor:
     """Convolution over 1 to 3 spatial dimensions of float32 tensors; no im2col matrix is made.
 
     Args:
         x: (N, C, *spatial), any strides.
         weight: (O, C/groups, *kernel).
-        padding: (before, after) a dimension.
+
     Returns:
         (N, O, *out) in float32.
     """
-    problem = _conv_problem(x, weight, stride, padding, dilation, groups)
+    problem = _conv_problem(x, weight, geometry)
     if problem.run(acc):
         return problem.c
-    return _spoiled_conv(x, weight, acc, stride, padding, dilation, groups)
+    return _spoiled_conv(x, weight, acc, geometry)
 
 
 def count_conv_events(
     x: Tensor,
     weight: Tensor,
     acc: Accumulator,
-    stride: tuple[int, ...],
-    padding: tuple[tuple[int, int], ...],
-    dilation: tuple[int, ...],
-    groups: int,
+    geometry: Geometry,
 ) -> list[int]:
     """How often each of `numerics.reference.EVENTS` happens in the steps, then in the merges, of `conv` (finite)."""
-    return _conv_problem(x, weight, stride, padding, dilation, groups).count(acc)
+    return _conv_problem(x, weight, geometry).count(acc)
 
 
 def count_conv_exponents(
     x: Tensor,
     weight: Tensor,
     acc: Accumulator,
-    stride: tuple[int, ...],
-    padding: tuple[tuple[int, int], ...],
-    dilation: tuple[int, ...],
-    groups: int,
+    geometry: Geometry,
 ) -> np.ndarray:
     """`count_exponents` of `conv`."""
-    return _conv_problem(x, weight, stride, padding, dilation, groups).exponents(acc)
+    return _conv_problem(x, weight, geometry).exponents(acc)
 
 
 def _conv_problem(
     x: Tensor,
     weight: Tensor,
-    stride: tuple[int, ...],
-    padding: tuple[tuple[int, int], ...],
-    dilation: tuple[int, ...],
-    groups: int,
+    geometry: Geometry,
 ) -> Problem:
     """Rows are output channels, columns output positions of all images, batches groups."""
-    dims = x.dim() - 2
+    dims, groups = x.dim() - 2, geometry.groups
     images, outputs, kernel_size = x.shape[0], weight.shape[0], weight.shape[2:]
-    out = [
-        (x.shape[2 + d] + sum(padding[d]) - dilation[d] * (kernel_size[d] - 1) - 1) // stride[d] + 1
-        for d in range(dims)
-    ]
+    out = geometry.out(x.shape[2:], kernel_size)
     c = torch.empty(images, outputs, *out)
     flat = weight.reshape(outputs, -1)
     positions = math.prod(out)
@@ -342,12 +328,8 @@ def _conv_problem(
     for d in range(dims):
         at = 3 - dims + d
         fields |= {f"b_{at}": x.stride(2 + d), f"size_{at}": x.shape[2 + d], f"kernel_{at}": kernel_size[d]}
-        fields |= {
-            f"stride_{at}": stride[d],
-            f"before_{at}": padding[d][0],
-            f"dilation_{at}": dilation[d],
-            f"out_{at}": out[d],
-        }
+        fields |= {f"stride_{at}": geometry.stride[d], f"before_{at}": geometry.padding[d]}
+        fields |= {f"dilation_{at}": geometry.dilation[d], f"out_{at}": out[d]}
     return Problem(flat, x, c, groups, per_group, images * positions, flat.shape[1], fields)
 
 
@@ -355,28 +337,20 @@ def _spoiled_conv(
     x: Tensor,
     weight: Tensor,
     acc: Accumulator,
-    stride: tuple[int, ...],
-    padding: tuple[tuple[int, int], ...],
-    dilation: tuple[int, ...],
-    groups: int,
+    geometry: Geometry,
 ) -> Tensor:
     """A convolution whose operands are not all finite: NaN where a window holds such a value, or a filter does."""
-    y = conv(_finite_part(x), _finite_part(weight), acc, stride, padding, dilation, groups)
-    return y.masked_fill_(spoiled_outputs(x, weight, stride, padding, dilation, groups), torch.nan)
+    y = conv(_finite_part(x), _finite_part(weight), acc, geometry)
+    return y.masked_fill_(spoiled_outputs(x, weight, geometry), torch.nan)
 
 
 def spoiled_outputs(
     x: Tensor,
     weight: Tensor,
-    stride: tuple[int, ...],
-    padding: tuple[tuple[int, int], ...],
-    dilation: tuple[int, ...],
-    groups: int,
+    geometry: Geometry,
 ) -> Tensor:
     """Which outputs of a convolution depend on a value that is not finite."""
-    flat = [p for pair in reversed(padding) for p in pair]
-    marks = torch.nn.functional.pad((~torch.isfinite(x)).float(), flat)
-    convolution = (torch.conv1d, torch.conv2d, torch.conv3d)[x.dim() - 3]
-    in_window = convolution(marks, torch.ones_like(weight), None, stride, 0, dilation, groups) > 0
+    marks = (~torch.isfinite(x)).float()
+    in_window = torch_conv(marks, torch.ones_like(weight), geometry) > 0
     in_filter = ~torch.isfinite(weight).flatten(1).all(1)
     return in_window | in_filter.reshape(-1, *[1] * (x.dim() - 2))

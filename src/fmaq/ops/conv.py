@@ -7,6 +7,7 @@ zeros.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fmaq import kernels
+from fmaq.kernels import Geometry
 from fmaq.numerics import Accumulator
 from fmaq.ops.columns import Columns, Gain, Offset
 from fmaq.ops.estimators import STRAIGHT, ConvGradients, Estimate, straight_conv, unpacked
@@ -30,33 +32,30 @@ class _Convolution(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         acc: Accumulator,
-        stride: tuple[int, ...],
-        padding: tuple[int, ...],
-        dilation: tuple[int, ...],
-        groups: int,
+        geometry: Geometry,
         how: Estimate,
     ) -> Tensor:
-        return kernels.conv(x, weight, acc, stride, tuple((p, p) for p in padding), dilation, groups)
+        return kernels.conv(x, weight, acc, geometry)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, ctx.acc, *ctx.geometry, ctx.how = inputs
+        x, weight, ctx.acc, ctx.geometry, ctx.how = inputs
         ctx.save_for_backward(x, weight)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (x, weight), (grad,), wanted = ctx.saved_tensors, grads, ctx.needs_input_grad[:2]
         if ctx.how.looks_inside:
-            found = ConvGradients.apply(x, weight, grad, ctx.acc, ctx.how.estimator, wanted, *ctx.geometry)
+            found = ConvGradients.apply(x, weight, grad, ctx.acc, ctx.how.estimator, wanted, ctx.geometry)
             grad_x, grad_weight = unpacked(found, wanted)
         elif ctx.how.backward is None:
-            grad_x, grad_weight = straight_conv(x, weight, grad, wanted, *ctx.geometry)
+            grad_x, grad_weight = straight_conv(x, weight, grad, wanted, ctx.geometry)
         else:
-            grad_x = _accumulated_grad_x(x, weight, grad, ctx.how.backward, *ctx.geometry) if wanted[0] else None
+            grad_x = _accumulated_grad_x(x, weight, grad, ctx.how.backward, ctx.geometry) if wanted[0] else None
             grad_weight = (
-                _accumulated_grad_weight(x, weight, grad, ctx.how.backward, *ctx.geometry) if wanted[1] else None
+                _accumulated_grad_weight(x, weight, grad, ctx.how.backward, ctx.geometry) if wanted[1] else None
             )
-        return grad_x, grad_weight, *[None] * 6
+        return grad_x, grad_weight, None, None, None
 
     @staticmethod
     def vmap(
@@ -84,20 +83,19 @@ def _accumulated_grad_x(
     weight: Tensor,
     grad: Tensor,
     acc: Accumulator,
-    stride: tuple[int, ...],
-    padding: tuple[int, ...],
-    dilation: tuple[int, ...],
-    groups: int,
+    geometry: Geometry,
 ) -> Tensor:
     """The gradient of x, summed in an accumulator: the transposed convolution of the output's gradient."""
-    stuffed, spans = _zero_stuffed(grad, stride), [d * (k - 1) for k, d in zip(weight.shape[2:], dilation, strict=True)]
-    margins = [span - p for span, p in zip(spans, padding, strict=True)]
+    stuffed, dilation = _zero_stuffed(grad, geometry.stride), geometry.dilation
+    spans = [d * (k - 1) for k, d in zip(weight.shape[2:], dilation, strict=True)]
+    margins = [span - p for span, p in zip(spans, geometry.padding, strict=True)]
     sizes = zip(x.shape[2:], stuffed.shape[2:], margins, spans, strict=True)
     extra = [size - have - 2 * margin + span for size, have, margin, span in sizes]  # that no window of stride saw
     pads = [p for m, e in zip(reversed(margins), reversed(extra), strict=True) for p in (m, m + e)]
-    flipped = _flipped(weight, groups)
+    flipped = _flipped(weight, geometry.groups)
     image, around = _symmetric(stuffed, flipped, pads, dilation)
-    return _Convolution.apply(image, flipped, acc, (1,) * len(stride), around, dilation, groups, STRAIGHT)
+    transposed = Geometry((1,) * len(dilation), around, dilation, geometry.groups)
+    return _Convolution.apply(image, flipped, acc, transposed, STRAIGHT)
 
 
 def _accumulated_grad_weight(
@@ -105,19 +103,17 @@ def _accumulated_grad_weight(
     weight: Tensor,
     grad: Tensor,
     acc: Accumulator,
-    stride: tuple[int, ...],
-    padding: tuple[int, ...],
-    dilation: tuple[int, ...],
-    groups: int,
+    geometry: Geometry,
 ) -> Tensor:
     """The gradient of the weight, summed in an accumulator over (image, position).
 
     It is the convolution of x, whose images are its channels, with the output's gradient; stride and dilation trade
     places.
     """
-    images = x.unflatten(1, (groups, weight.shape[1])).movedim(0, 2)  # (groups, C/groups, N, *spatial)
+    images = x.unflatten(1, (geometry.groups, weight.shape[1])).movedim(0, 2)  # (groups, C/groups, N, *spatial)
     channels = images.transpose(0, 1).flatten(1, 2)  # (C/groups, groups·N, *spatial)
-    found = _Convolution.apply(channels, grad.transpose(0, 1), acc, dilation, padding, stride, groups, STRAIGHT)
+    traded = replace(geometry, stride=geometry.dilation, dilation=geometry.stride)
+    found = _Convolution.apply(channels, grad.transpose(0, 1), acc, traded, STRAIGHT)
     for d, size in enumerate(weight.shape[2:], 2):
         found = found.narrow(d, 0, size)  # what lies behind belongs to no tap
     return found.transpose(0, 1)
@@ -198,8 +194,8 @@ def as_convolution(
     dilation: Size = 1,
     groups: int = 1,
     output_padding: Size = 0,
-) -> tuple[Tensor, Tensor, tuple[int, ...], tuple[int, ...], tuple[int, ...], int]:
-    """The image, weight, stride, padding, dilation and groups of the convolution that "conv2d" or a transposed one is.
+) -> tuple[Tensor, Tensor, Geometry]:
+    """The image, weight and geometry of the convolution that "conv2d" or a transposed one is.
 
     Args:
         kind: "conv1d" … "conv3d", "conv_transpose1d" … "conv_transpose3d".
@@ -217,7 +213,7 @@ def as_convolution(
     stride, dilation = _per_dimension(stride, "stride", dims, 1), _per_dimension(dilation, "dilation", dims, 1)
     pads = _padding(padding, weight.shape[2:], dilation, stride)
     x, padding = _symmetric(x if x.dim() == dims + 2 else x[None], weight, pads, dilation)
-    return x, weight, stride, padding, dilation, groups
+    return x, weight, Geometry(stride, padding, dilation, groups)
 
 
 def _conv(
@@ -236,17 +232,17 @@ def _conv(
     acc = check(acc, how.estimator)
     x, weight = widen(x, "x"), widen(weight, "weight")
     _check_shapes(x, weight, bias, dims, groups)
-    image, weight, *geometry = as_convolution(f"conv{dims}d", x, weight, stride, padding, dilation, groups)
+    image, weight, geometry = as_convolution(f"conv{dims}d", x, weight, stride, padding, dilation, groups)
     y = _scaled(image, weight, acc, geometry, how, columns)
     return _finish(y, bias, is_batched=x.dim() == dims + 2)
 
 
 def _scaled(
-    image: Tensor, weight: Tensor, acc: Accumulator, geometry: Sequence[Any], how: Estimate, columns: Columns
+    image: Tensor, weight: Tensor, acc: Accumulator, geometry: Geometry, how: Estimate, columns: Columns
 ) -> Tensor:
     """A convolution with its offset, gain and shift; an image is a token."""
     image, powers = columns.by_token(image, tuple(range(1, image.dim())))
-    y = _Convolution.apply(image, columns.scale(weight, 0), acc, *geometry, how)
+    y = _Convolution.apply(image, columns.scale(weight, 0), acc, geometry, how)
     return columns.finish(y if powers is None else y / powers, 1)
 
 
@@ -356,7 +352,7 @@ def _conv_transpose(
 ) -> Tensor:
     acc = check(acc, how.estimator)
     x, weight = widen(x, "x"), widen(weight, "weight")
-    image, weight, *geometry = _stuffed(dims, x, weight, stride, padding, output_padding, groups, dilation)
+    image, weight, geometry = _stuffed(dims, x, weight, stride, padding, output_padding, groups, dilation)
     _check_shapes(image, weight, bias, dims, groups)
     y = _scaled(image, weight, acc, geometry, how, columns)
     return _finish(y, bias, is_batched=x.dim() == dims + 2)
@@ -371,7 +367,7 @@ def _stuffed(
     output_padding: Size,
     groups: int,
     dilation: Size,
-) -> tuple[Tensor, Tensor, tuple[int, ...], tuple[int, ...], tuple[int, ...], int]:
+) -> tuple[Tensor, Tensor, Geometry]:
     """A transposed convolution as the convolution of the zero-stuffed image; see `as_convolution`."""
     stride, dilation = _per_dimension(stride, "stride", dims, 1), _per_dimension(dilation, "dilation", dims, 1)
     padding = _per_dimension(padding, "padding", dims, 0)
@@ -397,7 +393,7 @@ def _stuffed(
     margins = [d * (k - 1) - p for k, d, p in zip(weight.shape[2:], dilation, padding, strict=True)]
     pads = [q for m, e in zip(reversed(margins), reversed(extra), strict=True) for q in (m, m + e)]
     image, around = _symmetric(stuffed, flipped, pads, dilation)
-    return image, flipped, (1,) * dims, around, dilation, groups
+    return image, flipped, Geometry((1,) * dims, around, dilation, groups)
 
 
 def _flipped(weight: Tensor, groups: int) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fmaq import kernels
+from fmaq.kernels import Geometry
 from fmaq.numerics import Accumulator
 from fmaq.ops.operands import AccumulatorLike, check, full_precision
 
@@ -121,23 +122,18 @@ class ConvGradients(_Gradients):
         acc: Accumulator,
         estimator: str,
         wanted: Wanted,
-        stride: tuple[int, ...],
-        padding: tuple[int, ...],
-        dilation: tuple[int, ...],
-        groups: int,
+        geometry: Geometry,
     ) -> tuple[Tensor, ...]:
-        geometry = stride, padding, dilation, groups
         finite_x, finite_weight = torch.isfinite(x), torch.isfinite(weight)
         if not bool(finite_x.all() and finite_weight.all()):
-            pairs = tuple((p, p) for p in padding)
-            spoiled = kernels.spoiled_outputs(x, weight, stride, pairs, dilation, groups) & (grad != 0)
+            spoiled = kernels.spoiled_outputs(x, weight, geometry) & (grad != 0)
             x, weight = torch.where(finite_x, x, 0.0), torch.where(finite_weight, weight, 0.0)
-            found = _conv_gradients(x, weight, grad, acc, estimator, wanted, *geometry)
-            seen, _ = straight_conv(x, torch.ones_like(weight), spoiled.float(), (True, False), *geometry)
+            found = _conv_gradients(x, weight, grad, acc, estimator, wanted, geometry)
+            seen, _ = straight_conv(x, torch.ones_like(weight), spoiled.float(), (True, False), geometry)
             assert seen is not None
             filters = spoiled.movedim(1, 0).flatten(1).any(1).reshape(-1, *[1] * (weight.dim() - 1))
             return _as_wanted(_marked(found, (seen > 0, filters)))
-        return _as_wanted(_conv_gradients(x, weight, grad, acc, estimator, wanted, *geometry))
+        return _as_wanted(_conv_gradients(x, weight, grad, acc, estimator, wanted, geometry))
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
@@ -171,15 +167,14 @@ def straight_conv(
     weight: Tensor,
     grad: Tensor,
     wanted: Wanted,
-    stride: tuple[int, ...],
-    padding: tuple[int, ...],
-    dilation: tuple[int, ...],
-    groups: int,
+    geometry: Geometry,
 ) -> Found:
     """The gradients of `identity` in float32."""
     with full_precision():
+        where = geometry.stride, geometry.padding, geometry.dilation
+        no_more = [0] * len(geometry.stride)
         of_x, of_weight, _ = torch.ops.aten.convolution_backward(
-            grad, x, weight, None, stride, padding, dilation, False, [0] * len(stride), groups, [*wanted, False]
+            grad, x, weight, None, *where, False, no_more, geometry.groups, [*wanted, False]
         )
     return of_x, of_weight
 
@@ -196,16 +191,10 @@ def _conv_gradients(
     acc: Accumulator,
     estimator: str,
     wanted: Wanted,
-    stride: tuple[int, ...],
-    padding: tuple[int, ...],
-    dilation: tuple[int, ...],
-    groups: int,
+    geometry: Geometry,
 ) -> Found:
-    pairs = tuple((p, p) for p in padding)
-    found = kernels.conv_gradients(x, weight, grad, acc, estimator, stride, pairs, dilation, groups, *wanted)
-    if found is None:
-        return straight_conv(x, weight, grad, wanted, stride, padding, dilation, groups)
-    return found
+    found = kernels.conv_gradients(x, weight, grad, acc, estimator, geometry, *wanted)
+    return straight_conv(x, weight, grad, wanted, geometry) if found is None else found
 
 
 def _marked(found: Found, marks: tuple[Tensor, Tensor]) -> Found:
