@@ -254,7 +254,21 @@ def test_quantization_without_an_accumulator_uses_torchs_product() -> None:
     assert torch.equal(attach(layer, QUANTIZED.replace(accumulator="fp32"))(x), expected)
 
 
-def test_one_step_sums_nothing_and_stays_torchs_own() -> None:
+@pytest.mark.parametrize(
+    ("layer", "shape", "emulated"),
+    [
+        (nn.Linear(1, 3), (4, 1), lambda m, x, w: ops.linear(x, w, m.bias, ACC)),
+        (nn.Conv2d(3, 3, 1, groups=3), (2, 3, 4, 4), lambda m, x, w: ops.conv2d(x, w, m.bias, ACC, groups=3)),
+    ],
+)
+def test_a_layer_of_one_step_is_rounded_and_quantized(layer, shape, emulated) -> None:
+    x = 30 * torch.randn(shape)
+    expected = emulated(layer, ops.quantize(x, "M2E3"), ops.quantize(layer.weight, "M4E3"))
+    assert not torch.equal(layer(x), expected)
+    assert torch.equal(attach(layer, QUANTIZED)(x), expected)
+
+
+def test_an_outer_product_sums_nothing_and_stays_torchs_own() -> None:
     angles = Called(lambda _, x: x[:, None] @ torch.tensor([[1.0, 0.1, 0.01]]))
     positions = torch.arange(200.0)
     expected = angles(positions)
@@ -366,6 +380,9 @@ def test_torchscript_is_named_and_left_as_it_is() -> None:
         (lambda m, x: x.double() @ x.double(), "matmul in the model itself is not emulated: float64 operands"),
         (lambda m, x: x.to_sparse() @ x, "nested, sparse or quantized operands"),
         (lambda m, x: torch.cdist(x, x), "cdist in the model itself is not emulated: a fused kernel"),
+        (lambda m, x: torch.cov(x), "cov in the model itself is not emulated: a fused kernel"),
+        (lambda m, x: torch.linalg.pinv(x), "pinv in the model itself is not emulated: a fused kernel"),
+        (lambda m, x: F.affine_grid(x[None, :2, :3], (1, 1, 4, 4), False), "affine_grid in the model itself"),
     ],
 )
 def test_a_product_that_is_not_emulated_is_named_when_it_is_met(function, message) -> None:

@@ -81,10 +81,27 @@ def test_finetune_twice_then_fresh(
     assert Record.load(Path("runs/small/finetune.json")).rows[0].accumulator.startswith("M5E4b10")
 
 
+def test_report_shows_a_record_again(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, "evaluate", recipe) == 0
+    first = capsys.readouterr().out
+    Path("runs/small/evaluate.html").unlink()
+    assert run(monkeypatch, "report", "runs/small/evaluate.json") == 0
+    again = capsys.readouterr().out
+    table = again[: again.index("plot:")]
+    assert "M7E4b10" in table and table in first
+    assert Path("runs/small/evaluate.html").exists()
+    assert run(monkeypatch, "report", "runs/small/evaluate.json", "-o", "elsewhere") == 0
+    assert {path.name for path in Path("elsewhere").iterdir()} == {"small-evaluate.html", "small-evaluate.png"}
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
         (["evaluate", "nowhere.yaml"], "cannot read the recipe nowhere.yaml"),
+        (["report", "nowhere.json"], "No such file or directory: 'nowhere.json'"),
+        (["report", "small.yaml"], "small.yaml is no record of a run"),
         (["evaluate", "small.yaml", "-a", "M7"], "'M7' is not a format"),
         (["finetune", "plain.yaml"], "give it the key finetune"),
         (["hardware", "formats", "M7X"], "'M7X' is not a format"),

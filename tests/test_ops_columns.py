@@ -29,6 +29,14 @@ def test_an_offset_equals_another_bias():
     assert torch.equal(fmaq.matmul(a, b, ACC, offset=-3), fmaq.matmul(a, b, shifted))
 
 
+def test_offsets_and_gains_may_be_lists_and_arrays():
+    torch.manual_seed(1)
+    a, b = torch.randn(6, 33), torch.randn(33, 2)
+    expected = fmaq.matmul(a, b, ACC, offset=torch.tensor([1, -2]), gain=torch.tensor([1.5, 0.75]))
+    for offset, gain in (([1, -2], [1.5, 0.75]), (np.array([1, -2]), np.array([1.5, 0.75]))):
+        assert torch.equal(fmaq.matmul(a, b, ACC, offset=offset, gain=gain), expected)
+
+
 def test_convolutions_take_one_offset_and_gain_a_channel():
     torch.manual_seed(2)
     x, weight, bias = torch.randn(2, 4, 6, 6), torch.randn(3, 4, 3, 3), torch.randn(3)

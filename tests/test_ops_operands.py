@@ -68,6 +68,12 @@ def test_importing_the_package_loads_no_kernels():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
+def test_packages_load_when_they_are_named():
+    code = "import fmaq; print(fmaq.numerics.reference.matmul.__name__, fmaq.analysis.reorder.__name__)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert found == "matmul reorder\n"
+
+
 def test_names_of_the_package():
     assert set(fmaq.__all__) <= set(dir(fmaq))
     for name in fmaq.ops.__all__:

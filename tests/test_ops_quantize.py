@@ -45,6 +45,30 @@ def test_equals_the_reference(x, format):
     same(fmaq.quantize(torch.from_numpy(x), format), expected(x, format))
 
 
+@pytest.mark.parametrize("mantissa", [0, 1, 4, 22])
+@pytest.mark.parametrize("bias", [None, 3])
+def test_ties_go_to_even(mantissa, bias):
+    """Halfway between neighbours, in every binade and among the subnormals; without a mantissa, halfway is 1.5·2^e."""
+    format = FloatFormat(mantissa, 3, bias)
+    steps = np.arange(2 ** min(mantissa, 6)) / 2**mantissa
+    halfway = np.concatenate([2.0**e * (1 + steps + 2.0 ** -(mantissa + 1)) for e in range(-12, 5)])
+    x = np.concatenate([halfway, -halfway]).astype(np.float32)
+    same(fmaq.quantize(torch.from_numpy(x), format), expected(x, format))
+    same(fmaq.quantize(torch.from_numpy(x)[None], format, 0)[0], expected(x, format))
+
+
+@pytest.mark.parametrize("format", ["M4E3", "M0E5", "int4"])
+@pytest.mark.parametrize("channel", [None, 0, 1, -1])
+@pytest.mark.parametrize("batch", [0, 1, 2])
+def test_vmap_quantizes_every_example_on_its_own(format, channel, batch):
+    x = values(np.random.default_rng(2), (3, 4, 5)) * torch.tensor([1e-3, 1.0, 50.0])[:, None, None]
+    found = torch.vmap(lambda one: fmaq.quantize(one, format, channel), in_dims=batch)(x)
+    assert torch.equal(found, torch.stack([fmaq.quantize(one, format, channel) for one in x.unbind(batch)]))
+    weights = torch.randn(4, 5)
+    gradient = torch.func.vmap(torch.func.grad(lambda one: (fmaq.quantize(one, format, channel) * weights).sum()))(x)
+    assert torch.equal(gradient, weights.expand(3, 4, 5))
+
+
 @pytest.mark.parametrize("format", ["M4E3", "M4E3b6", "M3E8", "int8"])
 @pytest.mark.parametrize("channel", [0, 1, 2, -1])
 def test_every_channel_has_its_own_scale(format, channel):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from fmaq.numerics import Accumulator, FixedFormat, FloatFormat
 
 if TYPE_CHECKING:
-    from fmaq import hardware
+    from fmaq import analysis, emulation, hardware, ops
     from fmaq.analysis import calibrate, observe
     from fmaq.emulation import Policy, attach, coverage, detach  # type: ignore[no-redef]
     from fmaq.ops import (  # type: ignore[no-redef]
@@ -35,6 +35,7 @@ __all__ = [
     "FixedFormat",
     "FloatFormat",
     "Policy",
+    "analysis",
     "attach",
     "calibrate",
     "conv1d",
@@ -46,14 +47,17 @@ __all__ = [
     "count_events",
     "coverage",
     "detach",
+    "emulation",
     "hardware",
     "linear",
     "matmul",
     "observe",
+    "ops",
     "quantize",
     "scaled_dot_product_attention",
 ]
 
+_PACKAGES = ("analysis", "emulation", "hardware", "ops")
 _HOME = {
     **dict.fromkeys(("Policy", "attach", "coverage", "detach"), "fmaq.emulation"),
     **dict.fromkeys(("calibrate", "observe"), "fmaq.analysis"),
@@ -61,8 +65,8 @@ _HOME = {
 
 
 def __getattr__(name: str) -> Any:
-    if name == "hardware":
-        return importlib.import_module("fmaq.hardware")
+    if name in _PACKAGES:
+        return importlib.import_module(f"fmaq.{name}")
     if name not in __all__:
         raise AttributeError(f"module 'fmaq' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOME.get(name, "fmaq.ops")), name)

@@ -187,6 +187,27 @@ def calibrate(
     _finish(record, folder, "calibrate", as_json)
 
 
+@app.command(
+    epilog="[bold]Examples[/bold]\n\n  fmaq report runs/demo/demo.json\n\n  fmaq report runs/*/evaluate.json -o figures"
+)
+def report(
+    records: Annotated[list[Path], typer.Argument(metavar="RECORD", help="JSON files of runs.", show_default=False)],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder for plots and pages, in place of the records' own.")
+    ] = None,
+) -> None:
+    """Show what demo, evaluate, finetune or calibrate recorded: the table again, and a new plot and page."""
+    from fmaq.report import rich_table, write_report
+    from fmaq.training.record import Record
+
+    for path in records:
+        record = Record.load(path)
+        written = write_report(record, output or path.parent, f"{record.name}-{path.stem}" if output else path.stem)
+        print_table(rich_table(record))
+        for what, file in (("plot", written.plot), ("report", written.page)):
+            typer.echo(f"{what + ':':<8}{file}")
+
+
 def _load(path: Path, output: Path | None, seed: int | None, changes: dict[str, Any]) -> tuple[Recipe, Path]:
     """The checked recipe, with the command line's changes, and the folder for its results."""
     from fmaq.training.recipe import Recipe

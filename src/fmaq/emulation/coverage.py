@@ -160,7 +160,7 @@ class _Unmet(TorchDispatchMode):
             if call is not None:
                 layer, rule = call.attachment.name, call.attachment.rule
                 is_wanted = rule is not None and not rule.is_plain
-                reason = "called where no handler meets it" if is_wanted else why_not(rule, (), None) or ""
+                reason = "called where no handler meets it" if is_wanted else why_not(rule, ()) or ""
             self._rows.append(CoverageRow(layer, name, shapes, 1, None, FP32, (None,) * len(shapes), False, reason))
         with torch._C.DisableTorchFunction():
             return func(*args, **(kwargs or {}))

@@ -70,7 +70,7 @@ class Met:
         tensors = tuple(x for x in found if isinstance(x, Tensor))
         result = self.by_torch()
         rule = self.call.attachment.rule
-        reason = reason if rule is not None and not rule.is_plain else why_not(rule, (), None) or reason
+        reason = reason if rule is not None and not rule.is_plain else why_not(rule, ()) or reason
         announce(self.call, kind, tensors, reason, macs=macs)
         return result
 
@@ -401,6 +401,7 @@ NOT_COVERED = {
             "_addmm_activation",
         ),
         *("conv_tbc", "cdist", "multi_dot", "chain_matmul", "matrix_power", "matrix_exp", "_convolution", "_trilinear"),
+        *("cov", "corrcoef", "affine_grid", "pinv", "pinverse"),
         *("scaled_mm", "_scaled_mm", "scaled_grouped_mm", "_scaled_grouped_mm", "_int_mm", "_foreach_mm"),
         *("_weight_int4pack_mm", "_weight_int8pack_mm", "_scaled_dot_product_flash_attention_for_cpu"),
         *("_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention"),

@@ -21,6 +21,8 @@ from fmaq.ops.operands import OPERAND_DTYPES
 LEFT_ALONE = "left alone by the policy"
 IN_FP32 = "fp32 by the policy"
 ONE_STEP = "one step (K = 1): nothing is summed"
+SUMMING = ("linear", "conv", "attention")
+"""Kinds that are emulated however short; another one of a single step is an outer product, as of position angles."""
 RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 """Modules that `attach` has already warned of."""
 
@@ -140,9 +142,10 @@ class Request:
 def compute(call: Call, request: Request) -> Tensor:
     """The product as the layer's rule wants it; in the dtype that torch's own would have."""
     rule, operands = rule_of(call, request.kind), request.operands
-    reason = why_not(rule, operands, request.steps)
+    is_outer = request.steps == 1 and not request.kind.startswith(SUMMING)
+    reason = why_not(rule, operands, is_outer)
     formats: tuple[str | None, str | None] = (None, None)
-    if rule is None or why_untouched(rule, operands, request.steps) is not None:
+    if rule is None or why_untouched(rule, operands, is_outer) is not None:
         result = request.torch_product(*operands)
     elif rule.accumulator == FP32:
         formats = _formats(rule, request.is_weight)
@@ -186,7 +189,7 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(x.device.type)
 
 
-def why_not(rule: Rule | None, operands: Sequence[Tensor], steps: int | None) -> str | None:
+def why_not(rule: Rule | None, operands: Sequence[Tensor], is_outer: bool = False) -> str | None:
     """The reason why the sums are torch's own, or None."""
     if rule is None:
         return LEFT_ALONE
@@ -199,16 +202,16 @@ def why_not(rule: Rule | None, operands: Sequence[Tensor], steps: int | None) ->
             return "meta tensors have no values"
         if x.dtype not in OPERAND_DTYPES:
             return f"{str(x.dtype).removeprefix('torch.')} operands"
-    if steps == 1:
+    if is_outer:
         return ONE_STEP
     if len({x.dtype for x in operands}) > 1 and autocast_dtype(operands[0]) is None:
         return "operands of different dtypes"
     return IN_FP32 if rule.accumulator == FP32 else None
 
 
-def why_untouched(rule: Rule | None, operands: Sequence[Tensor], steps: int | None = None) -> str | None:
+def why_untouched(rule: Rule | None, operands: Sequence[Tensor], is_outer: bool = False) -> str | None:
     """The reason why torch's own function takes the operands as they are; None where there is anything to emulate."""
-    reason = why_not(rule, operands, steps)
+    reason = why_not(rule, operands, is_outer)
     return None if reason == IN_FP32 and rule is not None and not rule.is_plain else reason
 
 

@@ -33,7 +33,8 @@ def _module(mantissa: int, target: Target) -> ir.Module:
         magnitude = v.magnitude(x)
         bits = v.bits(magnitude)
         if dropped:
-            last = b.and_(b.lshr(bits, v.bit_constant(dropped)), v.bit_constant(1))
+            one = v.bit_constant(1)  # without a mantissa the last bit kept is the leading one
+            last = b.and_(b.lshr(bits, v.bit_constant(dropped)), one) if mantissa else one
             bits = b.add(b.add(bits, v.bit_constant(2 ** (dropped - 1) - 1)), last)
         normal = v.keep_bits(v.from_bits(bits), dropped)
         subnormal = v.sub(v.add(magnitude, anchor), anchor)

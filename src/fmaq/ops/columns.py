@@ -12,13 +12,14 @@ largest exponent of K, while it reads the row, and to add it to the exponents of
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-Offset = int | Tensor | None
-Gain = float | Tensor | None
+Offset = int | Sequence[int] | Tensor | None
+Gain = float | Sequence[float] | Tensor | None
 
 LARGEST = 126  # 2^±126 are normal float32
 SMALLEST = 2.0**-126
@@ -108,8 +109,8 @@ def token_powers(a: Tensor, dims: tuple[int, ...]) -> Tensor:
     return torch.where(has_one, ((127 - exponent) << 23).view(torch.float32), 1.0)
 
 
-def _float(value: float | Tensor) -> Tensor:
-    return value.to(torch.float32) if isinstance(value, Tensor) else torch.tensor(float(value))
+def _float(value: float | Sequence[float] | Tensor) -> Tensor:
+    return torch.as_tensor(value).to(torch.float32)
 
 
 def _along(x: Tensor, whole: Tensor, dim: int, name: str, batched: bool, rows: bool) -> Tensor:

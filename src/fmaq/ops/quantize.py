@@ -39,6 +39,20 @@ class _StraightThrough(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         return grads[0], None, None
 
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[int | None, ...], x: Tensor, format: FloatFormat | int, channel: int | None
+    ) -> tuple[Tensor, int]:
+        """Every example, or every channel of one, is a slice with a bias or scale of its own."""
+        assert in_dims[0] is not None
+        x = x.movedim(in_dims[0], 0)
+        if channel is None:
+            return _StraightThrough.apply(x, format, 0), 0
+        at = channel % (x.dim() - 1) + 1
+        slices = x.movedim(at, 1)
+        y = _StraightThrough.apply(slices.flatten(0, 1), format, 0)
+        return y.unflatten(0, slices.shape[:2]).movedim(1, at), 0
+
 
 def parse_tensor_format(name: str | FloatFormat) -> FloatFormat | int:
     """A tensor's format: a float such as `"M4E3"` (a bias in the name fixes it), or the bits of `"int8"`.

@@ -90,10 +90,18 @@ class Record:
 
     @classmethod
     def load(cls, path: Path) -> Record:
-        """Read a record that `save` wrote."""
-        values = json.loads(path.read_text(encoding="utf-8"))
-        rows = [Row(**row) for row in values.pop("rows")]
-        return cls(baseline=Row(**values.pop("baseline")), rows=rows, **values)
+        """Read a record that `save` wrote.
+
+        Raises:
+            OSError: there is no such file.
+            ValueError: it holds something else.
+        """
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            rows = [Row(**row) for row in values.pop("rows")]
+            return cls(baseline=Row(**values.pop("baseline")), rows=rows, **values)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"{path} is no record of a run, such as evaluate.json: {error}") from None
 
     def save_csv(self, path: Path) -> None:
         """Write the rows, the baseline first, as CSV: one column a metric, and one a metric and stage."""
