@@ -10,6 +10,7 @@ _HOME = {
     "Observed": "observation",
     "OverflowTable": "overflow",
     "ProductEvents": "observation",
+    "a2q_width": "bounds",
     "apply_orders": "order",
     "calibrate": "calibration",
     "channel_bounds": "bounds",

@@ -18,9 +18,10 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from fmaq.analysis.fit import SHIFTS, Fit, Trial, placed, relative_error, some_channels
-from fmaq.analysis.samples import Sample, is_finite, sample
+from fmaq.analysis.samples import MatrixSample, Sample, is_finite, joined, sample
 from fmaq.emulation.attach import attached
-from fmaq.emulation.policy import FP32, Policy, Rule
+from fmaq.emulation.coverage import undisturbed
+from fmaq.emulation.policy import FP32, PRODUCT_FIELDS, RULE_FIELDS, Policy, Rule
 from fmaq.emulation.products import Place, Request, choosing
 from fmaq.emulation.vectors import Vector
 from fmaq.numerics import Accumulator, FloatFormat
@@ -47,7 +48,7 @@ def calibrate(
     The biases of the policy's accumulators, if they have any, are chosen anew; `"M7E4 product=M7E4"` does without. Of
     fixed-point accumulators only offsets and gains are chosen. Layers that the policy leaves alone stay alone. The
     model is run without gradients, in the mode (train or eval) that it is in, and afterwards is attached, or not, as it
-    was before.
+    was before, with its buffers and torch's random state.
 
     Args:
         model: any module.
@@ -73,14 +74,12 @@ def calibrate(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"calibrate takes a torch.nn.Module, got {type(model).__name__}")
-    check_choices(per, rule)
+    check_choices(per, rule, chunks)
     policy = Policy.parse(policy)
     if per == "token":
         policy = replace(policy, per_token=True)
     fits = _Fits(per, rule == "maximum", gain, shift, tuple(chunks))
-    inputs = list(batches)
-    if not inputs:
-        raise ValueError("calibrate needs at least one batch of inputs; batches is empty")
+    inputs = _listed(batches)
     _run(model, policy, inputs, fits, "calibrating")
     if not fits.trials:
         raise ValueError("calibrate met no product that the policy emulates; does its accumulator say fp32?")
@@ -90,23 +89,35 @@ def calibrate(
     return fits.policy(model, policy)
 
 
-def check_choices(per: str, rule: str = "trial") -> None:
+def check_choices(per: str, rule: str = "trial", chunks: Sequence[int | None] = ()) -> None:
     """Refuse what `calibrate` would.
 
     Raises:
-        ValueError: naming what each may be.
+        TypeError, ValueError: naming what each may be.
     """
+    if not isinstance(chunks, Sequence) or isinstance(chunks, str):
+        raise TypeError(f"chunks must be a sequence of chunks, such as (16, 32), got {chunks!r}")
     if per not in get_args(Per):
         raise ValueError(f'per must be "model", "layer", "channel" or "token", got {per!r}')
     if rule not in ("trial", "maximum"):
         raise ValueError(f'rule must be "trial" or "maximum", got {rule!r}')
 
 
+def _listed(batches: Iterable[Any]) -> list[Any]:
+    """The batches, of which there has to be one."""
+    if isinstance(batches, (Tensor, Mapping, str)) or not isinstance(batches, Iterable):
+        raise TypeError(f"batches must be an iterable of batches, such as [x], got {type(batches).__name__}")
+    listed = list(batches)
+    if not listed:
+        raise ValueError("calibrate needs at least one batch of inputs; batches is empty")
+    return listed
+
+
 def _run(model: nn.Module, policy: Policy, batches: Sequence[Any], fits: _Fits, what: str) -> None:
     """One emulated pass over the batches, each product by what has been chosen for it when it is met."""
     console = Console(stderr=True)
     shown = track(batches, what, console=console, transient=True, disable=not console.is_terminal)
-    with torch.no_grad(), attached(model, policy, may_be_template=True), choosing(fits.choose):
+    with undisturbed(model), attached(model, policy, may_be_template=True), choosing(fits.choose):
         for batch in shown:
             call(model, batch)
 
@@ -129,13 +140,15 @@ class _Fits:
             chunks,
         )
         self.trials: dict[Place, Trial] = {}
-        self.samples: dict[Place, Sample] = {}
+        self.samples: dict[Place, Sample] = {}  # of all products: what one bias for all is chosen on
+        self.few: dict[Place, Sample] = {}  # of products that have not shown `ROWS` sums of each channel yet
         self.shifted: set[Place] = set()  # those that may have shifts
         self.shared: dict[Accumulator, Accumulator] = {}
 
     def choose(self, place: Place, request: Request, rule: Rule) -> Rule:
         """The rule of a product that is met, from this and all earlier samples of it."""
         where = f"{place.kind} of {place.layer or 'the model itself'}"
+        self._refuse_another_kind(place)
         for operand, is_weight in zip(request.operands, request.is_weight, strict=True):
             if not (is_weight and place in self.trials) and not is_finite(operand):
                 raise ValueError(f"{where} has operands that are not finite")
@@ -144,18 +157,40 @@ class _Fits:
             return replace(rule, accumulator=placed(acc, 0, 0))
         options = request.options or {}
         found = sample(request.kind, request.operands, options, request.steps, ROWS, STEPS, rule.per_token, True)
-        if place in self.trials and not self.trials[place].is_outgrown_by(found):
-            try:
-                self.trials[place].add(found)
-            except ValueError as error:
-                raise ValueError(f"{where} {error}; calibrate it with calls that are alike") from None
-        else:
+        if not torch.isfinite(found.exact()).all():
+            raise ValueError(f"{where} has sums beyond float32's range")
+        together = self._with_few(place, found, has_channels)
+        if place not in self.trials or together is not None or self.trials[place].is_outgrown_by(found):
+            found = found if together is None else together
             self.trials[place] = self._trial(acc, found, has_channels)
             if self.has_shift and has_channels and not rule.per_token:
                 self.shifted.add(place)
             if self.per == "model" and not self.shared:
                 self.samples[place] = some_channels(found)[0]
+        else:
+            try:
+                self.trials[place].add(found)
+            except ValueError as error:
+                raise ValueError(f"{where} {error}; calibrate it with calls that are alike") from None
         return ruled(rule, self._fit(place))
+
+    def _with_few(self, place: Place, found: Sample, has_channels: bool) -> Sample | None:
+        """A sample and all earlier ones of its product, as long as these show fewer than `ROWS` sums a channel."""
+        before = self.few.pop(place, None)
+        together = found if before is None else joined(before, found)
+        is_matrix_of_activations = isinstance(found, MatrixSample) and found.b.dim() == 2 and not has_channels
+        if together is not None and not is_matrix_of_activations and together.outputs < ROWS * together.channels:
+            self.few[place] = together
+        return None if before is None else together
+
+    def _refuse_another_kind(self, place: Place) -> None:
+        """A policy knows a layer's products by their index."""
+        for other in () if place in self.trials else self.trials:
+            if (other.layer, other.index) == (place.layer, place.index):
+                raise ValueError(
+                    f"product {place.index} of {place.layer or 'the model itself'} is {other.kind} in one call and "
+                    f"{place.kind} in another; calibrate it with calls that are alike"
+                )
 
     def _trial(self, acc: Accumulator, found: Sample, has_channels: bool) -> Trial:
         shared = self.shared.get(replace(_template(acc), chunk=None))
@@ -178,7 +213,7 @@ class _Fits:
             if isinstance(template.format, FloatFormat):
                 chunk = Counter(self.trials[place].acc.chunk for place in places).most_common(1)[0][0]
                 self.shared[template] = self._one_for_all(replace(template, chunk=chunk), places)
-        self.trials, self.samples = {}, {}
+        self.trials, self.samples, self.few = {}, {}, {}
 
     def _one_for_all(self, template: Accumulator, places: list[Place]) -> Accumulator:
         """The largest exponent first, with the product's bias as far above as it is for most; then that distance."""
@@ -200,40 +235,76 @@ class _Fits:
         return sum(relative_error(acc, self.samples[place]) for place in places)
 
     def policy(self, model: nn.Module, policy: Policy) -> Policy:
-        """The policy with an entry for every layer that was met."""
+        """The policy with an entry for every layer that was met, and biases wherever they are missing."""
+        names: dict[nn.Module, list[str]] = {}
+        for name, module in model.named_modules(remove_duplicate=False):
+            names.setdefault(module, []).append(name)
+        aliases = {all_names[0]: tuple(all_names) for all_names in names.values()}
         by_layer: dict[str, list[Place]] = {}
         for place in self.trials:
             by_layer.setdefault(place.layer, []).append(place)
-        entries: dict[str, Any] = dict(policy.layers)
+        entries: dict[str, Any] = {key: self._completed(entry) for key, entry in policy.layers.items()}
         for layer, places in by_layer.items():
-            rule = policy.for_layer(layer)
+            rule = policy.for_layer(*aliases[layer])
             assert rule is not None
+            for alias in aliases[layer]:
+                entries.pop(alias, None)
             entries[layer] = self._entry(policy, rule, places)
-        biases = [self._fit(place).accumulator for place in self.trials]
-        default = sorted(biases, key=_bias)[len(biases) // 2]
-        own = policy.accumulator if policy.accumulator == FP32 else default
-        for name in _inheriting(model, set(by_layer)):
-            rule = policy.for_layer(name)
-            if name not in entries and rule is not None:
-                entries[name] = _written(policy, rule, default)
-        layers = {key: _completed(entry, default) for key, entry in entries.items()}
-        products = {key: _completed(entry, default) or {} for key, entry in policy.products.items()}
-        return replace(policy, accumulator=own, products=products, layers=layers)
+        own = self._filled(policy.accumulator)
+        products = {key: self._completed(entry) or {} for key, entry in policy.products.items()}
+        new = replace(policy, accumulator=own, products=products, layers=entries)
+        others: dict[str, Any] = {}
+        for first, all_names in aliases.items():
+            wanted, found = policy.for_layer(*all_names), new.for_layer(*all_names)
+            if first not in by_layer and not _is_alike(wanted, found):
+                others[first] = None if wanted is None else self._unmet(policy, wanted)
+        return replace(new, layers=entries | others)
 
     def _entry(self, policy: Policy, rule: Rule, places: list[Place]) -> dict[str, Any]:
         """One product: what it has is the layer's. Several: each by its index."""
         if len(places) == 1 and places[0].index == 0 and not rule.products:
             return _written(policy, ruled(rule, self._fit(places[0])))
-        products: dict[int | str, dict[str, Any]] = {}
+        products: dict[int | str, Any] = {key: self._completed(entry) for key, entry in rule.products.items()}
         for place in places:
             of_product = ruled(rule.for_product(place.kind, place.index), self._fit(place))
             products[place.index] = {
                 name: getattr(of_product, name)
-                for name in (*CHOSEN, "weight", "activation", "estimator", "per_token")
+                for name in PRODUCT_FIELDS
                 if name in CHOSEN or getattr(of_product, name) != getattr(rule, name)
             }
         default = self._fit(places[0]).accumulator
         return {**_written(policy, replace(rule, products={}), default), "products": products}
+
+    def _unmet(self, policy: Policy, rule: Rule) -> dict[str, Any]:
+        """The entry of a layer that was not met."""
+        products = {key: self._completed(entry) for key, entry in rule.products.items()}
+        filled = replace(rule, accumulator=self._filled(rule.accumulator), products={})
+        return {**_written(policy, filled), **({"products": products} if products else {})}
+
+    def _completed(self, entry: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+        """An entry without formats that still need a bias: no product that it speaks for was met."""
+        if entry is None:
+            return None
+        completed = dict(entry)
+        if "accumulator" in entry:
+            completed["accumulator"] = self._filled(entry["accumulator"])
+        if "products" in entry:
+            completed["products"] = {key: self._completed(one) for key, one in entry["products"].items()}
+        return completed
+
+    def _filled(self, acc: Accumulator | str) -> Accumulator | str:
+        """An accumulator with the biases usual among products of its format; if there is none, its own or others'."""
+        if not isinstance(acc, Accumulator):
+            return acc
+        fitted = [self._fit(place).accumulator for place in self.trials]
+        alike = [one for one in fitted if replace(_template(one), chunk=None) == replace(_template(acc), chunk=None)]
+        if alike:
+            return sorted(alike, key=_bias)[len(alike) // 2]
+        if not acc.is_template:
+            return acc
+        trials = sorted(self.trials.values(), key=lambda trial: trial.top)
+        usual = trials[len(trials) // 2]
+        return placed(acc, usual.top, usual.distance)
 
 
 def ruled(rule: Rule, fit: Fit) -> Rule:
@@ -255,32 +326,27 @@ def _written(policy: Policy, rule: Rule, default: Accumulator | None = None) -> 
     """A rule as an entry of `layers`: the fields in which it differs from the policy's own, and those chosen."""
     if default is not None and rule.accumulator != FP32:
         rule = replace(rule, accumulator=default)
-    names = ("weight", "activation", "estimator", "backward", "per_token", "products")
     entry = {name: getattr(rule, name) for name in CHOSEN}
-    return entry | {name: getattr(rule, name) for name in names if getattr(rule, name) != getattr(policy, name)}
+    return entry | {name: getattr(rule, name) for name in RULE_FIELDS if getattr(rule, name) != getattr(policy, name)}
 
 
-def _completed(entry: Mapping[str, Any] | None, default: Accumulator) -> Mapping[str, Any] | None:
-    """An entry without formats that still need a bias: no product that it speaks for was met."""
-    if entry is None:
-        return None
-    completed, accumulator = dict(entry), entry.get("accumulator")
-    if isinstance(accumulator, Accumulator) and accumulator.is_template:
-        completed["accumulator"] = default
-    if "products" in entry:
-        completed["products"] = {key: _completed(one, default) for key, one in entry["products"].items()}
-    return completed
+def _is_alike(wanted: Rule | None, found: Rule | None) -> bool:
+    """A layer that was not met still has the rule that it had, but perhaps for biases and chunks."""
+    if wanted is None or found is None:
+        return wanted is found
+    return _without_biases(wanted) == _without_biases(found)
 
 
-def _inheriting(model: nn.Module, layers: set[str]) -> list[str]:
-    """Modules with parameters that were not met, inside of one that was: its offsets are not theirs."""
-    return [
-        name
-        for name, module in model.named_modules()
-        if name not in layers
-        and next(module.parameters(recurse=False), None) is not None
-        and any(name.startswith(f"{layer}.") or layer == "" for layer in layers)
-    ]
+def _without_biases(rule: Rule) -> tuple[dict[str, Any], dict[int | str, dict[str, Any]]]:
+    """A rule's fields, and those of its products that differ, with templates of accumulators."""
+
+    def bare(values: Mapping[str, Any]) -> dict[str, Any]:
+        acc = values["accumulator"]
+        return {**values, "accumulator": replace(_template(acc), chunk=None) if isinstance(acc, Accumulator) else acc}
+
+    own = bare({name: getattr(rule, name) for name in PRODUCT_FIELDS})
+    products = {key: bare({**own, **entry}) for key, entry in rule.products.items()}
+    return own, {key: values for key, values in products.items() if values != own}
 
 
 def _template(acc: Accumulator) -> Accumulator:

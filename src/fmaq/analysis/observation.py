@@ -27,6 +27,7 @@ from fmaq.kernels.histograms import BINS, LOWEST
 from fmaq.numerics import Accumulator
 from fmaq.numerics.reference import EVENTS
 from fmaq.ops.columns import Columns
+from fmaq.ops.operands import full_precision
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 STEPS = 1 << 23  # that are counted of a product, unless there are fewer
 HISTOGRAM_STEPS = 1 << 17  # whose products and sums get into the histograms
 ELEMENTS = 1 << 16  # of a tensor that get into its histogram, at even distances
+TABLE_WIDTH = 150  # of the table as text
 COUNTS = (*EVENTS, *(f"merge_{event}" for event in EVENTS))
 PARTS = ("a", "b", "product", "sum", "output")
 Histogram = dict[int | None, int]
@@ -137,6 +139,14 @@ class Observed(Mapping[str, ProductEvents]):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__} of {len(self)} products: {', '.join(self)}"
+
+    def __str__(self) -> str:
+        from rich.console import Console
+
+        console = Console(width=TABLE_WIDTH, color_system=None)
+        with console.capture() as captured:
+            console.print(self.table())
+        return captured.get()
 
     def __rich__(self) -> Table:
         return self.table()
@@ -248,13 +258,13 @@ def observe(model: nn.Module, steps: int | None = STEPS) -> Iterator[Observed]:
         raise TypeError(f"observe takes a torch.nn.Module, got {type(model).__name__}")
     if policy_of(model) is None:
         raise ValueError("observe takes an attached model: call fmaq.attach(model, policy) before")
-    if steps is not None and steps < 1:
-        raise ValueError(f"steps must be a positive number, or None for all, got {steps}")
+    if steps is not None and (not isinstance(steps, int) or isinstance(steps, bool) or steps < 1):
+        raise ValueError(f"steps must be a positive number, or None for all, got {steps!r}")
     observed = Observed(model)
 
     def listener(product: Product) -> None:
         if product.reason is None and product.rule is not None:
-            with torch.no_grad(), torch._C.DisableTorchFunction():
+            with torch.no_grad(), full_precision(), torch._C.DisableTorchFunction():
                 _look(observed, product, steps)
 
     with listening(listener):
@@ -271,7 +281,6 @@ def _look(observed: Observed, product: Product, steps: int | None) -> None:
     key = product.layer, product.kind, product.index
     found = observed.products.setdefault(key, ProductEvents(*key, acc))
     found.calls += 1
-    found.all_steps += product.macs or 0
     for part, operand in zip(("a", "b"), product.operands, strict=False):
         _measure(found, part, operand.detach().float())
     how = rule.how
@@ -280,6 +289,7 @@ def _look(observed: Observed, product: Product, steps: int | None) -> None:
         product.kind, product.operands, product.options, product.steps, 1, steps or 1 << 62, rule.per_token
     )
     scaled = part_of_it.scaled(columns.offset)
+    found.all_steps += round(scaled.outputs * scaled.depth / max(scaled.share, 1e-12))
     if all(is_finite(operand) for operand in product.operands):
         _count(found, scaled, acc)
         _histograms(found, scaled, acc)

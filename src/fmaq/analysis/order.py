@@ -56,7 +56,11 @@ def reorder(model: nn.Module, *inputs: Any, **kwargs: Any) -> list[str]:
         }
         before = _outputs(model, inputs, kwargs)
         apply_orders(model, orders)
-        after = _outputs(model, inputs, kwargs)
+        try:
+            after = _outputs(model, inputs, kwargs)
+        except BaseException:
+            restore_order(model)
+            raise
     for a, b in zip(before, after, strict=True):
         if a.numel() and float((a - b).abs().max()) > TOLERANCE * float(a.abs().max()):
             restore_order(model)
@@ -82,13 +86,13 @@ def channel_sizes(model: nn.Module, *inputs: Any, **kwargs: Any) -> dict[str, Te
     layers = _layers(model)
     names = {layer: name for name, layer in layers.items()}
 
-    def note(layer: nn.Module, args: tuple[Any, ...]) -> None:
+    def note(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         dim, name = _channel_dim(layer), names[layer]
-        x = args[0].detach().movedim(dim, -1).flatten(0, -2).double()
+        x = (args[0] if args else kwargs["input"]).detach().movedim(dim, -1).flatten(0, -2).double()
         squares[name] = squares.get(name, 0) + (x**2).sum(0)
         counts[name] = counts.get(name, 0) + len(x)
 
-    handles = [layer.register_forward_pre_hook(note) for layer in layers.values()]
+    handles = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in layers.values()]
     try:
         _outputs(model, inputs, kwargs)
     finally:
@@ -124,7 +128,7 @@ def apply_orders(model: nn.Module, orders: Mapping[str, Tensor]) -> None:
         layer = layers[name]
         layer.register_buffer(ORDER, order)
         layer.weight.data = layer.weight.data.index_select(1, order)
-        layer.__dict__[HOOK] = layer.register_forward_pre_hook(_permute)
+        layer.__dict__[HOOK] = layer.register_forward_pre_hook(_permute, with_kwargs=True)
 
 
 def restore_order(model: nn.Module) -> None:
@@ -137,8 +141,10 @@ def restore_order(model: nn.Module) -> None:
             layer.weight.data = layer.weight.data.index_select(1, order.argsort())  # type: ignore[union-attr, operator]
 
 
-def _permute(layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    return (args[0].index_select(_channel_dim(layer), layer._buffers[ORDER]), *args[1:])
+def _permute(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    x, *others = args or (kwargs["input"],)
+    x = x.index_select(_channel_dim(layer), layer._buffers[ORDER])
+    return ((x, *others), kwargs) if args else ((), {**kwargs, "input": x})
 
 
 def _channel_dim(layer: nn.Module) -> int:

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from fmaq.analysis.bounds import ChannelBounds, RangeLike, channel_bounds
+from fmaq.analysis.bounds import ChannelBounds, RangeLike, channel_bounds, input_range
 from fmaq.analysis.columns import in_columns
 from fmaq.analysis.trace import TracedProduct, accumulator_of, traced_products
+from fmaq.numerics import Accumulator
+from fmaq.ops.columns import Columns
 from fmaq.ops.operands import AccumulatorLike
 
+INTEGER_CODES = re.compile(r"u?int(\d+)")
 NO_WEIGHT = "no operand is a weight"
 NOT_FINITE = "an input is not finite"
 
@@ -124,7 +129,9 @@ def overflow_bounds(
 ) -> OverflowTable:
     """Which channels of a model's products cannot overflow, and the bias or width that would prove the rest.
 
-    Weights are taken as they are multiplied: quantized, if the model is attached to a policy that says so.
+    Weights are taken as they are multiplied: quantized, if the model is attached to a policy that says so, and with the
+    policy's offsets, if its accumulators are taken. With integer codes as range ("int8"), a weight quantized to
+    integers is taken as its codes, too.
 
     Args:
         model: any module, attached or not.
@@ -161,8 +168,37 @@ def _row(
         return OverflowRow(*about, product.low, product.high, None, NO_WEIGHT)
     if input_max is None and not (math.isfinite(product.low) and math.isfinite(product.high)):
         return OverflowRow(*about, product.low, product.high, None, NOT_FINITE)
-    bounds = channel_bounds(product.weight, acc, limits)
+    weight, limits = _as_summed(product, acc if given is None else None, limits)
+    bounds = channel_bounds(weight, acc, limits)
     return OverflowRow(*about, bounds.low, bounds.high, bounds, "")
+
+
+def _as_summed(product: TracedProduct, own: Accumulator | None, limits: RangeLike) -> tuple[Tensor, RangeLike]:
+    """The weight and the inputs' range as the accumulator meets them.
+
+    With the policy's own accumulator the weight has its offsets, and by token an input is below 2 in magnitude. A range
+    of integer codes is that of a product of codes.
+    """
+    weight, rule = product.weight, product.rule
+    assert weight is not None
+    if isinstance(limits, str) and (codes := INTEGER_CODES.fullmatch(limits.strip())):
+        bits = INTEGER_CODES.fullmatch(product.weight_format or "")
+        if bits is None and not torch.equal(weight, weight.round()):
+            raise ValueError(
+                f"{limits!r} is a range of integer codes, and the weight of {product.layer or 'the model itself'} is "
+                f'none: attach the model to a policy with weight="{codes[0].removeprefix("u")}", or give the range in '
+                "the units of the inputs"
+            )
+        if bits is not None:
+            largest = weight.double().abs().max().clamp(min=1e-300)
+            weight = (weight.double() / largest * (2 ** (int(bits[1]) - 1) - 1)).round().float()
+    if own is None or rule is None:
+        return weight, limits
+    weight = Columns(rule.how.get("offset")).scale(weight, 0)
+    if rule.per_token:
+        low, high = input_range(limits)
+        limits = (-2.0 if low < 0 else 0.0, 2.0 if high > 0 else 0.0)
+    return weight, limits
 
 
 def _cells(row: OverflowRow) -> tuple[str, ...]:

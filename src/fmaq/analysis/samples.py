@@ -222,6 +222,32 @@ class ConvSample:
 Sample = MatrixSample | ConvSample
 
 
+def joined(first: Sample, second: Sample) -> Sample | None:
+    """Two samples of a product as one; None where their shapes differ in more than rows or batches.
+
+    Of a weight, a matrix or filters, there is but one.
+    """
+    if isinstance(first, MatrixSample) and isinstance(second, MatrixSample):
+        is_alike = first.a.shape[1:] == second.a.shape[1:] and first.b.dim() == second.b.dim()
+        if first.b.dim() == 2:
+            return replace(first, **_with_rows(first, second, "a")) if is_alike else None
+        is_alike = is_alike and first.b.shape[1:] == second.b.shape[1:] and first.a.dim() == first.b.dim()
+        return replace(first, **_with_rows(first, second, "a", "b")) if is_alike else None
+    if isinstance(first, ConvSample) and isinstance(second, ConvSample):
+        is_alike = first.x.shape[1:] == second.x.shape[1:] and first.geometry == second.geometry
+        return replace(first, **_with_rows(first, second, "x")) if is_alike else None
+    return None
+
+
+def _with_rows(first: Sample, second: Sample, *names: str) -> dict[str, Any]:
+    """Fields of both, one behind the other, and the share of all outputs."""
+    parts = {name: torch.cat([getattr(first, name), getattr(second, name)]) for name in names}
+    if first.powers is not None and second.powers is not None:
+        parts["powers"] = torch.cat([first.powers, second.powers])
+    of_all = first.outputs / first.share + second.outputs / second.share
+    return {**parts, "share": (first.outputs + second.outputs) / of_all}
+
+
 def unscaled(found: Sample, y: Tensor) -> Tensor:
     """Sums of a sample as they are, not in units of the tokens' exponents."""
     return y if found.powers is None else y / found.powers
@@ -323,5 +349,6 @@ def _conv_sample(
 
 def is_finite(x: Tensor) -> bool:
     """Every value is finite."""
+    x = x.float() if x.dtype.itemsize == 1 else x  # torch knows no extremes of float8
     low, high = torch.aminmax(x) if x.numel() else (x.sum(), x.sum())
     return bool(torch.isfinite(low) & torch.isfinite(high))

@@ -96,7 +96,7 @@ class Sums:
         alone = self._gain()
         if not bool((self.count < FEW).any()):
             return alone
-        return torch.where(self.count < FEW, self.pooled(_equal_say(self))._gain(), alone)
+        return torch.where(self.count < FEW, self.pooled()._gain(), alone)
 
     def _gain(self) -> Tensor:
         gain = self.y_found / self.found_found.clamp(min=1e-300)

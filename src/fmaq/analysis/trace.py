@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fmaq.emulation import Policy, Product, attach, coverage, detach, listening, policy_of
+from fmaq.emulation.policy import Rule
 from fmaq.numerics import Accumulator
 from fmaq.ops.operands import AccumulatorLike
 
@@ -24,8 +25,9 @@ class TracedProduct:
         steps: products in one dot product, K.
         calls: how often it is computed.
         weight: (channels, K), in the order of summation, as it was multiplied; None where neither operand is a weight.
+        weight_format: what the weight was quantized to; None where it was not.
+        rule: of the product in the attached policy; None where that leaves it alone.
         low, high: the smallest and the largest value of the other operand.
-        accumulator: of the layer's rule; None where that leaves the sums to torch.
         is_attached: the model was attached to a policy.
     """
 
@@ -34,10 +36,17 @@ class TracedProduct:
     steps: int
     calls: int
     weight: Tensor | None
+    weight_format: str | None
     low: float
     high: float
-    accumulator: Accumulator | None
+    rule: Rule | None
     is_attached: bool
+
+    @property
+    def accumulator(self) -> Accumulator | None:
+        """Of the rule; None where that leaves the sums to torch."""
+        acc = None if self.rule is None else self.rule.accumulator
+        return acc if isinstance(acc, Accumulator) else None
 
 
 def traced_products(model: nn.Module, *inputs: Any, **kwargs: Any) -> list[TracedProduct]:
@@ -76,10 +85,9 @@ def _note(product: Product, found: dict[tuple[Any, ...], TracedProduct], is_atta
     low, high = (0.0, 0.0) if other.numel() == 0 or other.is_meta else map(float, torch.aminmax(other.float()))
     key = (product.layer, product.kind, product.index, product.steps)
     if key not in found:
-        rule = product.rule
-        acc = rule.accumulator if rule is not None and isinstance(rule.accumulator, Accumulator) else None
         about = (product.layer, product.kind, product.steps, 1)
-        found[key] = TracedProduct(*about, weight, low, high, acc, is_attached)
+        weight_format = product.formats[1] if len(product.formats) > 1 else None
+        found[key] = TracedProduct(*about, weight, weight_format, low, high, product.rule, is_attached)
         return
     known = found[key]
     known.calls += 1

@@ -38,6 +38,7 @@ def analyze(
             show_default=False,
         ),
     ] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads; all cores by default.")] = None,
     examples: Annotated[int, typer.Option(min=1, help="Inputs to run the model on, once.")] = 8,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on standard output.")] = False,
 ) -> None:
@@ -47,6 +48,10 @@ def analyze(
     accumulator's own rounding keeps of random sums. The second proves: no input in its range overflows in the channels
     counted, and the bias or width named would do for all. The data give shapes and ranges; no accuracy is measured.
     """
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
     from fmaq.numerics import Accumulator
 
     given = None if accumulator is None else Accumulator.parse(accumulator)
@@ -71,7 +76,8 @@ def read_range(text: str) -> Any:
     try:
         numbers = tuple(float(part) for part in text.split(","))
     except ValueError:
-        return input_range(text)
+        input_range(text)
+        return text
     if len(numbers) > 2:
         raise ValueError(f"--input-max takes one number or LOW,HIGH, got {text!r}")
     return input_range(numbers[0] if len(numbers) == 1 else (numbers[0], numbers[1]))

@@ -19,7 +19,7 @@ from fmaq.emulation.calls import Attachment
 from fmaq.emulation.mode import EmulationMode
 from fmaq.emulation.policy import Policy
 from fmaq.emulation.products import RECURRENT, FmaqCoverageWarning
-from fmaq.numerics import Accumulator
+from fmaq.numerics import Accumulator, FixedFormat
 from fmaq.ops.estimators import Estimate
 from fmaq.ops.operands import AccumulatorLike, check
 
@@ -61,6 +61,7 @@ def attach(model: nn.Module, policy: Policy | AccumulatorLike) -> nn.Module:
         _check_kernels(attachment)
     _install(attachments)
     _warn(attachments)
+    _warn_of_codes(attachments)
     return model
 
 
@@ -83,6 +84,7 @@ def attached(model: nn.Module, policy: Policy, may_be_template: bool = False) ->
     try:
         yield
     finally:
+        calls.forget_interrupted()
         for module, state in before.items():
             _, handles = module.__dict__.get(STATE, (None, ()))
             if state is not None:
@@ -179,6 +181,23 @@ def _warn(attachments: dict[nn.Module, Attachment]) -> None:
     if found:
         message = f"the products inside these modules cannot be emulated and stay torch's own: {', '.join(found)}"
         warnings.warn(message, FmaqCoverageWarning, stacklevel=3)
+
+
+def _warn_of_codes(attachments: dict[nn.Module, Attachment]) -> None:
+    """Integer operands keep their scales, which a fixed-point accumulator without offsets is hardly made for."""
+    for attachment in attachments.values():
+        rule = attachment.rule
+        if rule is None or rule.offset is not None or not isinstance(rule.accumulator, Accumulator):
+            continue
+        name = next((name for name in (rule.weight, rule.activation) if name and name.startswith("int")), None)
+        if name is not None and isinstance(rule.accumulator.format, FixedFormat) and not rule.products:
+            warnings.warn(
+                f"{rule.accumulator.format} sums operands in {name} at their scale, not their codes, and holds "
+                f"multiples of {rule.accumulator.format.tiny:g}: let fmaq.calibrate choose offsets that fit it",
+                UserWarning,
+                stacklevel=3,
+            )
+            return
 
 
 def _not_coverable(module: nn.Module) -> str | None:

@@ -89,6 +89,11 @@ def leave() -> None:
         _leave_mode_if_done()
 
 
+def forget_interrupted() -> None:
+    """Forget calls that ended without `leave` (a Ctrl-C, say), and leave the mode that was entered with the first."""
+    _drop_interrupted(sys._getframe(1))
+
+
 def current_call() -> Call | None:
     """The innermost attached module whose forward calls this, or None where torch's own product is meant.
 

@@ -137,7 +137,7 @@ def coverage(model: nn.Module, *inputs: Any, **kwargs: Any) -> Coverage:
     if all(policy_of(module) is None for module in model.modules()):
         raise ValueError("the model is attached to no policy; call fmaq.attach(model, policy) before fmaq.coverage")
     rows: list[CoverageRow] = []
-    with _undisturbed(model), warnings.catch_warnings():
+    with undisturbed(model), warnings.catch_warnings():
         warnings.simplefilter("ignore", FmaqCoverageWarning)
         with listening(lambda product: rows.append(_row(product))), _Unmet(rows):
             model(*inputs, **kwargs)
@@ -167,7 +167,7 @@ class _Unmet(TorchDispatchMode):
 
 
 @contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
+def undisturbed(model: nn.Module) -> Iterator[None]:
     """Without gradients; buffers and random state are put back."""
     buffers = [
         (module, name, buffer, buffer.clone())

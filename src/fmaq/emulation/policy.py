@@ -2,7 +2,8 @@
 
 A layer's rule comes from the policy's own fields, or from one entry of `layers` laid over them. An entry's key is a
 module's full name or a glob over names (`*`, `?`, `[...]`; `*` crosses dots). It speaks for the modules that it matches
-and for everything inside them. Where several entries speak for a layer, the most specific alone counts:
+and for everything inside them, but for offsets, gains and shifts by channel: these are of the matched modules' own
+products. Where several entries speak for a layer, the most specific alone counts:
 
 1. the layer's own exact name,
 2. then the key with the most literal characters,
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from fmaq.emulation import vector_files
 from fmaq.emulation.vectors import Vector
+from fmaq.emulation.whole_files import write_bytes
 from fmaq.numerics import Accumulator
 from fmaq.numerics.reference import ESTIMATORS
 from fmaq.ops import parse_tensor_format
@@ -202,12 +204,14 @@ class Policy:
         import yaml
 
         path = Path(path)
+        if path.is_dir():
+            raise IsADirectoryError(f"{path} is a folder; give the name of a file in it, such as policy.yaml")
         path.parent.mkdir(parents=True, exist_ok=True)
-        old = vector_files.named_by(path)
+        old = vector_files.no_longer_named(path)
         mapping, vectors = vector_files.taken_out(self.to_mapping())
         if vectors:
             mapping = {**mapping, vector_files.KEY: vector_files.write(path, vectors)}
-        vector_files.write_bytes(path, yaml.safe_dump(mapping, sort_keys=False, allow_unicode=True).encode())
+        write_bytes(path, yaml.safe_dump(mapping, sort_keys=False, allow_unicode=True).encode())
         if old is not None and old.name != mapping.get(vector_files.KEY):
             old.unlink(missing_ok=True)
 
@@ -281,7 +285,9 @@ class Policy:
         own = {name: getattr(self, name) for name in RULE_FIELDS}
         if best is None:
             return Rule(**own)
-        entry = self.layers[best[1]]
+        key, entry = best[1], self.layers[best[1]]
+        if entry is not None and not any(key == name or fnmatchcase(name, key) for name in names):
+            entry = _without_vectors(entry)
         return None if entry is None else Rule(**{**own, **entry})
 
     def check_names(self, names: Iterable[str]) -> None:
@@ -365,6 +371,14 @@ def _reset(entry: Mapping[str, Any], accumulator: Accumulator | str) -> dict[str
     """An entry with another accumulator in place of its own, and without what was chosen for that."""
     kept = {name: value for name, value in entry.items() if name not in CHOSEN_FIELDS}
     return {**kept, "accumulator": accumulator} if kept.get("accumulator", FP32) != FP32 else kept
+
+
+def _without_vectors(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """An entry without what is by channel or head, also in its products."""
+    kept = {name: value for name, value in entry.items() if not (isinstance(value, Vector) and value.size > 1)}
+    if "products" in kept:
+        kept["products"] = {key: _without_vectors(one) for key, one in kept["products"].items()}
+    return kept
 
 
 def _checked_entry(key: Any, entry: Any) -> dict[str, Any] | None:

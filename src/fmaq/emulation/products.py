@@ -160,7 +160,11 @@ def compute(call: Call, request: Request) -> Tensor:
                 place = Place(call.attachment.name, request.kind, call.products)
                 rule = _choosers.current(place, replace(request, operands=operands), rule)
             accumulator = Accumulator.parse(rule.accumulator)
-            result = request.emulated_product(*operands, accumulator, **rule.how).to(dtype)
+            try:
+                result = request.emulated_product(*operands, accumulator, **rule.how).to(dtype)
+            except ValueError as error:
+                where = call.attachment.name or "the model itself"
+                raise ValueError(f"{request.kind} in {where}: {error}") from error
     macs = result.numel() * request.steps if request.macs is None else request.macs
     announce(call, request.kind, operands, reason, request.steps, macs, request.options, formats)
     return result

@@ -6,13 +6,13 @@ The file's name ends with a hash of what is in it, and stands in the YAML file u
 from __future__ import annotations
 
 import hashlib
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from fmaq.emulation.whole_files import write_bytes
 
 KEY = "vectors"
 NAMES = ("offset", "gain", "shift")
@@ -63,8 +63,18 @@ def filled_in(content: Any, path: Path) -> Any:
     return walk({name: value for name, value in content.items() if name != KEY}, None)
 
 
-def named_by(path: Path) -> Path | None:
-    """The vectors' file of a policy's YAML file that is there; None where it has none."""
+def no_longer_named(path: Path) -> Path | None:
+    """The vectors' file that a policy's YAML file names and no other in its folder does; None where there is none."""
+    name = _named_by(path)
+    is_own = name is not None and name == Path(name).name and name.startswith(f"{path.stem}.")
+    if name is None or not is_own:
+        return None
+    others = (other for other in path.parent.iterdir() if other.suffix in (".yaml", ".yml") and other != path)
+    return None if any(_named_by(other) == name for other in others) else path.parent / name
+
+
+def _named_by(path: Path) -> str | None:
+    """What a YAML file says under `vectors`."""
     import yaml
 
     try:
@@ -72,8 +82,7 @@ def named_by(path: Path) -> Path | None:
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
         return None
     name = content.get(KEY) if isinstance(content, Mapping) else None
-    is_own = isinstance(name, str) and name == Path(name).name and name.startswith(f"{path.stem}.")
-    return path.parent / name if is_own and isinstance(name, str) else None
+    return name if isinstance(name, str) else None
 
 
 def write(path: Path, vectors: Mapping[str, np.ndarray]) -> str:
@@ -84,18 +93,6 @@ def write(path: Path, vectors: Mapping[str, np.ndarray]) -> str:
     name = f"{path.stem}.{_digest(content)}.safetensors"
     write_bytes(path.with_name(name), content)
     return name
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file, whole or not at all."""
-    descriptor, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with open(descriptor, "wb") as file:
-            file.write(content)
-        os.replace(beside, path)
-    except BaseException:
-        os.unlink(beside)
-        raise
 
 
 def _read(path: Path) -> dict[str, np.ndarray]:

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fmaq.ops.columns import LARGEST
+
 
 class Vector:
     """An array of integers (offsets) or of float32 (gains, shifts) that cannot be changed.
@@ -18,21 +20,28 @@ class Vector:
 
     Raises:
         TypeError: not numbers, or not integers where those are wanted.
-        ValueError: empty, ragged, or not finite.
+        ValueError: empty, ragged, not finite, or integers beyond an offset's ±126.
     """
 
     __slots__ = ("_tensor", "_values")
 
     def __init__(self, values: Any, whole: bool) -> None:
-        array = values.detach().cpu().numpy() if isinstance(values, Tensor) else np.array(values)
+        if isinstance(values, Tensor):
+            values = values.detach().cpu()
+            array = (values.float() if values.is_floating_point() else values).numpy()
+        else:
+            array = np.array(values)
         if array.dtype.kind not in ("iu" if whole else "iuf") or not array.size:
             raise TypeError(f"expected {'integers' if whole else 'numbers'}, got {values!r}")
+        if whole and not -LARGEST <= array.min() <= array.max() <= LARGEST:
+            raise ValueError(f"every integer must be from {-LARGEST} to {LARGEST}, got {array.min()} … {array.max()}")
         array = array.astype(np.int32 if whole else np.float32)
         if not np.isfinite(array).all():
             raise ValueError("every number must be finite")
         array.setflags(write=False)
         self._values = array
-        self._tensor = torch.from_numpy(array.copy())
+        with torch.inference_mode(False):
+            self._tensor = torch.from_numpy(array.copy())
 
     @property
     def array(self) -> np.ndarray:

@@ -130,7 +130,7 @@ class Backward:
         of_tile = gemm.tile_elements(problem.depth)
         parts = self._parts(gemm, tiles, of_tile)
         size_a = (1 + max(part.of_a for part in parts), problem.batches, tiles, of_tile)
-        partial_a = torch.zeros(size_a if self.wanted.of_a else (1,))
+        partial_a = problem.a.new_zeros(size_a if self.wanted.of_a else (1,))
         count_b = 1 + max(part.of_b for part in parts) if self.wanted.of_b else 0
         partial_b = [torch.zeros_like(problem.b) for _ in range(count_b)]
         arrays, size = self._arrays(kernel, choice, acc, parts, partial_a, partial_b)

@@ -239,7 +239,7 @@ def _matrix_problem(a: Tensor, b: Tensor) -> Problem:
     """Lanes run over the columns or, where that leaves fewer of them idle, over the rows."""
     batches, m, depth = a.shape
     n = b.shape[2]
-    c = torch.empty(batches, m, n)
+    c = a.new_empty(batches, m, n)
     a_strides, b_strides, c_strides = a.stride(), (b.stride(0), b.stride(2), b.stride(1)), c.stride()
     swap = _padded_cells(n, m) < _padded_cells(m, n)
     if swap:
@@ -315,7 +315,7 @@ def _conv_problem(
     dims, groups = x.dim() - 2, geometry.groups
     images, outputs, kernel_size = x.shape[0], weight.shape[0], weight.shape[2:]
     out = geometry.out(x.shape[2:], kernel_size)
-    c = torch.empty(images, outputs, *out)
+    c = x.new_empty(images, outputs, *out)
     flat = weight.reshape(outputs, -1)
     positions = math.prod(out)
     per_group = outputs // groups

@@ -76,7 +76,7 @@ def round_to_float(x: Tensor, mantissa: int, emin: int, emax: int) -> Tensor:
     """
     y = torch.empty_like(x)  # in x's order of dimensions, where x is dense
     if x.stride() != y.stride():
-        x, y = x.contiguous(), torch.empty(x.shape)
+        x, y = x.contiguous(), x.new_empty(x.shape)
     limit = 2.0**emax * (2 - 2.0**-mantissa)
     anchor = 2.0 ** (23 + emin - mantissa)
     _round(mantissa, current_target())[0](x.data_ptr(), y.data_ptr(), x.numel(), 2.0**emin, anchor, limit)

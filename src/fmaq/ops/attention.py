@@ -81,7 +81,9 @@ def _probabilities(scores: Tensor, attn_mask: Tensor | None, is_causal: bool) ->
     if attn_mask is None:
         return torch.softmax(scores, -1)
     if attn_mask.dtype == torch.bool:
-        attn_mask = torch.zeros(attn_mask.shape).masked_fill_(~attn_mask, -torch.inf)
+        attn_mask = torch.zeros(attn_mask.shape, dtype=torch.float32, device=attn_mask.device).masked_fill_(
+            ~attn_mask, -torch.inf
+        )
     scores = scores + widen(attn_mask, "attn_mask")
     is_masked = (scores == -torch.inf).all(-1, keepdim=True)
     # Zeroed before the softmax too: the gradient of a row of NaN would be NaN.

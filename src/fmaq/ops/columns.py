@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,14 +56,7 @@ class Columns:
         if self.offset is None:
             return b
         power = _along(self._power(1), b, dim, "offset", batched, rows=True)
-        scaled = b * power
-        if not torch.equal(scaled.detach() / power, b.detach().expand(scaled.shape)):
-            lost = (b.detach().abs() >= KEPT) & (scaled.detach().abs() < SMALLEST)
-            if bool((torch.isinf(scaled) & torch.isfinite(b)).any() | lost.any()):
-                raise ValueError(
-                    f"offset {self.offset} pushes values out of float32's range; choose one nearer to zero"
-                )
-        return scaled
+        return _Scaled.apply(b.expand(torch.broadcast_shapes(b.shape, power.shape)), power, self.offset)
 
     def by_token(self, a: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor | None]:
         """a·2^−e and 2^−e, which the product is to be divided by; without `per_token` a, and None.
@@ -90,9 +84,38 @@ class Columns:
         offset = torch.as_tensor(self.offset)
         if offset.is_floating_point() or offset.is_complex() or offset.dtype == torch.bool:
             raise TypeError(f"offset must be an integer or a tensor of integers, got {self.offset!r}")
-        if offset.numel() and int(offset.abs().max()) > LARGEST:
+        if offset.numel() and not -LARGEST <= int(offset.min()) <= int(offset.max()) <= LARGEST:
             raise ValueError(f"offset must be from {-LARGEST} to {LARGEST}, got {self.offset}")
         return ((sign * offset.to(torch.int32) + 127) << 23).view(torch.float32)
+
+
+class _Scaled(torch.autograd.Function):
+    """b times powers of two, refused where that is not exact."""
+
+    @staticmethod
+    def forward(b: Tensor, power: Tensor, offset: Offset) -> Tensor:
+        scaled = b * power
+        if not torch.equal(scaled / power, b):
+            lost = (b.abs() >= KEPT) & (scaled.abs() < SMALLEST)
+            if bool((torch.isinf(scaled) & torch.isfinite(b)).any() | lost.any()):
+                raise ValueError(f"offset {offset} pushes values out of float32's range; choose one nearer to zero")
+        return scaled
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.power = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return grads[0] * ctx.power, None, None
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[int | None, ...], b: Tensor, power: Tensor, offset: Offset
+    ) -> tuple[Tensor, int]:
+        """All examples at once: the powers broadcast from the last dimension on."""
+        assert in_dims[0] is not None
+        return _Scaled.apply(b.movedim(in_dims[0], 0), power, offset), 0
 
 
 def token_powers(a: Tensor, dims: tuple[int, ...]) -> Tensor:

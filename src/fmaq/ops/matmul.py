@@ -74,6 +74,7 @@ def matmul(
         estimator: of the gradients; `"identity"` is straight through. `"immediate/of"` and `"immediate/diff"` stop at
             steps that overflow, or are lost; `"recursive/of"` and `"recursive/diff"` also at later ones.
         backward: an accumulator for the two gradient products of `"identity"`, a·grad and grad·b; None is float32.
+            With an offset they are those of the product with b·2^c: a column's gradient enters them times 2^−c.
         offset: c, an integer or one a column (N,): the product with b·2^c, times 2^−c, all exact.
         gain: a number, or one a column (N,), that multiplies the finished sums in float32.
         shift: a number, or one a column (N,), that is then added.

@@ -1,26 +1,14 @@
-"""Files that are either whole or not there: written beside, flushed to the disk, then renamed into place."""
+"""Texts and JSON in files that are either whole or not there."""
 
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
+from fmaq.emulation.whole_files import write_bytes
 
-def write_bytes(path: str | Path, content: bytes) -> None:
-    """Write a file atomically, making its folder: a crash leaves the old content or the new, never a part."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(beside, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+__all__ = ["write_bytes", "write_json", "write_text"]
 
 
 def write_text(path: str | Path, text: str) -> None:
