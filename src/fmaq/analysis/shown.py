@@ -167,7 +167,8 @@ class Shown:
 
     def pooled(self, has_equal_say: bool = False) -> Shown:
         """All groups as one."""
-        return Shown(self.all.pooled(), self.inside.pooled(_equal_say(self.all) if has_equal_say else 1.0))
+        weight = _equal_say(self.all) if has_equal_say and bool((self.all.count >= FEW).all()) else 1.0
+        return Shown(self.all.pooled(), self.inside.pooled(weight))
 
 
 @dataclass
