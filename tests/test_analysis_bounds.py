@@ -9,7 +9,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import nn
 
-from fmaq import Accumulator, FixedFormat, FloatFormat, attach
+from fmaq import Accumulator, FixedFormat, FloatFormat, Policy, attach
 from fmaq.analysis import channel_bounds, overflow_bounds
 from fmaq.analysis.bounds import ChannelBounds, a2q_width, input_range
 from fmaq.numerics import reference
@@ -226,6 +226,44 @@ def test_ranges_by_layer_and_the_attached_policys_weights() -> None:
     assert table.to_dicts()[0]["channels"] == 4
     with pytest.raises(ValueError, match="'nowhere' matches no layer with products; there are conv"):
         overflow_bounds(model, x, input_max={"nowhere": 1.0})
+
+
+@pytest.mark.parametrize(
+    ("policy", "worst"),
+    [
+        (Policy("M7E4b8 product=M7E4b10", offset=[9, 0, -3, 0]), 1.0),
+        (Policy("M7E4b14 product=M7E4b14", per_token=True), 0.249),
+        (Policy("M7E4b13 product=M7E4b14", per_token=True, offset=[2, 0, -1, 0]), 0.249),
+    ],
+)
+def test_the_policys_offsets_and_tokens_are_in_the_bound(policy: Policy, worst: float) -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(32, 4, bias=False)
+    model.weight.data.abs_()
+    attach(model, policy)
+    row = overflow_bounds(model, torch.rand(16, 32), input_max=(0.0, worst)).rows[0]
+    assert 0 < row.proven < 4 or (policy.offset is None and row.proven == 0)
+    with torch.no_grad():
+        exact = worst * model.weight.sum(1)
+        found = model(torch.full((1, 32), worst))[0]
+    saturates = (found < 0.7 * exact).numpy()
+    assert saturates.any() and not (saturates & row.bounds.proven).any()
+
+
+def test_a_range_of_codes_is_that_of_integer_weights() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Linear(64, 6, bias=False), torch.randn(8, 64)
+    with pytest.raises(
+        ValueError, match=r"range of integer codes, and the weight of the model itself.*weight=\"int8\""
+    ):
+        overflow_bounds(model, x, accumulator="I16f0 chunk=none", input_max="int8")
+    with pytest.warns(UserWarning, match="I16f0 sums operands in int8 at their scale, not their codes"):
+        attach(model, {"accumulator": "I16f0", "weight": "int8", "activation": "int8"})
+    row = overflow_bounds(model, x, accumulator="I16f0 chunk=none", input_max="int8").rows[0]
+    weight = model.weight.detach()
+    codes = (weight / weight.abs().max() * 127).round()
+    assert np.array_equal(row.bounds.widths, channel_bounds(codes, "I16f0 chunk=none", "int8").widths)
+    assert row.proven < 6
 
 
 def test_an_input_that_is_not_finite_is_said() -> None:

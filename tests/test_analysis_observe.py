@@ -51,6 +51,45 @@ def test_counts_of_a_convolution_are_the_references():
     assert_counts(events["0"], windows, model[0].weight.detach().flatten(1).numpy().T)
 
 
+@pytest.mark.parametrize("steps", [None, 5000])
+def test_the_share_of_a_transposed_convolution_is_never_above_one(steps):
+    model, x = attached(nn.Sequential(nn.ConvTranspose2d(4, 4, 3, stride=2))), torch.randn(2, 4, 9, 9)
+    with torch.no_grad(), fmaq.observe(model, steps) as events:
+        model(x)
+    outputs = 2 * 4 * 19 * 19 * 4 * 9
+    assert events["0"].all_steps == outputs and events["0"].sampled == events["0"].steps / outputs
+    assert events["0"].sampled == 1 if steps is None else 0 < events["0"].sampled < 0.5
+
+
+def test_narrow_operands_are_observed_and_calibrated():
+    model = fmaq.attach(nn.Linear(16, 4).to(torch.float8_e4m3fn), "paper12")
+    x = torch.randn(32, 16).to(torch.float8_e4m3fn)
+    with torch.no_grad():
+        plain = model(x)
+        with fmaq.observe(model) as events:
+            assert torch.equal(model(x).float(), plain.float())
+        policy = fmaq.calibrate(model, "M7E4 product=M7E4", [x])
+    assert events[""].snr > 30 and policy.for_layer("").gain is not None
+
+
+def test_noise_is_against_float32_under_autocast_too():
+    model, x = attached(nn.Sequential(nn.Linear(64, 8)), "M20E7b63"), torch.randn(16, 64).bfloat16().float()
+    with torch.no_grad():
+        model[0].weight.copy_(model[0].weight.bfloat16())
+        with fmaq.observe(model) as plain:
+            model(x)
+        with torch.autocast("cpu", torch.bfloat16), fmaq.observe(model) as autocast:
+            model(x)
+    assert autocast["0"].snr == pytest.approx(plain["0"].snr) and plain["0"].snr > 90
+
+
+def test_what_was_observed_prints_its_table():
+    model = attached(nn.Sequential(nn.Linear(8, 4)))
+    with torch.no_grad(), fmaq.observe(model) as events:
+        model(torch.randn(3, 8))
+    assert "full swamping" in str(events) and "looked at" in str(events) and "M3E3b4" in str(events)
+
+
 class Attention(nn.Module):
     def forward(self, q, k, v):
         return nn.functional.scaled_dot_product_attention(q, k, v)
@@ -164,6 +203,9 @@ def test_bad_input_is_named():
     with pytest.raises(TypeError, match="got int"), fmaq.observe(3):
         pass
     fmaq.attach(model, ACC)
+    for steps in ("x", 1.5, True):
+        with pytest.raises(ValueError, match="steps must be a positive number"), fmaq.observe(model, steps=steps):
+            pass
     with pytest.raises(ValueError, match=r"steps must be a positive number.*got 0"), fmaq.observe(model, steps=0):
         pass
     with fmaq.observe(model) as events:

@@ -48,6 +48,38 @@ def test_the_network_computes_the_same_in_float32() -> None:
     torch.testing.assert_close(single, F.conv2d(x, made()[0].conv.weight, model.conv.bias, padding=1)[0])
 
 
+def test_layers_called_by_keyword_are_reordered() -> None:
+    class Keyword(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(6, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.fc(input=x)
+
+    model, x = Keyword(), torch.randn(5, 6)
+    before = model(x)
+    assert reorder(model, x) == ["fc"]
+    torch.testing.assert_close(model(x), before)
+
+
+def test_an_interrupt_puts_the_model_back() -> None:
+    class Interrupted(nn.Sequential):
+        calls = 0
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.calls += 1
+            if self.calls == 3:
+                raise KeyboardInterrupt
+            return super().forward(x)
+
+    model = Interrupted(nn.Linear(6, 3))
+    before = model[0].weight.clone()
+    with pytest.raises(KeyboardInterrupt):
+        reorder(model, torch.randn(5, 6))
+    assert torch.equal(model[0].weight, before) and not model[0]._forward_pre_hooks
+
+
 def test_restoring_is_exact() -> None:
     model, x = made()
     state = copy.deepcopy(model.state_dict())

@@ -77,6 +77,7 @@ def test_offsets_leave_the_identity_gradient_alone():
         ({"offset": 1.5}, TypeError, "offset must be an integer"),
         ({"offset": torch.tensor([1, 2, 3])}, ValueError, r"offset must be an integer or \(2,\)"),
         ({"offset": 127}, ValueError, "offset must be from -126 to 126"),
+        ({"offset": torch.tensor(-128, dtype=torch.int8)}, ValueError, "offset must be from -126 to 126"),
         ({"gain": torch.ones(3)}, ValueError, r"gain must be a number or \(2,\)"),
     ],
 )
@@ -110,6 +111,21 @@ def test_offsets_gains_and_shifts_by_head():
     assert vectors.shape == (2, 3, 5) and torch.equal(vectors, shared[..., 0])
     with pytest.raises(ValueError, match=r"or have the batch's dimensions before that or before 1, got \(4, 1\)"):
         fmaq.matmul(a, b, ACC, gain=torch.ones(4, 1))
+
+
+@pytest.mark.parametrize("per_token", [False, True])
+def test_vmap_over_weights_with_offsets(per_token):
+    torch.manual_seed(6)
+    x, weights = torch.randn(5, 12), torch.randn(3, 4, 12)
+    options = {
+        "offset": torch.tensor([1, -2, 0, 3]),
+        "gain": torch.tensor([1.0, 1.5, 2.0, 0.5]),
+        "per_token": per_token,
+    }
+    found = torch.vmap(lambda w: fmaq.linear(x, w, None, ACC, **options))(weights)
+    assert torch.equal(found, torch.stack([fmaq.linear(x, w, None, ACC, **options) for w in weights]))
+    both = torch.vmap(lambda a, w: fmaq.linear(a, w, None, ACC, **options), (None, 2))(x, weights.movedim(0, 2))
+    assert torch.equal(both, found)
 
 
 def test_by_token_each_row_has_another_bias():

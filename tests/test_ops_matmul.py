@@ -71,6 +71,37 @@ def test_broadcasts_strides_dtypes_and_non_finite(batch, sizes, acc, dtype, bad,
     same(fmaq.matmul(a, b, acc), reference_matmul(a, b, acc))
 
 
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
+def test_torchs_default_type_is_of_no_consequence(default):
+    rng = np.random.default_rng(9)
+    a, b, x, w = (
+        torch.from_numpy(rng.normal(size=s).astype(np.float32)) for s in ((5, 9), (9, 3), (2, 3, 6, 6), (4, 3, 3, 3))
+    )
+    mask = torch.ones(5, 5, dtype=torch.bool).tril()
+
+    def results() -> list[torch.Tensor]:
+        found = [fmaq.matmul(a, b, "paper12"), fmaq.conv2d(x, w, None, "paper12"), fmaq.quantize(x.mT[::2], "M4E3")]
+        found.append(fmaq.scaled_dot_product_attention(a, a, a, "paper12", attn_mask=mask))
+        for operation, operands in (
+            (fmaq.matmul, (a, b)),
+            (lambda *o, **how: fmaq.conv2d(o[0], o[1], None, *o[2:], **how), (x, w)),
+        ):
+            leaves = [operand.clone().requires_grad_() for operand in operands]
+            operation(*leaves, "M4E3b5 product=M4E3b6", estimator="immediate/diff").sum().backward()
+            found += [leaf.grad for leaf in leaves]
+        return found
+
+    expected = results()
+    torch.set_default_dtype(default)
+    try:
+        found = results()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(
+        mine.dtype == torch.float32 and torch.equal(mine, other) for mine, other in zip(found, expected, strict=True)
+    )
+
+
 def test_strides_of_zero_and_of_every_second_column():
     rng = np.random.default_rng(2)
     a, b = values(rng, (1, 7)).expand(4, 7), values(rng, (7, 10))[:, ::2]

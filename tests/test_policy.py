@@ -5,6 +5,7 @@ import os
 import pickle
 
 import pytest
+import torch
 
 from fmaq.emulation import Policy, Rule
 from fmaq.numerics import Accumulator
@@ -62,6 +63,50 @@ def test_file_round_trips_and_nothing_is_left_beside(tmp_path) -> None:
     policy.save(path)
     assert Policy.load(path) == policy
     assert [p.name for p in tmp_path.iterdir()] == ["policy.yaml"]
+
+
+def test_vectors_that_another_file_names_stay(tmp_path) -> None:
+    first, second = (Policy("paper12", gain=[value] * 40) for value in (1.5, 2.5))
+    first.save(tmp_path / "p.yaml")
+    first.save(tmp_path / "p.yml")
+    (tmp_path / "best.yaml").write_bytes((tmp_path / "p.yaml").read_bytes())
+    second.save(tmp_path / "p.yaml")
+    assert Policy.load(tmp_path / "p.yml") == Policy.load(tmp_path / "best.yaml") == first
+    (tmp_path / "best.yaml").unlink()
+    second.save(tmp_path / "p.yml")
+    assert Policy.load(tmp_path / "p.yml") == Policy.load(tmp_path / "p.yaml") == second
+    assert len(list(tmp_path.glob("*.safetensors"))) == 1
+
+
+def test_files_have_the_usual_permissions(tmp_path) -> None:
+    (tmp_path / "usual").touch()
+    Policy("paper12", gain=[1.5] * 40).save(tmp_path / "p.yaml")
+    assert {path.stat().st_mode for path in tmp_path.iterdir()} == {(tmp_path / "usual").stat().st_mode}
+
+
+def test_a_folder_in_place_of_a_file_is_refused(tmp_path) -> None:
+    with pytest.raises(IsADirectoryError, match="is a folder; give the name of a file in it"):
+        Policy("paper12", gain=[1.5] * 40).save(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("offset", [2**40 + 3, 500, [0, -127]])
+def test_offsets_that_no_product_could_have_are_refused(offset) -> None:
+    with pytest.raises(ValueError, match="offset: every integer must be from -126 to 126"):
+        Policy("paper12", offset=offset)
+
+
+def test_gains_in_half_precision() -> None:
+    assert Policy("paper12", gain=torch.tensor([1.5, 0.25]).bfloat16()) == Policy("paper12", gain=[1.5, 0.25])
+
+
+def test_what_is_by_channel_speaks_for_the_matched_module_alone() -> None:
+    entry = {"offset": [1, 2], "gain": 1.5, "products": {0: {"shift": [0.5, 1.0]}}}
+    policy = Policy("paper12", layers={"block": entry, "x.*": {"offset": [1, 2]}})
+    own, inside = policy.for_layer("block"), policy.for_layer("block.fc")
+    assert own.offset is not None and own.products[0]["shift"] is not None
+    assert inside.offset is None and inside.gain == own.gain and inside.products == {0: {}}
+    assert policy.for_layer("x.fc").offset == own.offset
 
 
 def test_empty_file_is_the_default_policy(tmp_path) -> None:

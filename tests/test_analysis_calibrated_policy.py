@@ -1,0 +1,208 @@
+"""calibrate: what its policy says of layers and products that were not met, and of those that others had chosen."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import fmaq
+from fmaq.numerics import Accumulator
+
+TEMPLATE = "M7E4 product=M7E4"
+
+
+class Attention(nn.Module):
+    """Products of its own at indices 0 and 1, and a linear layer inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.out = nn.Linear(8, 8)
+        self.dropout = nn.Dropout(0.0)
+
+    def forward(self, x):
+        return self.dropout(self.out(nn.functional.scaled_dot_product_attention(x, x, x)))
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner = nn.Linear(8, 8)
+        self.attention = Attention()
+
+    def forward(self, x):
+        return self.attention(self.inner(x))
+
+
+def inputs(seed: int = 1) -> torch.Tensor:
+    return torch.randn(2, 3, 12, 8, generator=torch.Generator().manual_seed(seed))
+
+
+def accumulators_of(model: nn.Module, policy, *x: torch.Tensor) -> dict[tuple[str, str], str]:
+    """The accumulator of every product, "fp32" where torch computes it."""
+    fmaq.attach(model, policy)
+    rows = {(row.layer, row.product): row.accumulator for row in fmaq.coverage(model, *x)}
+    fmaq.detach(model)
+    return rows
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [
+        {"products": {"attention_values": {"accumulator": "fp32"}}},
+        {"products": {1: {"accumulator": "fp32"}}},
+        {"layers": {"attention": {"products": {"attention_values": {"accumulator": "fp32"}}}}},
+        {"layers": {"attention": {"products": {1: {"accumulator": "fp32"}}}}},
+    ],
+)
+def test_products_in_float32_stay_there(rules):
+    found = accumulators_of(Net(), fmaq.calibrate(Net(), {"accumulator": TEMPLATE, **rules}, [inputs()]), inputs())
+    assert found.pop(("attention", "attention_values")) == "fp32"
+    assert len(found) == 3 and "fp32" not in found.values()
+
+
+def test_a_products_own_gradient_accumulator_stays():
+    given = {"accumulator": TEMPLATE, "products": {"attention_scores": {"backward": "M7E5b18"}}}
+    policy = fmaq.calibrate(Net(), given, [inputs()])
+    rule = policy.for_layer("attention")
+    assert rule.for_product("attention_scores", 0).backward == Accumulator("M7E5b18")
+    assert rule.for_product("attention_values", 1).backward is None
+
+
+@pytest.mark.parametrize("key", ["*.out", "attention.out", "attention.o*"])
+def test_layers_left_alone_stay_so_inside_of_others(key):
+    policy = fmaq.calibrate(Net(), {"accumulator": TEMPLATE, "layers": {key: None}}, [inputs()])
+    assert policy.for_layer("attention.out") is None
+    assert accumulators_of(Net(), policy, inputs())["attention.out", "linear"] == "fp32"
+
+
+def test_what_is_by_channel_is_not_handed_down():
+    """A module that is called in other batches only has products of other widths."""
+
+    class Rare(nn.Module):
+        def forward(self, x):
+            return x @ x.mT
+
+    class Root(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.w = nn.Parameter(torch.randn(50, 8))
+            self.rare = Rare()
+
+        def forward(self, x, is_rare=False):
+            y = nn.functional.linear(x, self.w)
+            return self.rare(y) if is_rare else y
+
+    model, x = Root(), torch.randn(16, 8)
+    policy = fmaq.calibrate(model, TEMPLATE, [x])
+    assert list(policy.layers) == [""] and policy.for_layer("rare").offset is None
+    y = fmaq.attach(model, policy)(x)
+    assert torch.equal(model(x, True), fmaq.matmul(y, y.mT, policy.for_layer("rare").accumulator))
+
+
+def test_another_kind_at_the_same_place_is_refused():
+    class Changing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(8, 4))
+
+        def forward(self, x):
+            return x @ self.w if len(x) > 1 else nn.functional.conv1d(x[:, None], self.w[:, None])
+
+    with pytest.raises(ValueError, match=r"product 0 of the model itself is matmul in one call and conv1d in another"):
+        fmaq.calibrate(Changing(), TEMPLATE, [torch.randn(4, 8), torch.randn(1, 8)])
+
+
+def test_accumulators_of_what_was_not_met_keep_their_formats():
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.a, self.b, self.unmet, self.big = (nn.Linear(8, 8) for _ in range(4))
+
+        def forward(self, x):
+            return self.b(self.a(x))
+
+    x, wide = torch.randn(32, 8), "M10E5 product=M10E5 chunk=8"
+    policy = fmaq.calibrate(Branches(), fmaq.Policy("I16f4", layers={"a": TEMPLATE_ENTRY, "b": TEMPLATE_ENTRY}), [x])
+    assert str(policy.accumulator) == str(Accumulator("I16f4")) and policy.for_layer("unmet").accumulator.bits == 16
+    policy = fmaq.calibrate(Branches(), fmaq.Policy(TEMPLATE, layers={"b*": {"accumulator": wide}}), [x])
+    assert str(policy.accumulator).startswith("M7E4b") and policy.accumulator.chunk == 16
+    filled = policy.for_layer("big").accumulator
+    assert str(filled.format).startswith("M10E5b") and filled.chunk == 8 and not filled.is_template
+
+
+TEMPLATE_ENTRY = {"accumulator": TEMPLATE}
+
+
+def test_a_module_with_two_names_has_its_fit_under_any():
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.a = nn.Linear(8, 8)
+            self.longname = self.a
+
+        def forward(self, x):
+            return self.longname(self.a(x))
+
+    given = fmaq.Policy(TEMPLATE, layers={"longname": {"weight": "M4E3"}})
+    policy = fmaq.calibrate(Shared(), given, [torch.randn(32, 8)])
+    rule = policy.for_layer("a", "longname")
+    assert rule.weight == "M4E3" and rule.gain is not None and not rule.accumulator.is_template
+
+
+def test_made_in_inference_mode_it_trains():
+    model, x = nn.Sequential(nn.Linear(8, 4)), torch.randn(32, 8)
+    with torch.inference_mode():
+        policy = fmaq.calibrate(model, TEMPLATE, [x])
+    fmaq.attach(model, policy)(x).sum().backward()
+    assert model[0].weight.grad is not None
+
+
+def test_calibrating_leaves_statistics_and_randomness_alone():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.5)).train()
+    before, state = model[1].running_mean.clone(), torch.get_rng_state()
+    fmaq.calibrate(model, TEMPLATE, [torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0)) + 3])
+    assert torch.equal(model[1].running_mean, before) and torch.equal(torch.get_rng_state(), state)
+
+
+def test_an_interrupt_leaves_nothing_behind():
+    class Interrupted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, x):
+            self.fc(x)
+            raise KeyboardInterrupt
+
+    model = nn.Sequential(Interrupted())
+    with pytest.raises(KeyboardInterrupt):
+        fmaq.calibrate(model, TEMPLATE, [torch.randn(8, 4)])
+    assert torch.overrides._get_current_function_mode_stack() == []
+    assert all(not module._forward_hooks and not module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("batches", "options", "error", "message"),
+    [
+        (None, {}, TypeError, "batches must be an iterable of batches, such as .x., got NoneType"),
+        ({"input": torch.randn(4, 8)}, {}, TypeError, "got dict"),
+        (torch.randn(4, 8), {}, TypeError, "got Tensor"),
+        ([torch.randn(4, 8)], {"chunks": 16}, TypeError, r"chunks must be a sequence of chunks, such as \(16, 32\)"),
+        ([torch.full((4, 8), 3e38)], {}, ValueError, "linear of 0 has sums beyond float32's range"),
+    ],
+)
+def test_bad_input_is_named(batches, options, error, message):
+    with pytest.raises(error, match=message):
+        fmaq.calibrate(nn.Sequential(nn.Linear(8, 4)), TEMPLATE, batches, **options)
+
+
+def test_a_policy_of_other_widths_names_the_layer():
+    policy = fmaq.calibrate(nn.Sequential(nn.Linear(8, 4)), TEMPLATE, [torch.randn(32, 8)])
+    model = fmaq.attach(nn.Sequential(nn.Linear(8, 7)), policy)
+    with pytest.raises(ValueError, match=r"linear in 0: gain must be a number or \(7,\), one a column, got \(4,\)"):
+        model(torch.randn(2, 8))
