@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from fmaq import __version__
 from fmaq.cli import main
@@ -73,7 +74,7 @@ def test_finetune_twice_then_fresh(
     first = Record.load(Path("runs/small/finetune.json"))
     assert first.stages == 2
     assert run(monkeypatch, "finetune", recipe) == 0
-    assert "resumed from" in capsys.readouterr().out
+    assert "holds the end of this run: nothing is left to train" in capsys.readouterr().out
     assert Record.load(Path("runs/small/finetune.json")).rows == first.rows
     assert run(monkeypatch, "finetune", recipe, "-a", "M5E4b10") == 2
     assert "another policy" in capsys.readouterr().err
@@ -94,6 +95,53 @@ def test_report_shows_a_record_again(
     assert Path("runs/small/evaluate.html").exists()
     assert run(monkeypatch, "report", "runs/small/evaluate.json", "-o", "elsewhere") == 0
     assert {path.name for path in Path("elsewhere").iterdir()} == {"small-evaluate.html", "small-evaluate.png"}
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "what"),
+    [
+        ("arguments: {width: 4}", "weights: other.safetensors\n  arguments: {width: 4}", "weights"),
+        ("kind: digits\n  limit: 40", "kind: callable\n  callable: other_data.py:halves", "test examples"),
+    ],
+)
+def test_a_run_that_began_elsewhere_is_not_resumed(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], old: str, new: str, what: str
+) -> None:
+    from safetensors.torch import save_file
+
+    from fmaq.training.residual_cnn import residual_cnn
+
+    assert run(monkeypatch, "finetune", recipe) == 0
+    before = Path("runs/small/finetune.json").read_bytes()
+    torch.manual_seed(99)
+    save_file(residual_cnn(width=4).state_dict(), "other.safetensors")
+    Path("other_data.py").write_text(
+        "from fmaq.training.data import load_data\nfrom fmaq.training.recipe import DigitsData\n\n"
+        "def halves():\n    train, test = load_data(DigitsData(kind='digits', limit=40), 'classification', None)\n"
+        "    return train, type(test)(*test.batch(slice(0, 20)))\n"
+    )
+    assert old in RECIPE
+    recipe.write_text(RECIPE.replace(old, new))
+    assert run(monkeypatch, "finetune", recipe) == 2
+    assert f"a run that began with other {what}" in capsys.readouterr().err
+    assert Path("runs/small/finetune.json").read_bytes() == before
+
+
+def test_the_output_folder_is_tried_before_the_work(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for command in ("evaluate", "finetune", "calibrate", "observe"):
+        assert run(monkeypatch, command, recipe, "-o", recipe / "runs") == 2
+        out = capsys.readouterr()
+        assert "cannot make the output folder" in out.err and "accuracy" not in out.out
+
+
+def test_observing_nothing_says_so(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe.write_text(RECIPE.replace("policy: {", "policy: {layers: {'*': null, '': null}, "))
+    assert run(monkeypatch, "observe", recipe) == 2
+    assert "none of the products of" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -96,7 +96,7 @@ class Sums:
         alone = self._gain()
         if not bool((self.count < FEW).any()):
             return alone
-        return torch.where(self.count < FEW, self.pooled()._gain(), alone)
+        return torch.where(self.count < FEW, self.pooled(_equal_say(self))._gain(), alone)
 
     def _gain(self) -> Tensor:
         gain = self.y_found / self.found_found.clamp(min=1e-300)
@@ -124,8 +124,13 @@ class Sums:
 
 
 def _equal_say(sums: Sums) -> Tensor:
-    """Weights that give groups whose sums differ in size the same say; by count they are 1 on average."""
-    alive = sums.yy > 0
+    """Weights that give groups whose sums differ in size the same say; by count they are 1 on average.
+
+    A few sums do not tell a group's size: such a group has no say, unless there are no others.
+    """
+    if not bool((sums.count >= FEW).any()):
+        return torch.ones_like(sums.count)
+    alive = (sums.yy > 0) & (sums.count >= FEW)
     weight = torch.where(alive, sums.count / torch.where(alive, sums.yy, 1.0), 0.0)
     return weight * sums.count.sum() / (weight * sums.count).sum().clamp(min=1e-300)
 
@@ -167,8 +172,7 @@ class Shown:
 
     def pooled(self, has_equal_say: bool = False) -> Shown:
         """All groups as one."""
-        weight = _equal_say(self.all) if has_equal_say and bool((self.all.count >= FEW).all()) else 1.0
-        return Shown(self.all.pooled(), self.inside.pooled(weight))
+        return Shown(self.all.pooled(), self.inside.pooled(_equal_say(self.all) if has_equal_say else 1.0))
 
 
 @dataclass

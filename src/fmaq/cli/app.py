@@ -210,12 +210,13 @@ def report(
 
 def _load(path: Path, output: Path | None, seed: int | None, changes: dict[str, Any]) -> tuple[Recipe, Path]:
     """The checked recipe, with the command line's changes, and the folder for its results."""
+    from fmaq.training.files import made_folder
     from fmaq.training.recipe import Recipe
 
     if seed is not None:
         changes["seed"] = seed
     recipe = Recipe.load(path, changes)
-    return recipe, output or recipe.output or Path("runs") / recipe.name
+    return recipe, made_folder(output or recipe.output or Path("runs") / recipe.name)
 
 
 def _use_threads(threads: int | None) -> None:

@@ -37,13 +37,13 @@ def observe(
 
         torch.set_num_threads(threads)
     from fmaq.analysis.observation import STEPS
+    from fmaq.training.files import made_folder
     from fmaq.training.observed import run_observe
     from fmaq.training.recipe import Recipe
 
     loaded = Recipe.load(recipe, {})
-    folder = output or loaded.output or Path("runs") / loaded.name
+    folder = made_folder(output or loaded.output or Path("runs") / loaded.name)
     found = run_observe(loaded, accumulator, batches, None if every_step else STEPS)
-    folder.mkdir(parents=True, exist_ok=True)
     frames = {"events.csv": found.to_dataframe(), "exponents.csv": found.histograms()}
     for name, frame in frames.items():
         frame.to_csv(folder / name, index=False)

@@ -2,8 +2,8 @@
 
 A layer's rule comes from the policy's own fields, or from one entry of `layers` laid over them. An entry's key is a
 module's full name or a glob over names (`*`, `?`, `[...]`; `*` crosses dots). It speaks for the modules that it matches
-and for everything inside them, but for offsets, gains and shifts by channel: these are of the matched modules' own
-products. Where several entries speak for a layer, the most specific alone counts:
+and for everything inside them, but for offsets, gains and shifts: these are of the matched modules' own products.
+Where several entries speak for a layer, the most specific alone counts:
 
 1. the layer's own exact name,
 2. then the key with the most literal characters,
@@ -287,7 +287,7 @@ class Policy:
             return Rule(**own)
         key, entry = best[1], self.layers[best[1]]
         if entry is not None and not any(key == name or fnmatchcase(name, key) for name in names):
-            entry = _without_vectors(entry)
+            entry = _handed_down(entry)
         return None if entry is None else Rule(**{**own, **entry})
 
     def check_names(self, names: Iterable[str]) -> None:
@@ -373,11 +373,11 @@ def _reset(entry: Mapping[str, Any], accumulator: Accumulator | str) -> dict[str
     return {**kept, "accumulator": accumulator} if kept.get("accumulator", FP32) != FP32 else kept
 
 
-def _without_vectors(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """An entry without what is by channel or head, also in its products."""
-    kept = {name: value for name, value in entry.items() if not (isinstance(value, Vector) and value.size > 1)}
+def _handed_down(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """An entry without what was chosen for the matched module's own sums."""
+    kept = {name: value for name, value in entry.items() if name not in CHOSEN_FIELDS}
     if "products" in kept:
-        kept["products"] = {key: _without_vectors(one) for key, one in kept["products"].items()}
+        kept["products"] = {key: _handed_down(one) for key, one in kept["products"].items()}
     return kept
 
 

@@ -76,13 +76,22 @@ def check_identity(path: Path, found: Mapping[str, Any], wanted: Mapping[str, An
     """
     differing = [name for name in wanted if found.get(name) != wanted[name]]
     if differing:
+        sides = {name: _differing(found.get(name), wanted[name]) for name in differing}
         details = "; ".join(
-            f"{name}: it has {_short(found.get(name))}, this run {_short(wanted[name])}" for name in differing
+            f"{name}: it has {_short(its)}, this run {_short(ours)}" for name, (its, ours) in sides.items()
         )
         raise CheckpointError(
             f"{path} is the checkpoint of a run with another {' and another '.join(differing)} ({details}). "
             f"Choose another output folder, or start over with resume=False (--fresh), which overwrites it"
         )
+
+
+def _differing(found: Any, wanted: Any) -> tuple[Any, Any]:
+    """Of two mappings, the keys in which they differ."""
+    if not (isinstance(found, Mapping) and isinstance(wanted, Mapping)):
+        return found, wanted
+    keys = [key for key in {**found, **wanted} if found.get(key) != wanted.get(key)]
+    return {key: found.get(key) for key in keys}, {key: wanted.get(key) for key in keys}
 
 
 def _short(value: Any) -> str:

@@ -3,12 +3,28 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 from fmaq.emulation.whole_files import write_bytes
 
-__all__ = ["write_bytes", "write_json", "write_text"]
+__all__ = ["made_folder", "write_bytes", "write_json", "write_text"]
+
+
+def made_folder(path: Path) -> Path:
+    """A folder for results, made if need be: before the work whose results they are.
+
+    Raises:
+        ValueError: it cannot be made, or written into.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"cannot make the output folder {path}: {error.strerror}; choose another with -o") from None
+    if not os.access(path, os.W_OK):
+        raise ValueError(f"cannot write into the output folder {path}; choose another with -o")
+    return path
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -196,7 +196,10 @@ class _Run:
         stages = [StageResult(**(s | {"stage": Stage(**s["stage"])})) for s in state["result"]["stages"]]
         self.result = FinetuneResult(stages, state["result"]["seconds"])
         self.restored = tensors
-        self.say(f"resumed from {path}: stage {self.stage + 1}, epoch {self.epoch + 1}, step {self.step}")
+        if self.stage == len(self.schedule.stages):
+            self.say(f"{path} holds the end of this run: nothing is left to train")
+        else:
+            self.say(f"resumed from {path}: stage {self.stage + 1}, epoch {self.epoch + 1}, step {self.step}")
         return int(state["log_bytes"])
 
     def _save(self) -> None:

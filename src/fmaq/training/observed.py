@@ -40,4 +40,8 @@ def run_observe(
                 call(ready.model, batch)
     finally:
         detach(ready.model)
+    if not found:
+        raise RecipeError(
+            f"none of the products of {type(ready.model).__name__} is emulated; see fmaq.coverage for why"
+        )
     return found

@@ -458,6 +458,7 @@ class Recipe(Document):
     @field_validator("operands")
     @classmethod
     def _readable_operands(cls, value: list[str]) -> list[str]:
+        value = ["float32" if item == "fp32" else item for item in value]
         for item in value:
             if item != "float32":
                 _try(Policy, weight=item, activation=item)

@@ -15,7 +15,9 @@ from torch import nn
 from fmaq.emulation import Policy, attach, detach
 from fmaq.numerics import Accumulator
 from fmaq.training.callables import load_callable
+from fmaq.training.checkpoint import CheckpointError
 from fmaq.training.data import load_data
+from fmaq.training.examples import Examples, Pairs, Windows, as_examples, digest
 from fmaq.training.explain import RecipeError
 from fmaq.training.loop import finetune
 from fmaq.training.models import build_model
@@ -89,9 +91,9 @@ def check_globs(policy: Policy, model: nn.Module) -> None:
     Raises:
         RecipeError: naming the glob and some of the model's modules.
     """
-    names = [name for name, _ in model.named_modules() if name]
+    names = [name for name, _ in model.named_modules(remove_duplicate=False)]
     for glob in policy.layers:
-        if not any(fnmatchcase(name, glob) for name in names):
+        if not any(glob == name or fnmatchcase(name, glob) for name in names):
             some = ", ".join(name for name, module in model.named_modules() if name and not list(module.children()))[
                 :200
             ]
@@ -198,17 +200,32 @@ def run_finetune(
 
 def _before(ready: Prepared, output: Path, resume: bool) -> Record:
     """The measurements before fine-tuning; taken from the folder if this same run made them already."""
-    path = output / "finetune.json"
+    path, checkpoint = output / "finetune.json", output / "checkpoint.safetensors"
     recipe = ready.recipe.model_dump(mode="json", exclude_defaults=True)
-    if resume and path.exists() and (output / "checkpoint.safetensors").exists():
+    digests = _digests(ready)
+    if resume and path.exists() and checkpoint.exists():
         record = Record.load(path)
+        for what, found in record.provenance.get("digests", {}).items():
+            if found != digests.get(what):
+                raise CheckpointError(
+                    f"{checkpoint} is the checkpoint of a run that began with other {what}. Choose another output "
+                    f"folder, or start over with resume=False (--fresh), which overwrites it"
+                )
         if record.recipe == recipe:
             record.rows[0].tuned = None
             return record
     record = ready.record("finetune")
+    record.provenance["digests"] = digests
     metrics, seconds = ready.measure(ready.policy)
     record.rows.append(Row(operands_of(ready.policy), str(ready.policy.accumulator), metrics, seconds))
     return record
+
+
+def _digests(ready: Prepared) -> dict[str, str]:
+    """Of what a checkpoint does not know: the weights that training starts from, and the test examples."""
+    found = {"weights": digest(ready.model.state_dict())}
+    test = as_examples(ready.test)
+    return found | ({"test examples": test.digest()} if isinstance(test, Examples | Windows | Pairs) else {})
 
 
 def line(record: Record, row: Row) -> str:
