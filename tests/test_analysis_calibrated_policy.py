@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -199,6 +201,21 @@ def test_an_interrupt_leaves_nothing_behind():
 def test_bad_input_is_named(batches, options, error, message):
     with pytest.raises(error, match=message):
         fmaq.calibrate(nn.Sequential(nn.Linear(8, 4)), TEMPLATE, batches, **options)
+
+
+def test_integers_at_a_scale_and_a_whole_number_accumulator():
+    """Their values are summed, not their codes; offsets make them fit."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 4)), torch.randn(64, 64)
+    wanted, given = model(x), fmaq.Policy("I16f0", weight="int8", activation="int8")
+    with pytest.warns(UserWarning, match="I16f0 sums operands in int8 at their scale, not their codes"):
+        fmaq.attach(model, given)
+    fmaq.detach(model)
+    policy = fmaq.calibrate(model, given, [x])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        error = fmaq.attach(model, policy)(x) - wanted
+    assert float(error.square().sum() / wanted.square().sum()) < 1e-3
 
 
 def test_a_policy_of_other_widths_names_the_layer():

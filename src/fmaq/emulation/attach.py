@@ -185,15 +185,16 @@ def _warn(attachments: dict[nn.Module, Attachment]) -> None:
 
 def _warn_of_codes(attachments: dict[nn.Module, Attachment]) -> None:
     """Integer operands keep their scales, which a fixed-point accumulator without offsets is hardly made for."""
-    for attachment in attachments.values():
-        rule = attachment.rule
-        if rule is None or rule.offset is not None or not isinstance(rule.accumulator, Accumulator):
-            continue
+    rules = [attachment.rule for attachment in attachments.values() if attachment.rule is not None]
+    if any(rule.offset is not None or rule.products for rule in rules):
+        return
+    for rule in rules:
         name = next((name for name in (rule.weight, rule.activation) if name and name.startswith("int")), None)
-        if name is not None and isinstance(rule.accumulator.format, FixedFormat) and not rule.products:
+        format = rule.accumulator.format if isinstance(rule.accumulator, Accumulator) else None
+        if name is not None and isinstance(format, FixedFormat):
             warnings.warn(
-                f"{rule.accumulator.format} sums operands in {name} at their scale, not their codes, and holds "
-                f"multiples of {rule.accumulator.format.tiny:g}: let fmaq.calibrate choose offsets that fit it",
+                f"{format} sums operands in {name} at their scale, not their codes, and holds multiples of "
+                f"{format.tiny:g}: let fmaq.calibrate choose offsets that fit it",
                 UserWarning,
                 stacklevel=3,
             )
