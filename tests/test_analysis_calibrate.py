@@ -267,6 +267,14 @@ def test_fixed_point_is_given_the_offset_that_fits(spec):
         )
 
 
+@pytest.mark.parametrize("per", ["layer", "channel"])
+def test_wrapping_sums_keep_room_for_what_was_not_seen(per):
+    for seed in range(4):
+        torch.manual_seed(seed)
+        model, x, other = nn.Linear(64, 32), torch.randn(32, 64), torch.randn(512, 64)
+        assert error_after(model, fmaq.calibrate(model, "I12f4w product=I12f4w", [x], per=per), other) < 1e-3
+
+
 def test_templates_of_single_products_are_completed():
     model, x = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True).eval(), torch.randn(3, 7, 16)
     for part in (

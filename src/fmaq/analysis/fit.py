@@ -8,7 +8,8 @@ up over batches, and every group of outputs (a channel, a head) takes the candid
 
 Candidates lie around the *maximum rule*, by which the largest sum and the largest product of a group are just
 representable: up to three powers of two above it, since partial sums may be larger than finished ones, and up to two
-below, since clipping an outlier may cost less than what it takes from all others. The first batch chooses among these;
+below, since clipping an outlier may cost less than what it takes from all others. A sum that wraps is lost, so wrapping
+formats keep room for twice the largest. The first batch chooses among these;
 all batches then choose between that and its neighbours. The product's bias is moved, for all groups, while that helps.
 
 What a channel will be given may be larger than what it was shown: a class of which no image was seen never had the
@@ -33,6 +34,7 @@ from fmaq.ops.columns import Columns
 
 SHIFTS = (-3, -2, -1, 0, 1, 2)  # of a group's exponents, from the maximum rule
 NEIGHBOURS = (-1, 0, 1)  # of what the first batch chose
+ROOM = -1  # the highest shift where a sum beyond the largest wraps, and is lost: twice the largest still fits
 CHANNELS = 128  # of them, the product's bias is chosen on
 MOST_DISTANCE = 12  # that the product's bias is moved from where a bound on products puts it
 MOST_OFFSET = 60  # 2^±offset times any ordinary weight is a float32
@@ -120,7 +122,9 @@ class Trial:
         candidates = [
             placed(replace(acc, chunk=chunk), top, _distance(acc, most_above)) for chunk in chunks or (acc.chunk,)
         ]
-        trial = cls(candidates[0], groups, by_channel, is_shared, offset, (0,) if by_maximum else SHIFTS, tail=tail)
+        wraps = any(isinstance(f, FixedFormat) and f.overflow == "wrap" for f in (acc.format, acc.product))
+        shifts = (0,) if by_maximum else tuple(shift for shift in SHIFTS if not wraps or shift <= ROOM)
+        trial = cls(candidates[0], groups, by_channel, is_shared, offset, shifts, tail=tail)
         if by_maximum:
             trial.acc = _best(candidates, trial._error_of(sample))
         else:
@@ -128,7 +132,7 @@ class Trial:
             trial.acc = _best(candidates, lambda candidate: float(trial._shifted(candidate, sample)[1].sum()))
             trial.offset = offset + trial._shifted(trial.acc, sample)[0]
             trial.acc = trial._with_best_distance(trial.acc, sample)
-            trial.shifts = NEIGHBOURS
+            trial.shifts = NEIGHBOURS if not wraps else tuple(shift for shift in NEIGHBOURS if shift <= 0)
         trial.largest = shown
         trial._show(sample)
         return trial
