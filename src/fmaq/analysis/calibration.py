@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -18,18 +18,17 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from fmaq.analysis.fit import SHIFTS, Fit, Trial, placed, relative_error, some_channels
+from fmaq.analysis.fitted import fitted, ruled, template_of
 from fmaq.analysis.samples import MatrixSample, Sample, is_finite, joined, sample
 from fmaq.emulation.attach import attached
 from fmaq.emulation.coverage import undisturbed
-from fmaq.emulation.policy import FP32, PRODUCT_FIELDS, RULE_FIELDS, Policy, Rule
+from fmaq.emulation.policy import Policy, Rule
 from fmaq.emulation.products import Place, Request, choosing
-from fmaq.emulation.vectors import Vector
 from fmaq.numerics import Accumulator, FloatFormat
 
 Per = Literal["model", "layer", "channel", "token"]
 ROWS = 48  # outputs of a channel that are sampled of a product, a batch
 STEPS = 1 << 22  # or as many as have so many steps, where that is more
-CHOSEN = ("accumulator", "offset", "gain", "shift")
 
 
 def calibrate(
@@ -86,7 +85,7 @@ def calibrate(
     if per == "model":
         fits.share()
         _run(model, policy, inputs, fits, "fitting gains")
-    return fits.policy(model, policy)
+    return fitted(model, policy, {place: fits.fit(place) for place in fits.trials})
 
 
 def check_choices(per: str, rule: str = "trial", chunks: Sequence[int | None] = ()) -> None:
@@ -129,21 +128,29 @@ def call(model: nn.Module, batch: Any) -> Any:
     return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
 
 
+@dataclass
 class _Fits:
-    """The trials of all products, and the rules that follow."""
+    """The trials of all products, and the rules that follow.
 
-    def __init__(
-        self, per: Per, by_maximum: bool, has_gain: bool, has_shift: bool, chunks: tuple[int | None, ...]
-    ) -> None:
-        self.per, self.by_maximum, self.has_gain, self.has_shift, self.chunks = (
-            *(per, by_maximum, has_gain, has_shift),
-            chunks,
-        )
-        self.trials: dict[Place, Trial] = {}
-        self.samples: dict[Place, Sample] = {}  # of all products: what one bias for all is chosen on
-        self.few: dict[Place, Sample] = {}  # of products that have not shown `ROWS` sums of each channel yet
-        self.shifted: set[Place] = set()  # those that may have shifts
-        self.shared: dict[Accumulator, Accumulator] = {}
+    Attributes:
+        per, by_maximum, has_gain, has_shift, chunks: see `calibrate`.
+        trials: of the products met so far.
+        samples: of all products, what one bias for all is chosen on.
+        few: of products that have not shown `ROWS` sums of each channel yet.
+        shifted: those that may have shifts.
+        shared: by template, what all products keep.
+    """
+
+    per: Per
+    by_maximum: bool
+    has_gain: bool
+    has_shift: bool
+    chunks: tuple[int | None, ...]
+    trials: dict[Place, Trial] = field(default_factory=dict)
+    samples: dict[Place, Sample] = field(default_factory=dict)
+    few: dict[Place, Sample] = field(default_factory=dict)
+    shifted: set[Place] = field(default_factory=set)
+    shared: dict[Accumulator, Accumulator] = field(default_factory=dict)
 
     def choose(self, place: Place, request: Request, rule: Rule) -> Rule:
         """The rule of a product that is met, from this and all earlier samples of it."""
@@ -172,7 +179,7 @@ class _Fits:
                 self.trials[place].add(found)
             except ValueError as error:
                 raise ValueError(f"{where} {error}; calibrate it with calls that are alike") from None
-        return ruled(rule, self._fit(place))
+        return ruled(rule, self.fit(place))
 
     def _with_few(self, place: Place, found: Sample, has_channels: bool) -> Sample | None:
         """A sample and all earlier ones of its product, as long as these show fewer than `ROWS` sums a channel."""
@@ -193,12 +200,13 @@ class _Fits:
                 )
 
     def _trial(self, acc: Accumulator, found: Sample, has_channels: bool) -> Trial:
-        shared = self.shared.get(replace(_template(acc), chunk=None))
+        shared = self.shared.get(template_of(acc))
         if shared is not None:
             return Trial.of_gains(shared, found, has_channels)
         return Trial.searched(acc, found, has_channels, self.per in ("model", "layer"), self.chunks, self.by_maximum)
 
-    def _fit(self, place: Place) -> Fit:
+    def fit(self, place: Place) -> Fit:
+        """What is best for a product so far."""
         return self.trials[place].fit(self.has_gain, place in self.shifted)
 
     def share(self) -> None:
@@ -208,7 +216,7 @@ class _Fits:
         """
         by_template: dict[Accumulator, list[Place]] = {}
         for place, trial in self.trials.items():
-            by_template.setdefault(replace(_template(trial.acc), chunk=None), []).append(place)
+            by_template.setdefault(template_of(trial.acc), []).append(place)
         for template, places in by_template.items():
             if isinstance(template.format, FloatFormat):
                 chunk = Counter(self.trials[place].acc.chunk for place in places).most_common(1)[0][0]
@@ -233,130 +241,3 @@ class _Fits:
 
     def _relative_error(self, acc: Accumulator, places: list[Place]) -> float:
         return sum(relative_error(acc, self.samples[place]) for place in places)
-
-    def policy(self, model: nn.Module, policy: Policy) -> Policy:
-        """The policy with an entry for every layer that was met, and biases wherever they are missing."""
-        names: dict[nn.Module, list[str]] = {}
-        for name, module in model.named_modules(remove_duplicate=False):
-            names.setdefault(module, []).append(name)
-        aliases = {all_names[0]: tuple(all_names) for all_names in names.values()}
-        by_layer: dict[str, list[Place]] = {}
-        for place in self.trials:
-            by_layer.setdefault(place.layer, []).append(place)
-        entries: dict[str, Any] = {key: self._completed(entry) for key, entry in policy.layers.items()}
-        for layer, places in by_layer.items():
-            rule = policy.for_layer(*aliases[layer])
-            assert rule is not None
-            for alias in aliases[layer]:
-                entries.pop(alias, None)
-            entries[layer] = self._entry(policy, rule, places)
-        own = self._filled(policy.accumulator)
-        products = {key: self._completed(entry) or {} for key, entry in policy.products.items()}
-        new = replace(policy, accumulator=own, products=products, layers=entries)
-        others: dict[str, Any] = {}
-        for first, all_names in aliases.items():
-            wanted, found = policy.for_layer(*all_names), new.for_layer(*all_names)
-            if first not in by_layer and not _is_alike(wanted, found):
-                others[first] = None if wanted is None else self._unmet(policy, wanted)
-        return replace(new, layers=entries | others)
-
-    def _entry(self, policy: Policy, rule: Rule, places: list[Place]) -> dict[str, Any]:
-        """One product: what it has is the layer's. Several: each by its index."""
-        if len(places) == 1 and places[0].index == 0 and not rule.products:
-            return _written(policy, ruled(rule, self._fit(places[0])))
-        products: dict[int | str, Any] = {key: self._completed(entry) for key, entry in rule.products.items()}
-        for place in places:
-            of_product = ruled(rule.for_product(place.kind, place.index), self._fit(place))
-            products[place.index] = {
-                name: getattr(of_product, name)
-                for name in PRODUCT_FIELDS
-                if name in CHOSEN or getattr(of_product, name) != getattr(rule, name)
-            }
-        default = self._fit(places[0]).accumulator
-        return {**_written(policy, replace(rule, products={}), default), "products": products}
-
-    def _unmet(self, policy: Policy, rule: Rule) -> dict[str, Any]:
-        """The entry of a layer that was not met."""
-        products = {key: self._completed(entry) for key, entry in rule.products.items()}
-        filled = replace(rule, accumulator=self._filled(rule.accumulator), products={})
-        return {**_written(policy, filled), **({"products": products} if products else {})}
-
-    def _completed(self, entry: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
-        """An entry without formats that still need a bias: no product that it speaks for was met."""
-        if entry is None:
-            return None
-        completed = dict(entry)
-        if "accumulator" in entry:
-            completed["accumulator"] = self._filled(entry["accumulator"])
-        if "products" in entry:
-            completed["products"] = {key: self._completed(one) for key, one in entry["products"].items()}
-        return completed
-
-    def _filled(self, acc: Accumulator | str) -> Accumulator | str:
-        """An accumulator with the biases usual among products of its format; if there is none, its own or others'."""
-        if not isinstance(acc, Accumulator):
-            return acc
-        fitted = [self._fit(place).accumulator for place in self.trials]
-        alike = [one for one in fitted if replace(_template(one), chunk=None) == replace(_template(acc), chunk=None)]
-        if alike:
-            return sorted(alike, key=_bias)[len(alike) // 2]
-        if not acc.is_template:
-            return acc
-        trials = sorted(self.trials.values(), key=lambda trial: trial.top)
-        usual = trials[len(trials) // 2]
-        return placed(acc, usual.top, usual.distance)
-
-
-def ruled(rule: Rule, fit: Fit) -> Rule:
-    """The rule with what was chosen."""
-    return replace(
-        rule,
-        accumulator=fit.accumulator,
-        offset=None if fit.offset is None else Vector(fit.offset, whole=True),
-        gain=_vector(fit.gain),
-        shift=_vector(fit.shift),
-    )
-
-
-def _vector(x: Tensor | None) -> Vector | None:
-    return None if x is None else Vector(x.float(), whole=False)
-
-
-def _written(policy: Policy, rule: Rule, default: Accumulator | None = None) -> dict[str, Any]:
-    """A rule as an entry of `layers`: the fields in which it differs from the policy's own, and those chosen."""
-    if default is not None and rule.accumulator != FP32:
-        rule = replace(rule, accumulator=default)
-    entry = {name: getattr(rule, name) for name in CHOSEN}
-    return entry | {name: getattr(rule, name) for name in RULE_FIELDS if getattr(rule, name) != getattr(policy, name)}
-
-
-def _is_alike(wanted: Rule | None, found: Rule | None) -> bool:
-    """A layer that was not met still has the rule that it had, but perhaps for biases and chunks."""
-    if wanted is None or found is None:
-        return wanted is found
-    return _without_biases(wanted) == _without_biases(found)
-
-
-def _without_biases(rule: Rule) -> tuple[dict[str, Any], dict[int | str, dict[str, Any]]]:
-    """A rule's fields, and those of its products that differ, with templates of accumulators."""
-
-    def bare(values: Mapping[str, Any]) -> dict[str, Any]:
-        acc = values["accumulator"]
-        return {**values, "accumulator": replace(_template(acc), chunk=None) if isinstance(acc, Accumulator) else acc}
-
-    own = bare({name: getattr(rule, name) for name in PRODUCT_FIELDS})
-    products = {key: bare({**own, **entry}) for key, entry in rule.products.items()}
-    return own, {key: values for key, values in products.items() if values != own}
-
-
-def _template(acc: Accumulator) -> Accumulator:
-    """The accumulator without biases."""
-
-    def bare(format: Any) -> Any:
-        return replace(format, bias=None) if isinstance(format, FloatFormat) else format
-
-    return replace(acc, format=bare(acc.format), product=bare(acc.product))
-
-
-def _bias(acc: Accumulator) -> int:
-    return (acc.format.bias or 0) if isinstance(acc.format, FloatFormat) else 0

@@ -154,7 +154,7 @@ class Trial:
     @property
     def distance(self) -> int:
         """By how much the product's bias is above that of the sums."""
-        return _bias(self.acc.product) - _bias(self.acc.format)
+        return bias_of(self.acc.product) - bias_of(self.acc.format)
 
     def _error_of(self, sample: Sample) -> Callable[[Accumulator], float]:
         """The squared error that an accumulator leaves in some channels, at the offsets as they are now."""
@@ -182,7 +182,7 @@ class Trial:
         best, least = acc, error(acc)
         for step in (1, -1):
             for moved in range(1, MOST_DISTANCE + 1):
-                candidate = _biased(acc, _bias(acc.format), _bias(acc.product) + step * moved)
+                candidate = _biased(acc, bias_of(acc.format), bias_of(acc.product) + step * moved)
                 found = error(candidate)
                 if found >= least:
                     break
@@ -277,7 +277,7 @@ class Trial:
         if not isinstance(self.acc.product, FloatFormat | None):
             return self.acc, offset
         acc = _moved(self.acc, int(offset.flatten().median()))
-        offset = offset - (_bias(acc.format) - _bias(self.acc.format))
+        offset = offset - (bias_of(acc.format) - bias_of(self.acc.format))
         return acc, offset if bool(offset.any()) else None
 
 
@@ -365,7 +365,7 @@ def placed(acc: Accumulator, top: int, distance: int) -> Accumulator:
 
 def _moved(acc: Accumulator, by: int) -> Accumulator:
     """The accumulator with larger biases."""
-    return _biased(acc, _bias(acc.format) + by, _bias(acc.product) + by)
+    return _biased(acc, bias_of(acc.format) + by, bias_of(acc.product) + by)
 
 
 def _biased(acc: Accumulator, bias: int, product_bias: int) -> Accumulator:
@@ -382,7 +382,8 @@ def _held(format: FloatFormat, bias: int) -> int:
     return max(2**format.exponent - 128, min(126, bias))
 
 
-def _bias(format: Format | None) -> int:
+def bias_of(format: Format | None) -> int:
+    """A float's bias, where it has one; else 0."""
     return format.bias or 0 if isinstance(format, FloatFormat) else 0
 
 

@@ -215,7 +215,7 @@ def test_integers_at_a_scale_and_a_whole_number_accumulator():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         error = fmaq.attach(model, policy)(x) - wanted
-    assert float(error.square().sum() / wanted.square().sum()) < 1e-3
+    assert float((error.square().sum() / wanted.square().sum()).detach()) < 1e-3
 
 
 def test_a_policy_of_other_widths_names_the_layer():
