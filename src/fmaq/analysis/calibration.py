@@ -28,6 +28,7 @@ from fmaq.numerics import Accumulator, FloatFormat
 
 Per = Literal["model", "layer", "channel", "token"]
 ROWS = 48  # outputs of a channel that are sampled of a product, a batch
+ENOUGH = 24  # to choose ranges by; of fewer, ranges are chosen anew with each batch
 STEPS = 1 << 22  # or as many as have so many steps, where that is more
 
 
@@ -136,7 +137,7 @@ class _Fits:
         per, by_maximum, has_gain, has_shift, chunks: see `calibrate`.
         trials: of the products met so far.
         samples: of all products, what one bias for all is chosen on.
-        few: of products that have not shown `ROWS` sums of each channel yet.
+        few: of products that have not shown `ENOUGH` sums of each channel yet.
         shifted: those that may have shifts.
         shared: by template, what all products keep.
     """
@@ -182,11 +183,11 @@ class _Fits:
         return ruled(rule, self.fit(place))
 
     def _with_few(self, place: Place, found: Sample, has_channels: bool) -> Sample | None:
-        """A sample and all earlier ones of its product, as long as these show fewer than `ROWS` sums a channel."""
+        """A sample and all earlier ones of its product, as long as these show fewer than `ENOUGH` sums a channel."""
         before = self.few.pop(place, None)
         together = found if before is None else joined(before, found)
         is_matrix_of_activations = isinstance(found, MatrixSample) and found.b.dim() == 2 and not has_channels
-        if together is not None and not is_matrix_of_activations and together.outputs < ROWS * together.channels:
+        if together is not None and not is_matrix_of_activations and together.outputs < ENOUGH * together.channels:
             self.few[place] = together
         return None if before is None else together
 
