@@ -12,7 +12,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
-import torch
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
@@ -105,7 +104,8 @@ def check_choices(per: str, rule: str = "trial", chunks: Sequence[int | None] = 
 
 def _listed(batches: Iterable[Any]) -> list[Any]:
     """The batches, of which there has to be one."""
-    if isinstance(batches, (Tensor, Mapping, str)) or not isinstance(batches, Iterable):
+    is_iterable = isinstance(batches, Iterable) or hasattr(batches, "__getitem__")  # a data set has the latter alone
+    if isinstance(batches, (Tensor, Mapping, str)) or not is_iterable:
         raise TypeError(f"batches must be an iterable of batches, such as [x], got {type(batches).__name__}")
     listed = list(batches)
     if not listed:
@@ -165,7 +165,7 @@ class _Fits:
             return replace(rule, accumulator=placed(acc, 0, 0))
         options = request.options or {}
         found = sample(request.kind, request.operands, options, request.steps, ROWS, STEPS, rule.per_token, True)
-        if not torch.isfinite(found.exact()).all():
+        if not is_finite(found.exact()):
             raise ValueError(f"{where} has sums beyond float32's range")
         together = self._with_few(place, found, has_channels)
         if place not in self.trials or together is not None or self.trials[place].is_outgrown_by(found):
