@@ -47,16 +47,19 @@ class Fit:
     """What was chosen for a product.
 
     Attributes:
-        accumulator: with biases.
+        accumulator: with biases; `"fp32"` where only ranges were chosen.
         offset, gain, shift: one a group; None where there is nothing to do.
         error: of the sums, as a share of their mean square.
+        a_max, b_max: of the operands, see `fmaq.Policy`; None where their formats need none.
     """
 
-    accumulator: Accumulator
-    offset: Tensor | None
-    gain: Tensor | None
-    shift: Tensor | None
-    error: float
+    accumulator: Accumulator | str
+    offset: Tensor | None = None
+    gain: Tensor | None = None
+    shift: Tensor | None = None
+    error: float = 0.0
+    a_max: Tensor | None = None
+    b_max: Tensor | None = None
 
 
 @dataclass
@@ -145,6 +148,14 @@ class Trial:
         trial = cls(acc, groups, by_channel, True, offset, (0,), has_equal_say=True)
         trial._show(sample)
         return trial
+
+    @classmethod
+    def of_codes(cls, acc: Accumulator, sample: Sample, by_channel: bool, chunks: Sequence[int | None]) -> Trial:
+        """Of an integer engine, of which nothing but the chunk can be chosen."""
+        y = sample.exact()
+        candidates = [replace(acc, chunk=chunk) for chunk in chunks or (acc.chunk,)]
+        best = _best(candidates, lambda one: float((y - sample.emulated(one)).double().square().sum()))
+        return cls.of_gains(best, sample, by_channel)
 
     @property
     def top(self) -> int:

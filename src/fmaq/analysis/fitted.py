@@ -52,12 +52,15 @@ def ruled(rule: Rule, fit: Fit) -> Rule:
         rule,
         accumulator=fit.accumulator,
         offset=None if fit.offset is None else Vector(fit.offset, whole=True),
-        gain=_vector(fit.gain),
-        shift=_vector(fit.shift),
+        gain=as_vector(fit.gain),
+        shift=as_vector(fit.shift),
+        a_max=as_vector(fit.a_max),
+        b_max=as_vector(fit.b_max),
     )
 
 
-def _vector(x: Tensor | None) -> Vector | None:
+def as_vector(x: Tensor | None) -> Vector | None:
+    """The numbers as a policy keeps them, in float32."""
     return None if x is None else Vector(x.float(), whole=False)
 
 
@@ -118,11 +121,12 @@ class _Writer:
         """An accumulator with the biases usual among products of its format; if there is none, its own or others'."""
         if not isinstance(acc, Accumulator):
             return acc
-        found = sorted((fit.accumulator for fit in self.fits.values()), key=lambda one: bias_of(one.format))
+        chosen = (fit.accumulator for fit in self.fits.values())
+        found = sorted((one for one in chosen if isinstance(one, Accumulator)), key=lambda one: bias_of(one.format))
         alike = [one for one in found if template_of(one) == template_of(acc)]
         if alike:
             return alike[len(alike) // 2]
-        if not acc.is_template:
+        if not (acc.is_template and found):
             return acc
         usual = found[len(found) // 2]
         top = usual.format.emax if isinstance(usual.format, FloatFormat) else 0

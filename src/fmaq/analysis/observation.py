@@ -284,7 +284,8 @@ def _look(observed: Observed, product: Product, steps: int | None) -> None:
     for part, operand in zip(("a", "b"), product.operands, strict=False):
         _measure(found, part, operand.detach().float())
     how = rule.how
-    columns = Columns(how.get("offset"), how.get("gain"), how.get("shift"))
+    scale = 1.0 if product.scale is None else product.scale  # of codes
+    columns = Columns(how.get("offset"), how.get("gain", 1.0) * scale, how.get("shift"))
     part_of_it = sample(
         product.kind, product.operands, product.options, product.steps, 1, steps or 1 << 62, rule.per_token
     )
@@ -293,7 +294,7 @@ def _look(observed: Observed, product: Product, steps: int | None) -> None:
     if all(is_finite(operand) for operand in product.operands):
         _count(found, scaled, acc)
         _histograms(found, scaled, acc)
-    y = unscaled(part_of_it, part_of_it.exact())
+    y = part_of_it.finished(unscaled(part_of_it, part_of_it.exact()), Columns(gain=scale))
     emulated = part_of_it.finished(unscaled(part_of_it, scaled.emulated(acc)), columns)
     _measure(found, "output", emulated)
     found.signal += float(y.double().square().sum())

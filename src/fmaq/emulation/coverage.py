@@ -64,6 +64,7 @@ class CoverageRow:
         macs: multiply-accumulates of all of them; None where unknown.
         accumulator: that sums them, or "fp32".
         formats: that each operand was quantized to; None where it stays as it was.
+        codes: integer codes are multiplied and summed, in place of values.
         covered: the sums are emulated.
         reason: why not; "" where they are.
     """
@@ -77,6 +78,7 @@ class CoverageRow:
     formats: tuple[str | None, ...]
     covered: bool
     reason: str
+    codes: bool = False
 
 
 class Coverage:
@@ -197,6 +199,7 @@ def _row(product: Product) -> CoverageRow:
         formats=product.formats or (None,) * len(product.operands),
         covered=covered,
         reason=product.reason or "",
+        codes=product.scale is not None,
     )
 
 
@@ -218,7 +221,7 @@ def _cells(row: CoverageRow) -> tuple[str, ...]:
         " · ".join("×".join(str(size) for size in shape) or "scalar" for shape in row.shapes),
         str(row.calls),
         "?" if row.macs is None else f"{row.macs:,}",
-        " · ".join(name or "–" for name in row.formats) if any(row.formats) else "",
+        " · ".join(name or "–" for name in row.formats) + " codes" * row.codes if any(row.formats) else "",
         row.accumulator,
         row.reason,
     )

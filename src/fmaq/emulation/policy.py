@@ -38,7 +38,16 @@ FP32 = "fp32"
 CHOSEN_FIELDS = ("offset", "gain", "shift")
 """What is chosen for one accumulator, by `calibrate` say."""
 
-PRODUCT_FIELDS = ("accumulator", "weight", "activation", "estimator", "backward", "per_token", *CHOSEN_FIELDS)
+RANGE_FIELDS = ("a_max", "b_max")
+"""How large the operands' formats reach, where that is no matter of the data at run time."""
+
+OWN_FIELDS = (*CHOSEN_FIELDS, *RANGE_FIELDS)
+"""What a module's own products have, and the modules inside it do not."""
+
+PRODUCT_FIELDS = (
+    *("accumulator", "weight", "activation", "estimator", "backward", "per_token", "weight_per_channel"),
+    *OWN_FIELDS,
+)
 RULE_FIELDS = (*PRODUCT_FIELDS, "products")
 
 
@@ -53,7 +62,10 @@ class Rule:
         estimator: of the gradients, see `fmaq.matmul`.
         backward: accumulator of the gradient products, see `fmaq.matmul`; None is float32.
         per_token: each token has an exponent of its own, found at run time; see `fmaq.matmul`.
+        weight_per_channel: every output channel of a weight has a bias or scale of its own.
         offset, gain, shift: of the output channels (or heads), see `fmaq.matmul`; None where there is none.
+        a_max, b_max: the largest magnitudes that the formats of a product's two operands are made for, see
+            `fmaq.quantize`; None: those of the tensors, found at run time.
         products: what differs for single products, by their index in a call or by kind.
     """
 
@@ -63,9 +75,12 @@ class Rule:
     estimator: str = "identity"
     backward: Accumulator | None = None
     per_token: bool = False
+    weight_per_channel: bool = False
     offset: Vector | None = None
     gain: Vector | None = None
     shift: Vector | None = None
+    a_max: Vector | None = None
+    b_max: Vector | None = None
     products: Mapping[int | str, Mapping[str, Any]] = field(default_factory=dict, hash=False)
 
     @property
@@ -116,20 +131,26 @@ class Policy:
         accumulator: an `Accumulator`, anything that `Accumulator.parse` takes, or `"fp32"` (or `"float32"`) for
             torch's own product.
         weight: format that weights are quantized to, such as `"M4E3"` or `"int8"`; None leaves them float32.
-        activation: the same for activations.
+        activation: the same for activations. Where both are integers and the accumulator's formats are fixed-point
+            without a fraction (`"I16f0"`), it sums their codes, as an integer engine does, and the scales multiply the
+            finished sums.
         estimator: of the gradients, see `fmaq.matmul`.
         backward: an accumulator of the two gradient products of the estimator identity, or None: float32.
         per_token: each token (row of the first operand; image of a convolution) has an exponent of its own, which
             costs the hardware finding it at run time.
+        weight_per_channel: every output channel of a weight has a bias or scale of its own.
         offset: added to the accumulator's and the product's bias: an integer, or one for each output channel.
         gain, shift: multiply the finished sums, and are then added: a number, or one for each output channel.
             Of batched products (heads), all three may have further dimensions in front; see `fmaq.matmul`.
+        a_max, b_max: static ranges: the largest magnitudes that the formats of a product's two operands (input and
+            weight of a linear layer or convolution) are made for; of a weight by channel, one a channel. None: the
+            tensors' own at run time, so that a sample's result depends on its batch. See `fmaq.quantize`.
         products: for layers with several products: index of a product in a call of the layer (0, 1 ...), or kind
             ("linear", "attention_scores" ...) → a mapping of any of the fields above, laid over them.
         layers: module name or glob → a mapping of any of the fields above, laid over them, or None: torch's own
             product on operands as they are.
 
-    `fmaq.calibrate` chooses offsets, gains, shifts and the biases of templates ("M7E4").
+    `fmaq.calibrate` chooses offsets, gains, shifts, ranges and the biases of templates ("M7E4").
 
     Raises:
         TypeError, ValueError: a key or value is wrong; the message names it and what it may be.
@@ -141,9 +162,12 @@ class Policy:
     estimator: str = "identity"
     backward: Accumulator | None = None
     per_token: bool = False
+    weight_per_channel: bool = False
     offset: Vector | None = None
     gain: Vector | None = None
     shift: Vector | None = None
+    a_max: Vector | None = None
+    b_max: Vector | None = None
     products: Mapping[int | str, Mapping[str, Any]] = field(default_factory=dict)
     layers: Mapping[str, Mapping[str, Any] | None] = field(default_factory=dict)
 
@@ -375,7 +399,7 @@ def _reset(entry: Mapping[str, Any], accumulator: Accumulator | str) -> dict[str
 
 def _handed_down(entry: Mapping[str, Any]) -> dict[str, Any]:
     """An entry without what was chosen for the matched module's own sums."""
-    kept = {name: value for name, value in entry.items() if name not in CHOSEN_FIELDS}
+    kept = {name: value for name, value in entry.items() if name not in OWN_FIELDS}
     if "products" in kept:
         kept["products"] = {key: _handed_down(one) for key, one in kept["products"].items()}
     return kept
@@ -412,11 +436,11 @@ def _checked(name: str, value: Any) -> Any:
         return value
     if name == "backward":
         return _backward(value)
-    if name == "per_token":
+    if name in ("per_token", "weight_per_channel"):
         if not isinstance(value, bool):
-            raise TypeError(f"per_token must be true or false, got {value!r}")
+            raise TypeError(f"{name} must be true or false, got {value!r}")
         return value
-    if name in CHOSEN_FIELDS:
+    if name in OWN_FIELDS:
         return _vector(name, value)
     if name == "products":
         return _products(value)
@@ -429,9 +453,12 @@ def _vector(name: str, value: Any) -> Vector | None:
     if isinstance(value, str):
         raise TypeError(f"{name} {value!r} names a vector in a file; read the policy with fmaq.Policy.load")
     try:
-        return Vector(value, whole=name == "offset")
+        vector = Vector(value, whole=name == "offset")
     except (TypeError, ValueError) as error:
         raise type(error)(f"{name}: {error}") from error
+    if name in RANGE_FIELDS and (vector.array.min() < 0 or vector.array.ndim > 1):
+        raise ValueError(f"{name} must be a largest magnitude, or one an output channel; got {value!r}")
+    return vector
 
 
 def _products(value: Any) -> dict[int | str, dict[str, Any]]:

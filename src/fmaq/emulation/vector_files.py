@@ -15,7 +15,7 @@ import numpy as np
 from fmaq.emulation.whole_files import write_bytes
 
 KEY = "vectors"
-NAMES = ("offset", "gain", "shift")
+NAMES = ("offset", "gain", "shift", "a_max", "b_max")
 INLINE = 16
 """Numbers that a YAML file shows itself."""
 
