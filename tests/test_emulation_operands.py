@@ -251,6 +251,44 @@ def test_a_non_finite_value_is_nan_in_its_own_outputs_alone() -> None:
     assert found[2].isnan().all() and torch.equal(found[[0, 1, 3]], expected[[0, 1, 3]])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("accumulator", ["fp32", "M7E4b10 product=M7E4b12", "I24f0"])
+def test_half_precision_models_are_quantized(dtype: torch.dtype, accumulator: str) -> None:
+    """With float32 sums as well: torch multiplies what is in one dtype, that of the bias, alone."""
+    policy = Policy(accumulator, **INT8)
+    for model, x in ((nn.Linear(8, 4), torch.randn(3, 8)), (nn.Conv2d(3, 4, 3), torch.randn(2, 3, 6, 6))):
+        attach(model, policy)
+        expected = model(x)
+        found = model.to(dtype)(x.to(dtype))
+        assert found.dtype == dtype
+        torch.testing.assert_close(found.float(), expected, rtol=0.1, atol=0.1)
+
+
+def test_neither_a_cache_nor_padding_changes_a_result() -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = transformers.LlamaConfig(vocab_size=64, num_key_value_heads=2, **sizes)
+    model = transformers.LlamaForCausalLM(config).eval()
+    ids = torch.randint(0, 64, (1, 12))
+    others = torch.cat([ids, torch.randint(0, 64, (3, 12))])
+    policy = Policy("I24f0 chunk=none", **INT8)
+    attach(model, fmaq.calibrate(model, policy, [{"input_ids": others}]))
+    with torch.no_grad():
+        whole = model(ids).logits
+        in_batch = model(others).logits[:1]
+        found = model(ids[:, :6], use_cache=True)
+        parts = [found.logits]
+        for token in ids[:, 6:].unbind(1):
+            found = model(token[:, None], past_key_values=found.past_key_values, use_cache=True)
+            parts.append(found.logits)
+        mask = torch.tensor([[0] * 3 + [1] * 12])
+        padded = {"input_ids": torch.cat([ids[:, :3], ids], 1), "attention_mask": mask}
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        behind = model(**padded, position_ids=positions).logits[:, 3:]
+    for other in (in_batch, torch.cat(parts, 1), behind):
+        torch.testing.assert_close(other, whole, rtol=0, atol=1e-6)  # float32 functions between may differ in a bit
+
+
 # --- static ranges ---
 
 

@@ -169,6 +169,8 @@ def _computed(call: Call, request: Request, rule: Rule) -> tuple[Tensor, Operand
         rule = chooser.ranged(place, request, rule)
     if rule.accumulator == FP32:
         operands = _multiplied(place, request, rule)
+        own = zip(operands.tensors, request.operands, strict=True)
+        operands = replace(operands, tensors=tuple(x.to(given.dtype) for x, given in own))
         return request.torch_product(*operands.tensors), operands
     first, second = request.operands
     dtype = autocast_dtype(first) or first.dtype
