@@ -174,8 +174,8 @@ class _Fits:
     def ranged(self, place: Place, request: Request, rule: Rule) -> Rule:
         """The rule with the ranges of the operands of this and all earlier calls."""
         if self.ranges == "given":
-            a_max, b_max = rule.a_max, rule.b_max
-            self.largest[place] = (a_max and a_max.tensor, b_max and b_max.tensor)
+            a_max, b_max = (None if given is None else given.tensor for given in (rule.a_max, rule.b_max))
+            self.largest[place] = (a_max, b_max)
             return rule
         rule = replace(rule, a_max=None, b_max=None)
         if self.ranges == "dynamic":
