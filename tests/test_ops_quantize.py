@@ -137,3 +137,9 @@ def test_messages(format, channel, error, message):
 def test_double_precision_is_refused():
     with pytest.raises(TypeError, match=r"x has dtype torch\.float64"):
         fmaq.quantize(torch.ones(2).double(), "M4E3")
+
+
+def test_the_format_that_was_meant_is_named():
+    for name, meant in {"E4M3": "M3E4", "float8_e5m2": "M2E5", "INT8": "int8", "m4e3": "M4E3"}.items():
+        with pytest.raises(ValueError, match=f"'{name}' is not a tensor format.*did you mean \"{meant}\""):
+            fmaq.quantize(torch.ones(3), name)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fmaq import kernels
 from fmaq.numerics import FloatFormat, parse_format
+from fmaq.numerics.formats import meant_by
 from fmaq.ops.operands import widen
 
 INTEGER_NAME = re.compile(r"int(\d+)")
@@ -70,7 +71,8 @@ def parse_tensor_format(name: str | FloatFormat) -> FloatFormat | int:
     except ValueError:
         format = None
     if not isinstance(format, FloatFormat) or format.zero != "flag":
-        raise ValueError(f'{name!r} is not a tensor format; write a float like "M4E3" or "M4E3b5", or "int8"')
+        how = 'write a float like "M4E3" or "M4E3b5", or "int8"'
+        raise ValueError(f"{name!r} is not a tensor format; {how}{meant_by(name)}")
     if format.bias is not None and format.emax > 127:
         raise ValueError(
             f"{format} has values above float32's: its largest exponent is {format.emax}, float32's 127; "
