@@ -297,7 +297,7 @@ class Policy:
         """
         best: tuple[tuple[bool, int, int], str] | None = None
         for position, key in enumerate(self.layers):
-            if any(_speaks_for(key, name) for name in names):
+            if any(speaks_for(key, name) for name in names):
                 rank = (key in names, _literal_characters(key), position)
                 if best is None or rank > best[0]:
                     best = (rank, key)
@@ -321,7 +321,7 @@ class Policy:
                 raise ValueError(f"layers: {key!r} matches no module of the model{_nearest(key, known)}")
 
 
-def _speaks_for(key: str, name: str) -> bool:
+def speaks_for(key: str, name: str) -> bool:
     """The key matches the module, or one that contains it."""
     parts = name.split(".") if name else []
     return any(

@@ -8,7 +8,7 @@ in the file, unless it is a whole number in its usual form. Policies, recipes an
 from __future__ import annotations
 
 import re
-from typing import Any, ClassVar
+from typing import Any
 
 import yaml
 
@@ -30,7 +30,7 @@ SCALARS = (
 class Loader(yaml.SafeLoader):
     """Reads YAML 1.2's scalars, and YAML 1.1's merge keys (`<<`)."""
 
-    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {"<": yaml.SafeLoader.yaml_implicit_resolvers["<"]}
+    yaml_implicit_resolvers = {"<": yaml.SafeLoader.yaml_implicit_resolvers["<"]}  # noqa: RUF012 (as in the base class)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         if isinstance(node, yaml.MappingNode):
