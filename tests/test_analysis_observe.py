@@ -123,6 +123,13 @@ def test_what_was_observed_prints_its_table(monkeypatch):
     assert f" {100 * events['0'].rate('partial_swamping'):.1f} " in text
 
 
+def test_the_repr_is_short(deep):
+    assert repr(deep).startswith("Observed of 93 products: 'model.layers.0.attention:attention_scores', ")
+    assert repr(deep).endswith(" and 87 more")
+    with pytest.raises(KeyError, match=r"did you mean 'model.layers.3.down'\? There are .* and 87 more"):
+        deep["layers.3.down"]
+
+
 @pytest.mark.parametrize("columns", [80, 100, 150])
 def test_the_table_has_a_line_for_each_product_and_fits_the_terminal(deep, monkeypatch, columns):
     monkeypatch.setenv("COLUMNS", str(columns))

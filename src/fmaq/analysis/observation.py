@@ -8,6 +8,7 @@ Events are counted in all of a small product, and in an even sample of the outpu
 
 from __future__ import annotations
 
+import difflib
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 STEPS = 1 << 23  # that are counted of a product, unless there are fewer
 HISTOGRAM_STEPS = 1 << 17  # whose products and sums get into the histograms
 ELEMENTS = 1 << 16  # of a tensor that get into its histogram, at even distances
+SHOWN = 6  # names in a repr or an error
 COUNTS = (*EVENTS, *(f"merge_{event}" for event in EVENTS))
 PARTS = ("a", "b", "product", "sum", "output")
 Histogram = dict[int | None, int]
@@ -131,8 +133,10 @@ class Observed(Mapping[str, ProductEvents]):
     def __getitem__(self, name: str) -> ProductEvents:
         names = self._names()
         if name not in names:
-            known = ", ".join(names) or "nothing: call the model inside the with block"
-            raise KeyError(f"no product of {name!r} was observed; there are {known}")
+            near = difflib.get_close_matches(str(name), names, 1, 0.3)
+            known = f"; did you mean {near[0]!r}? There are" if near else "; there are"
+            known += f" {_listed(list(names)) or 'none: call the model inside the with block'}"
+            raise KeyError(f"no product of {name!r} was observed{known}")
         return names[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -142,7 +146,7 @@ class Observed(Mapping[str, ProductEvents]):
         return len(self.products)
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__} of {len(self)} products: {', '.join(self)}"
+        return f"{type(self).__name__} of {len(self)} products: {_listed(list(self))}"
 
     def __str__(self) -> str:
         from rich.console import Console
@@ -205,6 +209,11 @@ class Observed(Mapping[str, ProductEvents]):
         """
         events_shown.draw(self).savefig(path, dpi=110)
         return Path(path)
+
+
+def _listed(names: list[str]) -> str:
+    more = len(names) - SHOWN
+    return ", ".join(repr(name) for name in names[:SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
 def _place(name: str, found: ProductEvents) -> dict[str, Any]:

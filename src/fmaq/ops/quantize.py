@@ -84,6 +84,8 @@ def parse_tensor_format(name: str | FloatFormat) -> FloatFormat | int:
 def quantize(x: Tensor, format: str | FloatFormat, channel: int | None = None) -> Tensor:
     """x on the grid of a float with a flexible bias, or of symmetric integers; the gradient passes straight through.
 
+    It passes where a value saturates, too: with a fixed bias, weights beyond the largest value may drift; clamp them.
+
     Args:
         x: any shape; float32, or a narrower float, widened first.
         format: `"M4E3"` (bias by the largest magnitude), `"M4E3b5"`, or `"int8"`, `"int4"` (multiples of
