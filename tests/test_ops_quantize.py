@@ -207,3 +207,20 @@ def test_messages(format, channel, error, message):
 def test_double_precision_is_refused():
     with pytest.raises(TypeError, match=r"x has dtype torch\.float64"):
         fmaq.quantize(torch.ones(2).double(), "M4E3")
+
+
+def test_the_gradient_passes_where_values_saturate():
+    """So weights beyond the largest value, 2 · (2 − 2^−2) here, go on moving though the product stays what it is."""
+    x = torch.tensor([1.0, 3.5, 4.0, -1e4]).requires_grad_()
+    y = fmaq.quantize(x, "M2E2b2")
+    y.sum().backward()
+    assert y.tolist() == [1.0, 3.5, 3.5, -3.5] and x.grad.tolist() == [1.0, 1.0, 1.0, 1.0]
+    x.grad = None
+    fmaq.quantize(x.clamp(-3.5, 3.5), "M2E2b2").sum().backward()
+    assert x.grad.tolist() == [1.0, 1.0, 0.0, 0.0]
+
+
+def test_the_format_that_was_meant_is_named():
+    for name, meant in {"E4M3": "M3E4", "float8_e5m2": "M2E5", "INT8": "int8", "m4e3": "M4E3"}.items():
+        with pytest.raises(ValueError, match=f"'{name}' is not a tensor format.*did you mean \"{meant}\""):
+            fmaq.quantize(torch.ones(3), name)

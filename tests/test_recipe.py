@@ -285,3 +285,8 @@ def test_shipped_recipes_are_valid(path: Path) -> None:
     if not (path.parent / "../../../shared/data/cifar10-resnet").exists():
         pytest.skip("the CIFAR-10 sample is not beside the repository")
     assert Recipe.load(path).name.startswith("resnet20")
+
+
+def test_numbers_without_a_point_are_numbers(folder: Path) -> None:
+    recipe = parse(folder, BASE.replace("{features: 64}", "{features: 64, classes: 1e1}") + "policy: {gain: 1e-3}\n")
+    assert recipe.model.arguments == {"features": 64, "classes": 10.0} and recipe.load_policy().gain.array == 0.001

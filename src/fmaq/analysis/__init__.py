@@ -6,6 +6,7 @@ import importlib
 from typing import Any
 
 _HOME = {
+    "CalibrationWarning": "batches",
     "MantissaTable": "mantissa",
     "Observed": "observation",
     "OverflowTable": "overflow",

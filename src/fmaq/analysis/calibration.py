@@ -17,8 +17,11 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
 
+from fmaq.analysis import ranks, warned
+from fmaq.analysis.batches import call, inputs_of
 from fmaq.analysis.fit import SHIFTS, Fit, Trial, placed, relative_error, some_channels
 from fmaq.analysis.fitted import as_vector, fitted, ruled, template_of
+from fmaq.analysis.met import Met
 from fmaq.analysis.samples import MatrixSample, Sample, is_finite, joined, sample
 from fmaq.emulation.attach import attached
 from fmaq.emulation.coverage import undisturbed
@@ -45,6 +48,7 @@ def calibrate(
     shift: bool = True,
     chunks: Sequence[int | None] = (),
     ranges: Ranges = "static",
+    together: bool = True,
 ) -> Policy:
     """A policy whose accumulators fit the sums of a model: biases, and by channel offsets, gains and shifts.
 
@@ -55,10 +59,15 @@ def calibrate(
     alone stay alone. The model is run without gradients, in the mode (train or eval) that it is in, and afterwards is
     attached, or not, as it was before, with its buffers and torch's random state.
 
+    What the policy says of layers and products that no batch reaches stays as written; formats of theirs that lack a
+    bias are given the one usual among the others, and a `CalibrationWarning` names them.
+
     Args:
         model: any module.
         policy: a `Policy`, or what `Policy.parse` takes.
         batches: of inputs: a tensor, a tuple of arguments, or a mapping of keyword arguments each. One pass is made.
+            Of a data loader's (inputs, labels), the labels are left out where forward has no parameter for them, with a
+            warning; where they would be given to an optional one, it is an error.
         per: what has a bias of its own. "model": one for all products. "layer": each product. "channel": each output
             channel (an offset of the weights' exponents, free in hardware), and each head in attention's products.
             "token": each channel, and each token besides (see `per_token` of `fmaq.matmul`): the hardware has to find a
@@ -72,30 +81,38 @@ def calibrate(
             each output channel of a weight if the policy says `weight_per_channel`; constants of the hardware.
             "dynamic": those of each tensor at run time, which the hardware has to find before it can quantize; a
             sample's result then depends on its batch and its padding. "given": as the policy has them.
+        together: where torch.distributed runs several processes, each of them calls this, is given the batches of all,
+            and returns the policy of rank 0. False: this process alone, by its own batches.
 
     Returns:
         A policy for `attach`, and for `Policy.save`, with an entry for every layer whose products were met.
 
     Raises:
         TypeError: `model` is no module.
-        ValueError: no batch, `per`, `rule` or `ranges` unknown, the policy emulates and quantizes nothing that was met,
-            or an operand is not finite.
+        ValueError: no batch, or one that forward does not take, `per`, `rule` or `ranges` unknown, the policy emulates
+            and quantizes nothing that was met, or an operand is not finite.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"calibrate takes a torch.nn.Module, got {type(model).__name__}")
     check_choices(per, rule, chunks, ranges)
-    policy = Policy.parse(policy)
-    if per == "token":
-        policy = replace(policy, per_token=True)
+    given = Policy.parse(policy)
+    policy = replace(given, per_token=True) if per == "token" else given
     fits = _Fits(per, rule == "maximum", gain, shift, tuple(chunks), ranges)
-    inputs = _listed(batches)
-    _run(model, policy, inputs, fits, "calibrating")
+    has_others = together and ranks.are_several()
+    inputs = ranks.everyones(lambda: inputs_of(model, batches)) if has_others else inputs_of(model, batches)
+    if not inputs:
+        raise ValueError("calibrate needs at least one batch of inputs; batches is empty")
+    met = Met()
+    with met.running():
+        _run(model, policy, inputs, fits, "calibrating")
     if not (fits.trials or fits.ranged_places):
         raise ValueError("calibrate met no product that the policy emulates; does its accumulator say fp32?")
+    warned.warn(model, given, fits.trials, fits.empty, met)
     if per == "model" and fits.trials:
         fits.share()
         _run(model, policy, inputs, fits, "fitting gains")
-    return fitted(model, policy, fits.all())
+    new = fitted(model, given, policy, fits.all(), met.modules)
+    return ranks.the_first_ones(new) if has_others else new
 
 
 def check_choices(per: str, rule: str = "trial", chunks: Sequence[int | None] = (), ranges: str = "static") -> None:
@@ -114,17 +131,6 @@ def check_choices(per: str, rule: str = "trial", chunks: Sequence[int | None] = 
         raise ValueError(f'ranges must be "static", "dynamic" or "given", got {ranges!r}')
 
 
-def _listed(batches: Iterable[Any]) -> list[Any]:
-    """The batches, of which there has to be one."""
-    is_iterable = isinstance(batches, Iterable) or hasattr(batches, "__getitem__")  # a data set has the latter alone
-    if isinstance(batches, (Tensor, Mapping, str)) or not is_iterable:
-        raise TypeError(f"batches must be an iterable of batches, such as [x], got {type(batches).__name__}")
-    listed = list(batches)
-    if not listed:
-        raise ValueError("calibrate needs at least one batch of inputs; batches is empty")
-    return listed
-
-
 def _run(model: nn.Module, policy: Policy, batches: Sequence[Any], fits: _Fits, what: str) -> None:
     """One emulated pass over the batches, each product by what has been chosen for it when it is met."""
     console = Console(stderr=True)
@@ -132,13 +138,6 @@ def _run(model: nn.Module, policy: Policy, batches: Sequence[Any], fits: _Fits, 
     with undisturbed(model), attached(model, policy, may_be_template=True), choosing(fits):
         for batch in shown:
             call(model, batch)
-
-
-def call(model: nn.Module, batch: Any) -> Any:
-    """The model of a batch: a tensor, a tuple or list of arguments, or a mapping of keyword arguments."""
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
 
 
 @dataclass
@@ -153,6 +152,7 @@ class _Fits:
         engines: products whose sums are of integer codes.
         samples: of all products, what one bias for all is chosen on.
         few: of products that have not shown `ENOUGH` sums of each channel yet.
+        empty: products that were given no rows, once at least.
         shifted: those that may have shifts.
         shared: by template, what all products keep.
     """
@@ -168,6 +168,7 @@ class _Fits:
     engines: set[Place] = field(default_factory=set)
     samples: dict[Place, Sample] = field(default_factory=dict)
     few: dict[Place, Sample] = field(default_factory=dict)
+    empty: set[Place] = field(default_factory=set)
     shifted: set[Place] = field(default_factory=set)
     shared: dict[Accumulator, Accumulator] = field(default_factory=dict)
 
@@ -201,6 +202,7 @@ class _Fits:
                 raise ValueError(f"{where} has operands that are not finite")
         acc, has_channels = Accumulator.parse(rule.accumulator), request.is_weight[1]
         if any(not operand.numel() for operand in request.operands):
+            self.empty.add(place)
             return replace(rule, accumulator=placed(acc, 0, 0))
         if sums_codes(acc, formats_of(rule, request.is_weight)):
             self.engines.add(place)

@@ -76,6 +76,7 @@ class Trial:
         shown: by shift.
         tail: how large the sums may become.
         largest: magnitude of an exact sum in each group.
+        beyond: how many groups have sums that no offset up to `MOST_OFFSET` fits.
         has_equal_say: each group in the gain of all; see `Shown`.
     """
 
@@ -88,6 +89,7 @@ class Trial:
     shown: dict[int, Shown] = field(default_factory=dict)
     tail: Tail | None = None
     largest: Tensor = field(default_factory=lambda: torch.zeros(()))
+    beyond: int = 0
     has_equal_say: bool = False
 
     @classmethod
@@ -121,7 +123,8 @@ class Trial:
         above = products.max() - sums.max() if is_shared else (products - sums)[largest_products > 0]
         most_above = int(above.max()) if above.numel() else 0
         top = _top_of(acc, int(sums.max()), most_above)
-        offset = (top - (sums.max().expand_as(sums) if is_shared else sums)).clamp(-MOST_OFFSET, MOST_OFFSET)
+        wanted = top - (sums.max().expand_as(sums) if is_shared else sums)
+        offset = wanted.clamp(-MOST_OFFSET, MOST_OFFSET)
         candidates = [
             placed(replace(acc, chunk=chunk), top, _distance(acc, most_above)) for chunk in chunks or (acc.chunk,)
         ]
@@ -137,6 +140,7 @@ class Trial:
             trial.acc = trial._with_best_distance(trial.acc, sample)
             trial.shifts = NEIGHBOURS if not wraps else tuple(shift for shift in NEIGHBOURS if shift <= 0)
         trial.largest = shown
+        trial.beyond = int((offset != wanted).sum())
         trial._show(sample)
         return trial
 

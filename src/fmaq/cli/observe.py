@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -52,6 +54,6 @@ def observe(
         layers: dict[str, Any] = {name: {**e.counts, "steps": e.steps, "snr_db": e.snr} for name, e in found.items()}
         typer.echo(json.dumps({"recipe": loaded.name, "layers": layers}, ensure_ascii=False))
         return
-    print_table(found.table())
+    print_table(found.table(shutil.get_terminal_size().columns if sys.stdout.isatty() else None))
     for what, path in {"plot": plot, "events": folder / "events.csv", "ranges": folder / "exponents.csv"}.items():
         typer.echo(f"{what + ':':<8}{path}")

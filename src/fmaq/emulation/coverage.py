@@ -17,6 +17,7 @@ from fmaq.emulation import calls
 from fmaq.emulation.attach import policy_of
 from fmaq.emulation.policy import FP32
 from fmaq.emulation.products import ONE_STEP, FmaqCoverageWarning, Product, listening, why_not
+from fmaq.emulation.unmet import names_of, unmet_products
 
 Shapes = tuple[tuple[int, ...], ...]
 
@@ -127,7 +128,8 @@ class Coverage:
 def coverage(model: nn.Module, *inputs: Any, **kwargs: Any) -> Coverage:
     """Run an attached model once, and tell which of its products are emulated, by what, and why not.
 
-    The model, its buffers and torch's random state are afterwards as they were; nothing is recorded for gradients.
+    The model, its buffers and torch's random state are afterwards as they were; nothing is recorded for gradients. A
+    warning names what the policy says of products, by index or kind, that were not met.
 
     Args:
         model: attached.
@@ -139,10 +141,18 @@ def coverage(model: nn.Module, *inputs: Any, **kwargs: Any) -> Coverage:
     if all(policy_of(module) is None for module in model.modules()):
         raise ValueError("the model is attached to no policy; call fmaq.attach(model, policy) before fmaq.coverage")
     rows: list[CoverageRow] = []
+    met: set[tuple[str, str, int]] = set()
     with undisturbed(model), warnings.catch_warnings():
         warnings.simplefilter("ignore", FmaqCoverageWarning)
-        with listening(lambda product: rows.append(_row(product))), _Unmet(rows):
+        with (
+            listening(lambda product: rows.append(_row(product))),
+            listening(lambda product: met.add((product.layer, product.kind, product.index))),
+            _Unmet(rows),
+        ):
             model(*inputs, **kwargs)
+    policy = policy_of(model)
+    for entry in unmet_products(policy, names_of(model), met) if policy is not None else ():
+        warnings.warn(f"coverage: no call had {entry}", FmaqCoverageWarning, stacklevel=2)
     return Coverage(_merged(rows))
 
 

@@ -19,18 +19,17 @@ from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from fmaq.emulation import vector_files
+from fmaq.emulation.in_short import in_short
 from fmaq.emulation.vectors import Vector
 from fmaq.emulation.whole_files import write_bytes
 from fmaq.numerics import Accumulator
+from fmaq.numerics.formats import meant_by
 from fmaq.numerics.reference import ESTIMATORS
 from fmaq.ops import parse_tensor_format
 from fmaq.ops.operands import AccumulatorLike
-
-if TYPE_CHECKING:
-    import yaml
 
 T = TypeVar("T")
 
@@ -50,8 +49,15 @@ PRODUCT_FIELDS = (
 )
 RULE_FIELDS = (*PRODUCT_FIELDS, "products")
 
+KINDS = (
+    *("linear", "matmul", "attention_scores", "attention_values", "einsum", "tensordot", "inner", "vecdot", "bilinear"),
+    *(f"conv{transposed}{d}d" for transposed in ("", "_transpose") for d in (1, 2, 3)),
+    "grouped_mm",
+)
+"""Kinds of products that can be emulated, as `fmaq.coverage` names them."""
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, repr=False)
 class Rule:
     """What happens to the products of one layer.
 
@@ -107,6 +113,9 @@ class Rule:
         """The rules of the products that differ."""
         return [replace(self, **{"products": {}, **entry}) for entry in self.products.values()]
 
+    def __repr__(self) -> str:
+        return in_short(self)
+
 
 def _naming_the_nearest(cls: type[T]) -> type[T]:
     """A dataclass whose constructor names the argument that was meant by an unknown one."""
@@ -123,7 +132,7 @@ def _naming_the_nearest(cls: type[T]) -> type[T]:
 
 
 @_naming_the_nearest
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Policy:
     """Which products use which accumulator; see the module's text for how an entry of `layers` is chosen.
 
@@ -146,9 +155,10 @@ class Policy:
             weight of a linear layer or convolution) are made for; of a weight by channel, one a channel. None: the
             tensors' own at run time, so that a sample's result depends on its batch. See `fmaq.quantize`.
         products: for layers with several products: index of a product in a call of the layer (0, 1 ...), or kind
-            ("linear", "attention_scores" ...) → a mapping of any of the fields above, laid over them.
+            (one of `KINDS`: "linear", "attention_scores" ...) → a mapping of any of the fields above, laid over them.
+            An index may be text, as JSON has it.
         layers: module name or glob → a mapping of any of the fields above, laid over them, or None: torch's own
-            product on operands as they are.
+            product on operands as they are. A name such as "0" may be a whole number, as YAML has it.
 
     `fmaq.calibrate` chooses offsets, gains, shifts, ranges and the biases of templates ("M7E4").
 
@@ -176,10 +186,15 @@ class Policy:
             object.__setattr__(self, name, _checked(name, getattr(self, name)))
         if not isinstance(self.layers, Mapping):
             raise TypeError(f"layers must map module names to overrides or None, got {self.layers!r}")
-        object.__setattr__(self, "layers", {key: _checked_entry(key, entry) for key, entry in self.layers.items()})
+        layers = _renamed("layers", self.layers, _layer_name)
+        object.__setattr__(self, "layers", {name: _checked_entry(name, entry) for name, entry in layers.items()})
 
     def __hash__(self) -> int:
         return hash(tuple(_hashable(getattr(self, f.name)) for f in fields(self)))
+
+    def __repr__(self) -> str:
+        """What differs from the defaults, in a few lines; `to_mapping` says all of it."""
+        return in_short(self)
 
     @classmethod
     def parse(cls, description: Policy | AccumulatorLike) -> Policy:
@@ -209,13 +224,17 @@ class Policy:
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: it is not a policy, or gives a key twice; the message names the file and the key.
+            ValueError: it is empty, not a policy, or gives a key twice; the message names the file and the key.
         """
         import yaml
 
+        from fmaq.emulation.yaml_text import load_yaml
+
         try:
             content, _ = load_yaml(Path(path).read_text(encoding="utf-8"))
-            return cls.parse(vector_files.filled_in({} if content is None else content, Path(path)))
+            if content is None:
+                raise ValueError('the file says nothing; a policy that emulates nothing is written "accumulator: fp32"')
+            return cls.parse(vector_files.filled_in(content, Path(path)))
         except (yaml.YAMLError, TypeError, ValueError) as error:
             raise ValueError(f"{path}: {error}") from error
 
@@ -225,7 +244,7 @@ class Policy:
         Long vectors go into a safetensors file beside it, whose name ends with a hash of what is in it. The YAML file
         is what makes the switch: until it is in its place, the old one and its vectors stay as they were.
         """
-        import yaml
+        from fmaq.emulation.yaml_text import dump_yaml
 
         path = Path(path)
         if path.is_dir():
@@ -235,7 +254,7 @@ class Policy:
         mapping, vectors = vector_files.taken_out(self.to_mapping())
         if vectors:
             mapping = {**mapping, vector_files.KEY: vector_files.write(path, vectors)}
-        write_bytes(path, yaml.safe_dump(mapping, sort_keys=False, allow_unicode=True).encode())
+        write_bytes(path, dump_yaml(mapping).encode())
         if old is not None and old.name != mapping.get(vector_files.KEY):
             old.unlink(missing_ok=True)
 
@@ -302,7 +321,7 @@ class Policy:
         """
         best: tuple[tuple[bool, int, int], str] | None = None
         for position, key in enumerate(self.layers):
-            if any(_speaks_for(key, name) for name in names):
+            if any(speaks_for(key, name) for name in names):
                 rank = (key in names, _literal_characters(key), position)
                 if best is None or rank > best[0]:
                     best = (rank, key)
@@ -326,34 +345,7 @@ class Policy:
                 raise ValueError(f"layers: {key!r} matches no module of the model{_nearest(key, known)}")
 
 
-def load_yaml(text: str) -> tuple[Any, yaml.Node | None]:
-    """The values of YAML text, and its nodes, which know their lines.
-
-    Raises:
-        yaml.YAMLError: it is not YAML, or a key is given twice, of which YAML itself would keep the last.
-    """
-    import yaml
-
-    def refuse_duplicates(node: yaml.Node | None) -> None:
-        if isinstance(node, yaml.MappingNode):
-            seen = set()
-            for key, value in node.value:
-                name = str(key.value)
-                if name in seen:
-                    problem = f"the key {name!r} is given twice"
-                    raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
-                seen.add(name)
-                refuse_duplicates(value)
-        elif isinstance(node, yaml.SequenceNode):
-            for value in node.value:
-                refuse_duplicates(value)
-
-    node = yaml.compose(text, Loader=yaml.SafeLoader)
-    refuse_duplicates(node)
-    return yaml.safe_load(text), node
-
-
-def _speaks_for(key: str, name: str) -> bool:
+def speaks_for(key: str, name: str) -> bool:
     """The key matches the module, or one that contains it."""
     parts = name.split(".") if name else []
     return any(
@@ -405,12 +397,27 @@ def _handed_down(entry: Mapping[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def _checked_entry(key: Any, entry: Any) -> dict[str, Any] | None:
+def _renamed(what: str, entries: Mapping[Any, Any], name_of: Callable[[Any], Any]) -> dict[Any, Any]:
+    """Entries by the names that their keys stand for, each given once."""
+    named: dict[Any, Any] = {}
+    for key, entry in entries.items():
+        name = name_of(key)
+        if name in named:
+            raise ValueError(f"{what}: {name!r} is given twice, as a number and as text")
+        named[name] = entry
+    return named
+
+
+def _layer_name(key: Any) -> str:
+    if isinstance(key, int) and not isinstance(key, bool):
+        return str(key)
     if not isinstance(key, str):
-        raise TypeError(f"layers: {key!r} is not a module name or a glob over module names")
-    if entry is None:
-        return None
-    return _checked_fields(f"layers: {key!r}", entry, RULE_FIELDS)
+        raise TypeError(f'layers: {key!r} is not a module name or a glob over module names; quote it, like "2.10"')
+    return key
+
+
+def _checked_entry(name: str, entry: Any) -> dict[str, Any] | None:
+    return None if entry is None else _checked_fields(f"layers: {name!r}", entry, RULE_FIELDS)
 
 
 def _checked_fields(where: str, entry: Any, known: tuple[str, ...]) -> dict[str, Any]:
@@ -451,6 +458,8 @@ def _vector(name: str, value: Any) -> Vector | None:
     if value is None or isinstance(value, Vector):
         return value
     if isinstance(value, str):
+        if vector_files.IS_NUMBER.fullmatch(value):
+            raise TypeError(f"{name} {value!r} is text; write the number without quotes")
         raise TypeError(f"{name} {value!r} names a vector in a file; read the policy with fmaq.Policy.load")
     try:
         vector = Vector(value, whole=name == "offset")
@@ -464,10 +473,21 @@ def _vector(name: str, value: Any) -> Vector | None:
 def _products(value: Any) -> dict[int | str, dict[str, Any]]:
     if not isinstance(value, Mapping):
         raise TypeError(f"products must map a product's index or kind to what differs for it, got {value!r}")
-    for key in value:
-        if isinstance(key, bool) or not isinstance(key, (int, str)):
-            raise TypeError(f'products: {key!r} is neither an index, like 0, nor a kind, like "attention_scores"')
-    return {key: _checked_fields(f"products: {key!r}", entry, PRODUCT_FIELDS) for key, entry in value.items()}
+    entries = _renamed("products", value, _product_name)
+    return {key: _checked_fields(f"products: {key!r}", entry, PRODUCT_FIELDS) for key, entry in entries.items()}
+
+
+def _product_name(key: Any) -> int | str:
+    """An index, which JSON has as text, or a kind."""
+    if isinstance(key, bool) or not isinstance(key, (int, str)):
+        raise TypeError(f'products: {key!r} is neither an index, like 0, nor a kind, like "attention_scores"')
+    if isinstance(key, str) and not re.fullmatch(r"-?\d+", key):
+        if key not in KINDS:
+            raise ValueError(f"products: there is no kind {key!r}{_nearest(key, KINDS)} There are: {', '.join(KINDS)}")
+        return key
+    if int(key) < 0:
+        raise ValueError(f"products: {key!r} is no index: they count a layer's products from 0, in the order of a call")
+    return int(key)
 
 
 def _accumulator(value: Any) -> Accumulator | str:
@@ -497,5 +517,5 @@ def _tensor_format(name: str, value: Any) -> str | None:
         parsed = parse_tensor_format(value)
     except (TypeError, ValueError) as error:
         known = 'a float format like "M4E3" or "M4E3b5", an integer like "int8", or None to leave float32'
-        raise ValueError(f"{name} must be {known}; got {value!r}") from error
+        raise ValueError(f"{name} must be {known}; got {value!r}{meant_by(value)}") from error
     return f"int{parsed}" if isinstance(parsed, int) else str(parsed)

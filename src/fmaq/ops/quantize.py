@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fmaq import kernels
 from fmaq.numerics import FloatFormat, parse_format
+from fmaq.numerics.formats import meant_by
 from fmaq.ops.operands import widen
 
 AbsoluteMaximum = float | Sequence[float] | Tensor | None
@@ -131,7 +132,8 @@ def parse_tensor_format(name: str | FloatFormat) -> FloatFormat | int:
     except ValueError:
         format = None
     if not isinstance(format, FloatFormat) or format.zero != "flag":
-        raise ValueError(f'{name!r} is not a tensor format; write a float like "M4E3" or "M4E3b5", or "int8"')
+        how = 'write a float like "M4E3" or "M4E3b5", or "int8"'
+        raise ValueError(f"{name!r} is not a tensor format; {how}{meant_by(name)}")
     if format.bias is not None and format.emax > 127:
         raise ValueError(
             f"{format} has values above float32's: its largest exponent is {format.emax}, float32's 127; "
@@ -143,7 +145,8 @@ def parse_tensor_format(name: str | FloatFormat) -> FloatFormat | int:
 def quantize(x: Tensor, format: str | FloatFormat, channel: int | None = None, amax: AbsoluteMaximum = None) -> Tensor:
     """x on the grid of a float with a flexible bias, or of symmetric integers; the gradient passes straight through.
 
-    What is beyond the largest value saturates, and its gradient passes, too: nothing pulls a clipped weight back.
+    It passes where a value saturates, too: with a fixed bias or range, weights beyond the largest value may drift;
+    clamp them, or let the range follow them.
 
     Args:
         x: any shape; float32, or a narrower float, widened first.
