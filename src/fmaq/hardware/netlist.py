@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fmaq.hardware.liberty import Cell, Library, compile_function
+from fmaq.hardware.functions import compile_function
+from fmaq.hardware.liberty import Cell, Library
 
 Words = NDArray[np.uint64]
 Codes = NDArray[np.int64]
@@ -124,7 +125,8 @@ class Netlist:
         """
         shape = next(iter(vectors.values())).shape
         zeros = pack(np.zeros(shape, bool))
-        nets: dict[int | str, Words] = {"0": zeros, "1": ~zeros}
+        constants: dict[int | str, Words] = {"0": zeros, "1": ~zeros}
+        nets = dict(constants)
         for name, bits in self.inputs.items():
             for position, net in enumerate(bits):
                 nets[net] = pack((vectors[name] >> position) & 1 == 1)
@@ -132,7 +134,7 @@ class Netlist:
         for gate in self._order[0]:
             for pin, inputs, function in functions[gate.cell]:
                 if pin in gate.pins:
-                    nets[gate.pins[pin]] = function({name: nets[gate.pins[name]] for name in inputs})
+                    nets[gate.pins[pin]] = function({**constants, **{name: nets[gate.pins[name]] for name in inputs}})
         return nets
 
     def simulate(self, vectors: Mapping[str, Codes]) -> dict[str, Codes]:
