@@ -34,6 +34,22 @@ class _CellError(ValueError):
 
 
 @dataclass(frozen=True)
+class Register:
+    """What a flip-flop keeps.
+
+    Attributes:
+        state, inverse: the names by which outputs' functions mean it and its inverse.
+        next_state: the function that it takes over at a clock edge.
+        clocked_on: the function whose rising edge that is.
+    """
+
+    state: str
+    inverse: str
+    next_state: str
+    clocked_on: str
+
+
+@dataclass(frozen=True)
 class Cell:
     """One cell.
 
@@ -41,14 +57,19 @@ class Cell:
         area: in the library's unit.
         inputs: input pins and their capacitance, in femtofarads.
         outputs: output pins and their Boolean function as Liberty writes it.
-        is_sequential: a flip-flop.
+        register: of a flip-flop; None of a gate.
     """
 
     name: str
     area: float
     inputs: dict[str, float]
     outputs: dict[str, str]
-    is_sequential: bool
+    register: Register | None = None
+
+    @property
+    def is_sequential(self) -> bool:
+        """A flip-flop."""
+        return self.register is not None
 
 
 @dataclass(frozen=True)
@@ -275,8 +296,8 @@ def _cell(group: Group, unit: float) -> Cell | None:
     """
     name = _cell_name(group)
     pins = group.find("pin")
-    has_state = bool(group.find(*STATE))
-    if _is_no_logic(group, pins) or (has_state and not group.find("ff")):
+    register = _register(group)
+    if _is_no_logic(group, pins) or (group.find(*STATE) and register is None):
         return None
     inputs, outputs = {}, {}
     for pin in pins:
@@ -286,13 +307,23 @@ def _cell(group: Group, unit: float) -> Cell | None:
             outputs[pin.names[0]] = function
     if not outputs:
         return None
-    for function in outputs.values() if not has_state else ():
-        unknown = sorted(pins_of(function) - set(inputs))
+    known = {*inputs, *((register.state, register.inverse) if register else ())}
+    for function in (*outputs.values(), *((register.next_state, register.clocked_on) if register else ())):
+        unknown = sorted(pins_of(function) - known)
         if unknown:
             raise _CellError(f"function {function!r} is of {', '.join(unknown)}, which is no input")
-    if inputs and not has_state and not any(_has_delays(pin) for pin in pins):
+    if inputs and register is None and not any(_has_delays(pin) for pin in pins):
         raise _CellError("it has no delay tables (cell_rise, cell_fall)")
-    return Cell(name, _number(group.get("area"), f"area of {name}"), inputs, outputs, has_state)
+    return Cell(name, _number(group.get("area"), f"area of {name}"), inputs, outputs, register)
+
+
+def _register(group: Group) -> Register | None:
+    """What a flip-flop keeps; None for gates and for what keeps its state otherwise."""
+    for ff in group.find("ff"):
+        clock, data = ff.get("clocked_on"), ff.get("next_state")
+        if clock is not None and data is not None and len(ff.names) >= 1:
+            return Register(ff.names[0], ff.names[1] if len(ff.names) > 1 else "", data, clock)
+    return None
 
 
 def _has_delays(pin: Group) -> bool:

@@ -98,6 +98,18 @@ def trace(unit: Unit, streams: Streams, seed: int = 0) -> Vectors:
     return vectors
 
 
+def mac_trace(unit: Unit, streams: Streams, seed: int = 0) -> Vectors:
+    """Codes of every input port of the multiply-accumulate, (1 + steps, lanes): a reset, then one dot product a lane."""
+    step = trace(unit, streams, seed)
+    steps, lanes = step["x"].shape
+    first = {"x": 0, "w": 0, "valid": 0, "last": 0, "rst": 1}
+    rest = {"x": step["x"], "w": step["w"], "valid": 1, "last": (np.arange(steps) == steps - 1)[:, None], "rst": 0}
+    return {
+        name: np.concatenate([np.full((1, lanes), first[name]), np.broadcast_to(rest[name], (steps, lanes))])
+        for name in first
+    }
+
+
 def _quantized(values: Values, operand: Operand) -> Values:
     """A tensor in the operand's format; the power of two between its own bias and the operand's is taken out."""
     largest = np.abs(values).max(initial=0.0)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from fmaq.hardware.operands import FloatOperand, Operand, parse_operand
+from fmaq.hardware.operands import FloatOperand, IntegerOperand, Operand, parse_operand
 from fmaq.numerics import Accumulator, FixedFormat, FloatFormat
 from fmaq.numerics.reference import exact_sum, quantize
 
@@ -159,6 +159,19 @@ class Unit:
     def product(self) -> FloatFormat | FixedFormat | None:
         """The format of the product, None where it stays exact."""
         return None if isinstance(self.accumulator, IeeeFormat) else self.accumulator.product
+
+    @property
+    def product_bits(self) -> int:
+        """Bits of the product as it enters the sum: its format's code; where it stays exact, those of its value.
+
+        An exact product of two integers is an integer of both widths; any other has sign, exponent and significand.
+        """
+        if self.product is not None:
+            return self.product.bits
+        if isinstance(self.weight, IntegerOperand) and isinstance(self.activation, IntegerOperand):
+            return self.significand_bits
+        low, top = self.unnormalised_range
+        return 1 + (top - low).bit_length() + self.significand_bits
 
     @property
     def rounding(self) -> str:
