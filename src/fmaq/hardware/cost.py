@@ -184,15 +184,19 @@ def _front(points: list[Point]) -> tuple[Point, ...]:
 
 
 @lru_cache(maxsize=64)
-def design(unit: Unit) -> str:
-    """A unit's RTL in Yosys's intermediate language; its top module is `fmaq`."""
+def design(unit: Unit, name: str = synthesis.TOP) -> str:
+    """A unit's RTL in Yosys's intermediate language.
+
+    Args:
+        name: of its top module; those inside are called after it, too.
+    """
     back, rtl = _amaranth()
     top = rtl.FmaqUnit(unit)
-    return str(back.convert(top, ports=top.ports, name=synthesis.TOP))
+    return _rtlil(back, top, name)
 
 
 @lru_cache(maxsize=64)
-def mac_design(unit: Unit) -> str:
+def mac_design(unit: Unit, name: str = synthesis.TOP) -> str:
     """The same of the chunked multiply-accumulate around the unit.
 
     Raises:
@@ -202,7 +206,22 @@ def mac_design(unit: Unit) -> str:
         raise ValueError(f"the baseline {unit.accumulator} has a unit, and no chunked multiply-accumulate")
     back, rtl = _amaranth()
     top = rtl.Mac(unit)
-    return str(back.convert(top, ports=top.ports, name=synthesis.TOP))
+    return _rtlil(back, top, name)
+
+
+DESIGNS = {"unit": design, "mac": mac_design}
+"""The parts that there is RTL of."""
+
+
+def check_part(part: str) -> str:
+    """The part, if there is one of this name; ValueError otherwise."""
+    if part not in DESIGNS:
+        raise ValueError(f"part must be one of {', '.join(DESIGNS)}, got {part!r}")
+    return part
+
+
+def _rtlil(back: Any, top: Any, name: str) -> str:
+    return str(back.convert(top, ports=top.ports, name=name))
 
 
 def _amaranth() -> tuple[Any, Any]:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fmaq.hardware.functions import compile_function, pins_of
-from fmaq.hardware.liberty import Cell, Library
+from fmaq.hardware.liberty import Cell, Library, Register
 
 Words = NDArray[np.uint64]
 Codes = NDArray[np.int64]
@@ -28,8 +28,8 @@ GENERIC = {
         ("$_XNOR_", "AB", "!(A^B)"),
         ("$_MUX_", "ABS", "S*B+!S*A"),
     )
-}
-"""Yosys's own gates, which a design is lowered to before any optimisation."""
+} | {"$_DFF_P_": Cell("$_DFF_P_", 0.0, {"C": 0.0, "D": 0.0}, {"Q": "IQ"}, Register("IQ", "IQN", "D", "C"))}
+"""Yosys's own gates, and its flip-flop, which a design is lowered to before any optimisation."""
 
 POPULATION = np.array([bin(byte).count("1") for byte in range(256)], np.uint8)
 

@@ -66,7 +66,7 @@ FRONT_END = (
 )
 """From RTL to adders, multipliers and multiplexers of words."""
 
-LOWERING = ("proc", "flatten", "techmap", "simplemap", "clean")
+LOWERING = ("proc", "flatten", "techmap", "simplemap", "dfflegalize -cell $_DFF_P_ 01", "simplemap", "clean")
 """From RTL to Yosys's own gates."""
 
 RUNNER = """
