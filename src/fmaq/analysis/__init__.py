@@ -7,6 +7,7 @@ from typing import Any
 
 _HOME = {
     "MantissaTable": "mantissa",
+    "ModelEnergy": "energy",
     "Observed": "observation",
     "OverflowTable": "overflow",
     "ProductEvents": "observation",
@@ -20,6 +21,7 @@ _HOME = {
     "is_suitable": "retention",
     "least_mantissa": "retention",
     "mantissa_needed": "mantissa",
+    "model_energy": "energy",
     "observe": "observation",
     "overflow_bounds": "overflow",
     "reorder": "order",

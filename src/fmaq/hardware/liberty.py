@@ -1,7 +1,8 @@
 """A cell library in Liberty format: the cells that logic can be made of, their areas, pins, capacitances, functions.
 
-Delays are left to the mapper, which is given the same cells in plain text: what cannot be read here is not there for it
-either. Cells that are no logic are left out in silence: latches and state tables, three-state and pad cells, `dont_use`.
+Delays are left to the mapper, which is given the same cells in plain text: what cannot be read here is not there for
+it either. Cells that are no logic are left out in silence: latches and state tables, three-state and pad cells, and
+those with `dont_use`.
 """
 
 from __future__ import annotations
@@ -188,7 +189,9 @@ def _smallest_nand(found: dict[str, Cell], unread: dict[str, str], where: str) -
     for what, of_kind in kinds.items():
         if not of_kind:
             reasons = "; ".join(f"{name}: {why}" for name, why in list(unread.items())[:5])
-            raise LibertyError(f"{where} has no {what}" + (f" (cells that cannot be read: {reasons})" if unread else ""))
+            raise LibertyError(
+                f"{where} has no {what}" + (f" (cells that cannot be read: {reasons})" if unread else "")
+            )
     return min(cell.area for cell in kinds[NEEDED[0][0]])
 
 
@@ -203,7 +206,7 @@ def _number(text: str | None, what: str) -> float:
 
 
 def _capacitance_unit(root: Group) -> float:
-    """Femtofarads in a unit of capacitance: `(1,pf)`, and in quotes, together or each; a picofarad where none is given."""
+    """Femtofarads in a unit of capacitance, `(1,pf)`, in quotes or not; a picofarad where none is given."""
     text = root.get("capacitive_load_unit") or "1 pf"
     match = re.fullmatch(r"([\d.]+(?:e[+-]?\d+)?)[\s,]*([a-z]+)", text.strip().lower())
     if match is None or match[2] not in FEMTOFARADS:
@@ -250,7 +253,7 @@ def _flat(cell: Group, root: Group) -> Group:
 
 
 def _pins(group: Group, types: tuple[Group, ...]) -> Iterator[Group]:
-    """The pins of a pin, bus or bundle group; what a bus says of its pins holds for those that do not say it themselves."""
+    """The pins of a pin, bus or bundle group; what a bus says holds for those pins that do not say it themselves."""
     if group.kind == "pin":
         for name in group.names:
             yield from (Group("pin", (bit,), group.statements) for bit in _bits(name))

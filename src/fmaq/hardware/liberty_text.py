@@ -155,7 +155,7 @@ def _statements(tokens: _Tokens) -> Iterator[Attribute | Group]:
 
 
 def _simple_value(tokens: _Tokens) -> Iterator[str]:
-    """Up to the `;` or, where that is missing, to the brace or the name and `:` or `(` with which the next thing starts."""
+    """Up to the `;` or, where that is missing, to a brace, or a name and `:` or `(`, which start the next thing."""
     is_first = True
     while (word := tokens.peek()) not in (";", "}"):
         if not is_first and NAME.fullmatch(word) and tokens.peek(1) in (":", "("):

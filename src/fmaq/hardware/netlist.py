@@ -176,7 +176,9 @@ class Netlist:
     def _functions(self) -> dict[str, list[tuple[str, list[str], Any]]]:
         """Of each type of cell, its outputs: pin, inputs, and function."""
         return {
-            name: [(pin, list(self.cells[name].inputs), compile_function(f)) for pin, f in self.cells[name].outputs.items()]
+            name: [
+                (pin, list(self.cells[name].inputs), compile_function(f)) for pin, f in self.cells[name].outputs.items()
+            ]
             for name in self.counts
         }
 
@@ -216,7 +218,9 @@ class Netlist:
                 toggles = POPULATION[(words[1:] ^ words[:-1]).view(np.uint8)].sum(dtype=np.int64)
                 total += float(toggles) * load[net]
         clocked = sum(
-            2 * self.cells[gate.cell].inputs[pin] for gate in self.registers for pin in clock_pins(self.cells[gate.cell])
+            2 * self.cells[gate.cell].inputs[pin]
+            for gate in self.registers
+            for pin in clock_pins(self.cells[gate.cell])
         )
         return total / ((steps - 1) * lanes) + clocked
 

@@ -96,12 +96,12 @@ def _macs(unit: Unit, count: int, seed: int) -> Comparison:
     drawn = random(unit, DOTS * testbench.STEPS * lanes, seed)
     x, w = (drawn[name].reshape(DOTS, testbench.STEPS, lanes) for name in ("x", "w"))
     expected = dot_products(unit, x, w)
-    in_order = [codes.transpose(2, 0, 1).reshape(-1, testbench.STEPS)[:VERILOG_DOTS] for codes in (x, w)]
+    x_dots, w_dots = (c.transpose(2, 0, 1).reshape(-1, testbench.STEPS)[:VERILOG_DOTS] for c in (x, w))
     return (
         lambda netlist: mismatches(unit, simulate_mac(netlist, x, w), expected),
         x.size,
         False,
-        lambda: testbench.bench_of_mac(unit, *in_order),
+        lambda: testbench.bench_of_mac(unit, x_dots, w_dots),
     )
 
 

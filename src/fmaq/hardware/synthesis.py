@@ -167,8 +167,8 @@ def _in_plain_words(complaint: str, library: Library, folder: Path) -> str:
     """What a library lacks, or what ABC said, which Yosys's own message leaves out."""
     if "cannot be legalized" in complaint:
         return (
-            f"library {library.name} has no plain D flip-flop (a clock edge, data and an output), which registers need; "
-            "give another library, or synthesize the unit alone"
+            f"library {library.name} has no plain D flip-flop (a clock edge, data and an output), which registers "
+            "need; give another library, or synthesize the unit alone"
         )
     logs = sorted(folder.glob("*.log"), key=lambda path: path.stat().st_mtime)
     lines = logs[-1].read_text(encoding="utf-8", errors="replace").splitlines() if logs else []

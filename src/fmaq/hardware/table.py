@@ -72,9 +72,7 @@ FLOAT = Study(
     WIDE,
     HALF,
 )
-INTEGER = Study(
-    "int8", "int8", ("I16f0", "I16f0w", "I20f0", "I24f0", "I32f0", "I32f0w"), INTEGER_WIDE, INTEGER_HALF
-)
+INTEGER = Study("int8", "int8", ("I16f0", "I16f0w", "I20f0", "I24f0", "I32f0", "I32f0w"), INTEGER_WIDE, INTEGER_HALF)
 STUDIES = {"M4E3": FLOAT, "int8": INTEGER}
 
 

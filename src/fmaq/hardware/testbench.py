@@ -1,7 +1,7 @@
 """A self-checking test bench to take away: Verilog, its stimulus, and what must come out, for any simulator.
 
-It says PASS, or ends in `$fatal` with the number of codes that differ from `fmaq.numerics.reference`. A zero has several
-codes, so each expected code comes with a mask of the bits that count.
+It says PASS, or ends in `$fatal` with the number of codes that differ from `fmaq.numerics.reference`. A zero has
+several codes, so each expected code comes with a mask of the bits that count.
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ IDLE = 0.1
 """Share of the cycles in which no operand comes."""
 
 
-def testbench(unit: Unit, part: str = "unit", name: str = synthesis.TOP, count: int = 10_000, seed: int = 0) -> dict[str, str]:
+def testbench(
+    unit: Unit, part: str = "unit", name: str = synthesis.TOP, count: int = 10_000, seed: int = 0
+) -> dict[str, str]:
     """The files of a test bench, by name: `NAME.v`, the design; `NAME_tb.v`, the bench; and its words in hexadecimal.
 
     Args:
@@ -42,7 +44,8 @@ def testbench(unit: Unit, part: str = "unit", name: str = synthesis.TOP, count: 
     Raises:
         ValueError: there is no such part, or the name is none in Verilog.
     """
-    check_part(part), check_name(name)
+    check_part(part)
+    check_name(name)
     if part == "unit":
         return bench_of_unit(unit, vectors_for(unit, count, seed), name)
     drawn = random(unit, count * STEPS, seed)
@@ -160,7 +163,7 @@ def bench_of_mac(unit: Unit, x: Codes, w: Codes, name: str = synthesis.TOP, seed
 
 
 VERDICT = """    if (wrong == 0) $display("PASS: %0d {what}", COUNT);
-    else $fatal(1, "FAIL: %0d of %0d {what} differ", wrong, COUNT);
+    else $fatal(1, "FAIL: %0d faults in %0d {what}", wrong, COUNT);
     $finish;
 """
 

@@ -12,13 +12,13 @@ from fmaq.numerics import FixedFormat
 MAC_PORTS = """clk, rst (synchronous); x and w are taken where valid; last comes with the last step of a dot product.
 Two cycles later done is set for one cycle, with the dot product in total."""
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-RESERVED = frozenset(
-    "always and assign automatic begin buf case cell config deassign default defparam design disable edge else end "
-    "endcase endmodule event for force forever fork function generate genvar if initial inout input instance integer "
-    "join library logic localparam macromodule module nand negedge nor not or output parameter posedge primitive real "
-    "reg release repeat signed specify supply0 supply1 table task time tri unsigned use wait wand while wire wor xnor "
-    "xor".split()
-)
+KEYWORDS = """
+always and assign automatic begin buf case cell config deassign default defparam design disable edge else end
+endcase endmodule event for force forever fork function generate genvar if initial inout input instance integer
+join library logic localparam macromodule module nand negedge nor not or output parameter posedge primitive real
+reg release repeat signed specify supply0 supply1 table task time tri unsigned use wait wand while wire wor xnor
+xor
+"""
 
 
 def verilog(unit: Unit, part: str = "unit", name: str = synthesis.TOP) -> str:
@@ -37,7 +37,7 @@ def verilog(unit: Unit, part: str = "unit", name: str = synthesis.TOP) -> str:
 
 def check_name(name: str) -> str:
     """The name, if Verilog takes it for a module; ValueError otherwise."""
-    if NAME.fullmatch(name) is None or name in RESERVED:
+    if NAME.fullmatch(name) is None or name in KEYWORDS.split():
         raise ValueError(f"{name!r} is no name of a Verilog module: it needs letters, digits and _, and no keyword")
     return name
 
