@@ -175,12 +175,8 @@ class Netlist:
     @cached_property
     def _functions(self) -> dict[str, list[tuple[str, list[str], Any]]]:
         """Of each type of cell, its outputs: pin, inputs, and function."""
-        return {
-            name: [
-                (pin, list(self.cells[name].inputs), compile_function(f)) for pin, f in self.cells[name].outputs.items()
-            ]
-            for name in self.counts
-        }
+        used = [self.cells[name] for name in self.counts]
+        return {c.name: [(pin, list(c.inputs), compile_function(f)) for pin, f in c.outputs.items()] for c in used}
 
     @cached_property
     def _next_states(self) -> dict[str, Any]:
@@ -217,11 +213,8 @@ class Netlist:
             if load[net]:
                 toggles = POPULATION[(words[1:] ^ words[:-1]).view(np.uint8)].sum(dtype=np.int64)
                 total += float(toggles) * load[net]
-        clocked = sum(
-            2 * self.cells[gate.cell].inputs[pin]
-            for gate in self.registers
-            for pin in clock_pins(self.cells[gate.cell])
-        )
+        registers = [self.cells[gate.cell] for gate in self.registers]
+        clocked = sum(2 * cell.inputs[pin] for cell in registers for pin in clock_pins(cell))
         return total / ((steps - 1) * lanes) + clocked
 
 
