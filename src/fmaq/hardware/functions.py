@@ -1,7 +1,7 @@
 """The Boolean functions of cells as Liberty writes them, as functions of Python over ints and NumPy arrays.
 
 NOT is !A or A', AND a space, * or &, OR + or |, XOR ^. NOT binds tightest, then XOR, AND, OR (Synopsys, "Liberty User
-Guide", volume 1, "Boolean expressions"). A pin is a name, perhaps with an index, A[0], or any name in quotes.
+Guide", volume 1, "Boolean expressions"). A pin is a name, perhaps with an index, A[0].
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 PIN = r"[A-Za-z_]\w*(?:\[\d+\]|<\d+>)?"
-TOKEN = re.compile(rf'{PIN}|"[^"]+"|[01](?!\w)|\S')
+TOKEN = re.compile(rf"{PIN}|[01](?!\w)|\S")
 
 
 class FunctionError(ValueError):
@@ -32,7 +32,7 @@ def compile_function(text: str) -> Callable[[Mapping[str, Any]], Any]:
 def pins_of(text: str) -> set[str]:
     """The pins that a function depends on; errors as of `compile_function`."""
     _python(text)
-    return {_name(token) for token in TOKEN.findall(text) if _is_pin(token)}
+    return {token for token in TOKEN.findall(text) if _is_pin(token)}
 
 
 def _python(text: str) -> str:
@@ -44,11 +44,7 @@ def _python(text: str) -> str:
 
 
 def _is_pin(token: str) -> bool:
-    return token[0] == '"' or re.fullmatch(PIN, token) is not None
-
-
-def _name(token: str) -> str:
-    return token.strip('"')
+    return re.fullmatch(PIN, token) is not None
 
 
 def _alternatives(tokens: list[str]) -> tuple[str, list[str]]:
@@ -90,7 +86,7 @@ def _factor(tokens: list[str]) -> tuple[str, list[str]]:
     elif head in ("0", "1"):
         inner = f"pins.get({head!r}, {-int(head)})"
     elif _is_pin(head):
-        inner = f"pins[{_name(head)!r}]"
+        inner = f"pins[{head!r}]"
     else:
         raise FunctionError(f"a function has {head!r} where a pin should be")
     while tokens and tokens[0] == "'":

@@ -192,12 +192,14 @@ def _lines(statement: Attribute | Group, indent: str) -> Iterator[str]:
 
 
 def _attribute(attribute: Attribute) -> str:
-    # Readers that know no quotes see a comment or a brace in these; no figure depends on the words of a note.
-    values = [re.sub(r"[/*{};]", " ", v) if v[:1] == '"' and _is_note(v) else v for v in attribute.values]
+    values = attribute.values if attribute.name == "function" else [_plain(value) for value in attribute.values]
     if attribute.is_complex:
         return f"{attribute.name} ({', '.join(values)});"
     return f"{attribute.name} : {' '.join(values)};"
 
 
-def _is_note(value: str) -> bool:
-    return bool(re.search(r"//|/\*|\*/|[{};]", value))
+def _plain(value: str) -> str:
+    """A value that readers take right who see comments, braces or the end of the text inside quotes."""
+    if value[:1] != '"' or not re.search(r'//|/\*|\*/|[{};]|\\"', value):
+        return value
+    return '"' + re.sub(r'[/*{};"]', " ", unquoted(value)) + '"'

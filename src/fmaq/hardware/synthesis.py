@@ -163,6 +163,9 @@ def _run_recipes(rtlil: str, library: Library, recipes: tuple[Recipe, ...], fold
     return [_mapped(recipe, folder, library) for recipe in recipes]
 
 
+COMPLAINT = re.compile(r"ABC: .*(error|cannot|assertion|segmentation)", re.IGNORECASE)
+
+
 def _in_plain_words(complaint: str, library: Library, folder: Path) -> str:
     """What a library lacks, or what ABC said, which Yosys's own message leaves out."""
     if "cannot be legalized" in complaint:
@@ -172,7 +175,7 @@ def _in_plain_words(complaint: str, library: Library, folder: Path) -> str:
         )
     logs = sorted(folder.glob("*.log"), key=lambda path: path.stat().st_mtime)
     lines = logs[-1].read_text(encoding="utf-8", errors="replace").splitlines() if logs else []
-    said = [line.removeprefix("ABC: ") for line in lines if re.match(r"ABC: .*(error|cannot|segmentation)", line, re.I)]
+    said = [line.removeprefix("ABC: ") for line in lines if COMPLAINT.match(line)]
     if not said:
         return complaint
     return f"ABC cannot map recipe {logs[-1].stem!r} to library {library.name}: {' '.join(said)}"
