@@ -143,3 +143,8 @@ def parse_operand(name: Any, role: str = "operand") -> Operand:
         )
     bias = 2**format.exponent - 1 if format.bias is None else format.bias
     return FloatOperand(format.mantissa, format.exponent, bias)
+
+
+def has_bias(name: str) -> bool:
+    """Whether a float format's name fixes the bias; an integer has none."""
+    return re.fullmatch(r"\s*M\d+E\d+b-?\d+z?\s*", name) is not None
