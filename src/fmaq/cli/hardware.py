@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fmaq.cli.formats import hardware as formats
+from fmaq.cli.recipes import Accumulator, PolicyFile, RecipePath, Weights, load_recipe, one
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -239,14 +240,14 @@ def table(
 
 
 @app.command(
-    epilog="[bold]Examples[/bold]\n\n  fmaq hardware model examples/digits/finetune-8bit.yaml\n\n"
+    epilog="[bold]Examples[/bold]\n\n  fmaq hardware model examples/digits/recipe.yaml\n\n"
     "  fmaq hardware model recipe.yaml -a paper12 --examples 8 -l osu018"
 )
 def model(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe, a YAML file.", show_default=False)],
-    accumulator: Annotated[
-        str | None, typer.Option("--accumulator", "-a", help="In place of the policy's, like paper12.")
-    ] = None,
+    recipe: RecipePath,
+    accumulator: Accumulator = None,
+    policy: PolicyFile = None,
+    weights: Weights = None,
     weight: Weight = "M4E3",
     activation: Activation = "M4E3",
     liberty: Liberty = "unit",
@@ -257,13 +258,10 @@ def model(
     from fmaq.cli.hardware_model import record_model
     from fmaq.hardware import find_library
     from fmaq.hardware.layers import energy_by_layer
-    from fmaq.training.recipe import Recipe
 
-    changes: dict[str, Any] = {"data.limit": examples}
-    if accumulator is not None:
-        changes["policy.accumulator"] = accumulator
+    loaded = load_recipe(recipe, one(accumulator), policy, weights, changes={"data.limit": examples})
     library = find_library(liberty)
-    recording = record_model(Recipe.load(recipe, changes), weight, activation)
+    recording = record_model(loaded, weight, activation)
     costs = energy_by_layer(recording.layers, library)
     rows = [
         {
