@@ -11,7 +11,8 @@ from fmaq.training.examples import Examples, Windows
 from fmaq.training.explain import RecipeError
 from fmaq.training.models import build_model
 from fmaq.training.recipe import Recipe, expand
-from fmaq.training.run import prepare, variants
+from fmaq.training.policies import all_policies
+from fmaq.training.run import prepare
 
 MODEL = """
 from torch import nn
@@ -150,7 +151,7 @@ def test_policy_file_is_relative_to_the_recipe(folder: Path) -> None:
 
 def test_every_pair_of_operands_and_accumulators(folder: Path) -> None:
     recipe = parse(folder, BASE + "operands: [float32, M4E3]\naccumulators: [fp32, paper12]\n")
-    made = [(p.weight, str(p.accumulator).split()[0]) for p in variants(recipe, recipe.load_policy())]
+    made = [(p.weight, str(p.accumulator).split()[0]) for p in all_policies(recipe)]
     assert made == [(None, "fp32"), (None, "M7E4b10"), ("M4E3", "fp32"), ("M4E3", "M7E4b10")]
 
 

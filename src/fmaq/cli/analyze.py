@@ -82,16 +82,22 @@ def read_range(text: str) -> Any:
 
 def _tables(recipe: Recipe, limits: Any, examples: int) -> dict[str, Any]:
     """The tables by name. Mantissas are what floats have: an accumulator with a fixed format has the second alone."""
+    import torch
+
     from fmaq.analysis import mantissa_needed, overflow_bounds
+    from fmaq.analysis.calibration import call
     from fmaq.emulation import attach
     from fmaq.emulation.policy import FP32
     from fmaq.training.examples import first_inputs
     from fmaq.training.policies import emulating_policy, is_template
     from fmaq.training.run import prepare
+    from fmaq.training.tasks import telling_of_the_batch
 
     policy = emulating_policy(recipe)
     ready = prepare(recipe)
     inputs = first_inputs(ready.test, examples)
+    with torch.no_grad(), telling_of_the_batch(ready.model, inputs):
+        call(ready.model, inputs)
     args, named = ((), inputs) if isinstance(inputs, dict) else ((inputs,), {})
     # No layer can be attached to an accumulator that lacks a bias, but all can be analysed for it.
     given = policy.accumulator if is_template(policy) else None

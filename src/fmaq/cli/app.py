@@ -146,9 +146,8 @@ def finetune(
     with interruptible():
         record = run_finetune(loaded, folder, device, Bars(), _say(as_json), resume=not fresh)
     _finish(record, folder, "finetune", as_json)
-    if not as_json:
-        tuned = folder / "policy.yaml", folder / "model.safetensors"
-        typer.echo(f"next:   {next_command('evaluate', recipe, *tuned)}")
+    if not as_json and (own := folder / "policy.yaml").exists():
+        typer.echo(f"next:   {next_command('evaluate', recipe, own, folder / 'model.safetensors')}")
 
 
 @app.command(

@@ -12,6 +12,7 @@ from fmaq.training.explain import RecipeError
 from fmaq.training.policies import emulating_policy
 from fmaq.training.recipe import Recipe
 from fmaq.training.run import prepare
+from fmaq.training.tasks import telling_of_the_batch
 
 
 def run_observe(recipe: Recipe, batches: int = 1, steps: int | None = STEPS) -> Observed:
@@ -30,7 +31,8 @@ def run_observe(recipe: Recipe, batches: int = 1, steps: int | None = STEPS) -> 
     try:
         with torch.no_grad(), observe(ready.model, steps) as found:
             for batch in batches_of(ready.test, recipe.data.batch_size, batches):
-                call(ready.model, batch)
+                with telling_of_the_batch(ready.model, batch):
+                    call(ready.model, batch)
     finally:
         detach(ready.model)
     if not found:

@@ -154,7 +154,7 @@ def run_finetune(
         raise RecipeError("this recipe cannot be fine-tuned: its data have no training examples; give data.train")
     with ready.bars:
         record = _before(ready, output, resume)
-        ready.policy.save(output / "policy.yaml")
+        _keep_policy(ready.policy, output / "policy.yaml")
         row = record.rows[0]
         for shown in (record.baseline, row):
             say(line(record, shown))
@@ -179,6 +179,14 @@ def run_finetune(
     record.save(output / "finetune.json")
     record.save_csv(output / "finetune.csv")
     return record
+
+
+def _keep_policy(policy: Policy, path: Path) -> None:
+    """Write the policy, for measuring the model under it later; one that says nothing needs no file."""
+    if policy == Policy():
+        path.unlink(missing_ok=True)
+    else:
+        policy.save(path)
 
 
 def _before(ready: Prepared, output: Path, resume: bool) -> Record:
