@@ -10,8 +10,8 @@ from fmaq.training.data import load_data
 from fmaq.training.examples import Examples, Windows
 from fmaq.training.explain import RecipeError
 from fmaq.training.models import build_model
-from fmaq.training.recipe import Recipe, expand
 from fmaq.training.policies import all_policies
+from fmaq.training.recipe import Recipe, expand
 from fmaq.training.run import prepare
 
 MODEL = """

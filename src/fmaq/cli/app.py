@@ -65,7 +65,8 @@ def _main(
 
 
 @app.command(
-    epilog="[bold]Examples[/bold]\n\n  fmaq demo\n\n  fmaq demo --seed 1 -o demo-1\n\n  fmaq demo --json | jq .rows"
+    epilog="[bold]Examples[/bold]\n\n  fmaq demo\n\n"
+    "  fmaq demo --quick\n\n  fmaq demo --seed 1 -o demo-1\n\n  fmaq demo --json | jq .rows"
 )
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")] = Path("runs/demo"),
@@ -73,6 +74,7 @@ def demo(
     threads: Annotated[
         int, typer.Option(min=1, help="Threads; the network is so small that more than one gain little.")
     ] = 1,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer epochs: seconds, to see that everything runs.")] = False,
     as_json: Json = False,
 ) -> None:
     """Train a small CNN on digits, try ever smaller accumulators, fine-tune the two that suffer.
@@ -84,7 +86,7 @@ def demo(
     from fmaq.training.progress import Bars
 
     with interruptible("interrupted; the demo starts over when it is run again"):
-        record = run_demo(output, seed, Bars(), _say(as_json))
+        record = run_demo(output, seed, Bars(), _say(as_json), quick=quick)
     _finish(record, output, "demo", as_json)
 
 
