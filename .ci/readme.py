@@ -19,12 +19,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+STAMP = ".installed"
+"""What the Makefile touches when it has installed everything."""
+
 BLOCK = re.compile(r"(?:<!-- needs (?P<needs>.*?) -->\n)?^```sh\n(?P<lines>.*?)^```$", re.MULTILINE | re.DOTALL)
 
 QUICK = {
     "make demo": "make demo DEMO_ARGS=--quick",
     "make test": "make test PYTEST_ARGS=tests/test_formats.py",
-    "fmaq demo": "fmaq demo --quick",
+    "fmaq calibrate examples/digits/recipe.yaml": "fmaq calibrate examples/digits/recipe.yaml --batches 1",
     "fmaq bench": "fmaq bench -s start --rounds 1",
 }
 """What is run in place of the commands that take more than half a minute."""
@@ -39,13 +42,21 @@ def commands(text: str) -> Iterator[tuple[str, str | None]]:
 
 
 def copy_of_tracked_files(folder: Path) -> None:
-    """The files that git knows, as they are now, with their times: make then finds the environment up to date."""
+    """The files that git knows, as they are now."""
     listed = subprocess.run(["git", "-C", ROOT, "ls-files", "-z"], check=True, capture_output=True, text=True)
     for name in filter(None, listed.stdout.split("\0")):
         if (ROOT / name).is_file():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, folder / name)
-    (folder / ".venv").symlink_to((ROOT / ".venv").resolve())
+            shutil.copy(ROOT / name, folder / name)
+
+
+def borrowed_environment(folder: Path) -> None:
+    """The environment of this tree, with a stamp of its own, so that make installs nothing into what is borrowed."""
+    folder.mkdir()
+    for path in (ROOT / ".venv").iterdir():
+        if path.name != STAMP:
+            (folder / path.name).symlink_to(path.resolve())
+    (folder / STAMP).touch()
 
 
 def main() -> int:
@@ -53,6 +64,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         copy_of_tracked_files(folder)
+        borrowed_environment(folder / ".venv")
         environment = os.environ | {
             "PATH": f"{folder / '.venv' / 'bin'}{os.pathsep}{os.environ['PATH']}",
             "PYTHONPATH": str(folder / "src"),
