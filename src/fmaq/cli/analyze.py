@@ -17,7 +17,7 @@ EPILOG = (
     "[bold]Examples[/bold]\n\n  fmaq analyze examples/digits/recipe.yaml\n\n"
     '  fmaq analyze recipe.yaml -a "M6E4 product=M6E4 chunk=32"\n\n'
     "  fmaq analyze recipe.yaml -a I16f0 --input-max int8\n\n"
-    "  fmaq analyze recipe.yaml --policy runs/mine/calibrated.yaml\n\n"
+    "  fmaq analyze recipe.yaml --policy runs/mine/policy.yaml --weights runs/mine/model.safetensors\n\n"
     "  fmaq analyze recipe.yaml -a paper12 --json | jq .overflow"
 )
 

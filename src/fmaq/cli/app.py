@@ -121,7 +121,8 @@ def evaluate(
 @app.command(
     epilog="[bold]Examples[/bold]\n\n  fmaq finetune examples/digits/recipe.yaml\n\n"
     '  fmaq finetune recipe.yaml -a "M5E4b10 product=M5E4b12" -o runs/10-bit\n\n'
-    "  fmaq finetune recipe.yaml --policy runs/mine/calibrated.yaml\n\n  fmaq finetune recipe.yaml --fresh"
+    "  fmaq finetune recipe.yaml --policy runs/mine/calibrated.yaml --weights trained.safetensors\n\n"
+    "  fmaq finetune recipe.yaml --fresh"
 )
 def finetune(
     recipe: RecipePath,
@@ -155,7 +156,8 @@ def finetune(
 @app.command(
     epilog="[bold]Examples[/bold]\n\n  fmaq calibrate examples/digits/recipe.yaml\n\n"
     "  fmaq calibrate recipe.yaml --per layer --per channel --batches 4\n\n"
-    '  fmaq calibrate recipe.yaml -a "M7E4 product=M7E4" --chunk 16 --chunk 32'
+    '  fmaq calibrate recipe.yaml -a "M7E4 product=M7E4" --chunk 16 --chunk 32\n\n'
+    "  fmaq calibrate recipe.yaml --policy by-hand.yaml --weights runs/mine/model.safetensors"
 )
 def calibrate(
     recipe: RecipePath,

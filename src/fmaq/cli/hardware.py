@@ -241,7 +241,8 @@ def table(
 
 @app.command(
     epilog="[bold]Examples[/bold]\n\n  fmaq hardware model examples/digits/recipe.yaml\n\n"
-    "  fmaq hardware model recipe.yaml -a paper12 --examples 8 -l osu018"
+    "  fmaq hardware model recipe.yaml -a paper12 --examples 8 -l osu018\n\n"
+    "  fmaq hardware model recipe.yaml --policy runs/mine/policy.yaml --weights runs/mine/model.safetensors"
 )
 def model(
     recipe: RecipePath,

@@ -14,7 +14,7 @@ from fmaq.cli.recipes import Accumulator, PolicyFile, RecipePath, Weights, load_
 EPILOG = (
     "[bold]Examples[/bold]\n\n  fmaq observe examples/digits/recipe.yaml\n\n"
     '  fmaq observe examples/minilm/12bit.yaml -a "M5E4b10 product=M5E4b12"\n\n'
-    "  fmaq observe recipe.yaml --policy runs/mine/calibrated.yaml\n\n"
+    "  fmaq observe recipe.yaml --policy runs/mine/policy.yaml --weights runs/mine/model.safetensors\n\n"
     "  fmaq observe recipe.yaml --batches 4 --json | jq .layers"
 )
 

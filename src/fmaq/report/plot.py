@@ -122,7 +122,7 @@ def _dress(axes: Axes, record: Record, labels: list[str], base: float) -> None:
     text = f"float32 network: {shown}"
     place = {"xy": (1, base), "xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
     axes.annotate(text, xytext=(0, 4), ha="right", va="bottom", color=MUTED, fontsize=8.5, **place)  # type: ignore[arg-type]
-    axes.legend(frameon=False, loc="lower left", fontsize=9)
+    axes.legend(frameon=False, loc="best", fontsize=9)
 
 
 def save_png(figure: Figure, path: Path) -> None:

@@ -3,6 +3,7 @@
 An experiment of trainings with every key it may have:
 
     name: mlp-fashion
+    kind: training
     title: An MLP from scratch on Fashion-MNIST
     question: Which estimator trains best under the narrowest accumulators?
     notes: [What was reduced, and why.]
