@@ -121,6 +121,8 @@ class Pairs:
         sizes = [len(self.first), len(self.second), len(self.scores)]
         if len(set(sizes)) > 1:
             raise ValueError(f"{sizes[0]} first texts, {sizes[1]} second and {sizes[2]} scores; a pair has one of each")
+        if not sizes[0] and len(self):
+            raise ValueError(f"there are no pairs of the {len(self)} texts to compare")
         if sizes[0] and bool((self.scores == self.scores[0]).all()):
             raise ValueError(
                 f"the scores of {sizes[0]} pairs are all {float(self.scores[0]):g}: nothing correlates with it"
@@ -131,7 +133,7 @@ class Pairs:
                 raise ValueError(f"{name} names the text {int(wrong[0])}, but the texts are 0 to {len(self) - 1}")
 
     def __len__(self) -> int:
-        return len(next(iter(self.inputs.values())))
+        return len(next(iter(self.inputs.values()), ()))
 
     def digest(self) -> str:
         """A hash of the contents."""
