@@ -18,6 +18,7 @@ from fmaq.cli.hardware_output import (
     warn_of_unlike,
     warnings_in_yellow,
 )
+from fmaq.cli.recipes import Accumulator, PolicyFile, RecipePath, Weights, load_recipe, one
 
 if TYPE_CHECKING:
     from fmaq.hardware.cost import Synthesis
@@ -362,15 +363,16 @@ def _study(operands: str) -> Study:
 
 
 @app.command(
-    epilog="[bold]Examples[/bold]\n\n  fmaq hardware model examples/digits/finetune-8bit.yaml\n\n"
+    epilog="[bold]Examples[/bold]\n\n  fmaq hardware model examples/digits/recipe.yaml\n\n"
     "  fmaq hardware model recipe.yaml -a paper12 --examples 8 -l osu018\n\n"
+    "  fmaq hardware model recipe.yaml --policy runs/mine/policy.yaml --weights runs/mine/model.safetensors\n\n"
     "  fmaq hardware model recipe.yaml -a I24f0 -w int8 -x int8 --csv > energy.csv"
 )
 def model(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe, a YAML file.", show_default=False)],
-    accumulator: Annotated[
-        str | None, typer.Option("--accumulator", "-a", help="In place of the policy's, like paper12.")
-    ] = None,
+    recipe: RecipePath,
+    accumulator: Accumulator = None,
+    policy: PolicyFile = None,
+    weights: Weights = None,
     weight: Annotated[
         str | None,
         typer.Option("--weight", "-w", help="Format of weights that the policy leaves in float32; M4E3 without."),
@@ -392,10 +394,11 @@ def model(
     from fmaq.hardware import find_library
 
     refuse_both(as_json, as_csv)
+    loaded = load_recipe(recipe, one(accumulator), policy, weights, changes={"data.limit": examples})
     library = find_library(liberty)
     warn_of_library(library)
     with warnings_in_yellow():
-        found = recipe_energy(recipe, accumulator, examples, weight, activation, library)
+        found = recipe_energy(loaded, weight, activation, library)
     if as_json:
         record = {"layers": found.to_dicts(), "library": library.name, "to_32_bit": found.ratio}
         typer.echo(json.dumps(record))

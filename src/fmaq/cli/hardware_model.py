@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fmaq.analysis.energy import ModelEnergy, energy_of_run
 from fmaq.training.progress import Bars
@@ -15,20 +14,12 @@ if TYPE_CHECKING:
     from fmaq.hardware.liberty import Library
 
 
-def recipe_energy(
-    path: Path, accumulator: str | None, examples: int, weight: str | None, activation: str | None, library: Library
-) -> ModelEnergy:
-    """Energy by layer of a recipe's model.
+def recipe_energy(recipe: Recipe, weight: str | None, activation: str | None, library: Library) -> ModelEnergy:
+    """Energy by layer of a recipe's model, over all of its test examples.
 
     Args:
-        accumulator: in place of the policy's.
-        examples: of its test data.
         weight, activation, library: as of `fmaq.analysis.model_energy`.
     """
-    changes: dict[str, Any] = {"data.limit": examples}
-    if accumulator is not None:
-        changes["policy.accumulator"] = accumulator
-    recipe = Recipe.load(path, changes)
     ready = prepare(recipe, bars=Bars(False))
 
     def run() -> None:
