@@ -157,6 +157,7 @@ def finetune(
     epilog="[bold]Examples[/bold]\n\n  fmaq calibrate examples/digits/recipe.yaml\n\n"
     "  fmaq calibrate recipe.yaml --per layer --per channel --batches 4\n\n"
     '  fmaq calibrate recipe.yaml -a "M7E4 product=M7E4" --chunk 16 --chunk 32\n\n'
+    "  fmaq calibrate recipe.yaml --policy runs/mine/policy.yaml --ranges given\n\n"
     "  fmaq calibrate recipe.yaml --policy by-hand.yaml --weights runs/mine/model.safetensors"
 )
 def calibrate(
@@ -176,6 +177,13 @@ def calibrate(
         str, typer.Option(help="trial: the least squared error of the sums; maximum: the largest just fits.")
     ] = "trial",
     gain: Annotated[bool, typer.Option(help="Fit gains, which undo the mean shrinkage of truncation.")] = True,
+    ranges: Annotated[
+        str,
+        typer.Option(
+            help="Of the operands' formats: static, chosen here; dynamic, found at run time, so that results depend on "
+            "the batch; given, those of the policy."
+        ),
+    ] = "static",
     accumulators: Accumulators = None,
     policy: PolicyFile = None,
     weights: Weights = None,
@@ -185,7 +193,7 @@ def calibrate(
     seed: Seed = None,
     as_json: Json = False,
 ) -> None:
-    """Choose biases, offsets and gains for a network on its training examples, and measure what that gives.
+    """Choose biases, offsets, gains and ranges of operands on training examples, and measure what that gives.
 
     Every accumulator of the recipe is measured as given, if it has biases, and calibrated. The output folder,
     runs/<name> by default, gets each calibrated policy as YAML (for --policy, or a recipe's key policy), the record,
@@ -197,7 +205,7 @@ def calibrate(
 
     loaded, folder = _open(load_recipe(recipe, accumulators or (), policy, weights, seed), output)
     pers: Any = tuple(per or ["channel"])
-    how: dict[str, Any] = {"rule": rule, "gain": gain, "shift": gain, "chunks": chunk or ()}
+    how: dict[str, Any] = {"rule": rule, "gain": gain, "shift": gain, "chunks": chunk or (), "ranges": ranges}
     record = run_calibrate(loaded, folder, pers, batches, device, Bars(), _say(as_json), **how)
     _finish(record, folder, "calibrate", as_json)
     if not as_json and record.best is not None and record.best.policy is not None:

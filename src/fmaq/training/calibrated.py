@@ -12,7 +12,7 @@ from fmaq.analysis.calibration import Per, calibrate, check_choices
 from fmaq.emulation import Policy, detach
 from fmaq.training.examples import Examples, Pairs, Windows, as_examples
 from fmaq.training.explain import RecipeError
-from fmaq.training.policies import all_policies, emulates, is_template, nothing_emulated, operands_of
+from fmaq.training.policies import all_policies, emulates, is_template, nothing_emulated, operands_of, quantizes
 from fmaq.training.progress import Bars
 from fmaq.training.recipe import Recipe
 from fmaq.training.record import Record, Row
@@ -35,15 +35,15 @@ def run_calibrate(
         output: folder for `calibrate.json` and `.csv`, and for every calibrated policy as YAML.
         pers: see `per` of `fmaq.calibrate`; one policy each.
         batches: of training examples, of the recipe's batch size, to calibrate on.
-        **how: `rule`, `gain`, `shift` and `chunks` of `fmaq.calibrate`.
+        **how: `rule`, `gain`, `shift`, `chunks` and `ranges` of `fmaq.calibrate`.
 
     Raises:
-        RecipeError: the recipe's data have no training examples, or it emulates nothing.
+        RecipeError: the recipe's data have no training examples, or it neither emulates nor quantizes anything.
     """
     for per in pers:
-        check_choices(per, how.get("rule", "trial"))
+        check_choices(per, how.get("rule", "trial"), ranges=how.get("ranges", "static"))
     policies = all_policies(recipe)
-    if not any(emulates(policy) for policy in policies):
+    if not any(emulates(policy) or quantizes(policy) for policy in policies):
         raise nothing_emulated(recipe)
     ready = prepare(recipe, device, bars)
     inputs = training_inputs(ready, batches)
@@ -62,7 +62,7 @@ def run_calibrate(
     for policy in policies:
         if not is_template(policy):
             measure(policy, policy)
-        if not emulates(policy):
+        if not (emulates(policy) or (quantizes(policy) and how.get("ranges", "static") == "static")):
             continue
         detach(ready.model)
         ready.model.eval()

@@ -38,6 +38,14 @@ def emulates(policy: Policy) -> bool:
     return bool(accumulators_of(policy))
 
 
+def quantizes(policy: Policy) -> bool:
+    """Whether any of a policy's entries names a format of operands."""
+    entries = [entry for entry in policy.layers.values() if entry is not None]
+    parts = [part for entry in ({"products": policy.products}, *entries) for part in entry.get("products", {}).values()]
+    named = [{"weight": policy.weight, "activation": policy.activation}, *entries, *parts]
+    return any(entry.get(role) is not None for entry in named for role in ("weight", "activation"))
+
+
 def is_template(policy: Policy) -> bool:
     """Whether any of a policy's accumulators lacks a bias, which calibration has to choose."""
     return any(accumulator.is_template for accumulator in accumulators_of(policy))
