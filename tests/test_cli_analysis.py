@@ -136,3 +136,30 @@ def test_observe_names_data_that_the_model_cannot_take(recipe, tmp_path):
     recipe.write_text(RECIPE.replace("kind: digits,", "kind: callable, callable: data.py:two,"))
     code, output = run("observe", recipe, "-o", tmp_path / "out")
     assert code != 0 and "float64 of shape (4, 1, 8, 8)" in output and "x.to(torch.float32)" in output
+
+
+@pytest.mark.parametrize(("ranges", "has_range"), [("static", True), ("dynamic", False)])
+def test_calibrate_chooses_ranges_or_leaves_them_to_run_time(recipe, tmp_path, ranges, has_range):
+    out = tmp_path / "out"
+    code, output = run("calibrate", recipe, "-a", "I24f0", "-a", "M5E4", "--ranges", ranges, "-o", out)
+    assert code == 0, output
+    files = sorted(out.glob("*-channel.yaml"))
+    assert len(files) == 2
+    for path in files:
+        entries = Policy.load(path).layers.values()
+        assert all((entry.get("a_max") is not None) is has_range for entry in entries)
+        code, output = run("evaluate", recipe, "--policy", path, "-o", tmp_path / "again")
+        assert code == 0, output
+
+
+def test_formats_alone_are_calibrated_too(recipe, tmp_path):
+    code, output = run("calibrate", recipe, "-a", "fp32", "-o", tmp_path / "out")
+    assert code == 0, output
+    (path,) = (tmp_path / "out").glob("fp32-*-channel.yaml")
+    policy = Policy.load(path)
+    assert all(entry["accumulator"] == "fp32" and entry["a_max"].array > 0 for entry in policy.layers.values())
+
+
+def test_unknown_ranges_are_named(recipe, tmp_path):
+    code, output = run("calibrate", recipe, "--ranges", "frozen", "-o", tmp_path / "out")
+    assert code != 0 and "ranges must be" in output and "frozen" in output
