@@ -15,6 +15,7 @@ from torch import Tensor
 from fmaq import kernels
 from fmaq.numerics import FloatFormat, parse_format
 from fmaq.ops.operands import widen
+from fmaq.ops.uncompiled import uncompiled
 
 INTEGER_NAME = re.compile(r"int(\d+)")
 LAYOUT = {torch.float32: (torch.int32, 23, 127), torch.float64: (torch.int64, 52, 1023)}
@@ -79,6 +80,7 @@ def parse_tensor_format(name: str | FloatFormat) -> FloatFormat | int:
     return format
 
 
+@uncompiled
 def quantize(x: Tensor, format: str | FloatFormat, channel: int | None = None) -> Tensor:
     """x on the grid of a float with a flexible bias, or of symmetric integers; the gradient passes straight through.
 
