@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from fmaq.emulation import vector_files
+from fmaq.emulation.noise import BY_CALL, NOISE, draws
 from fmaq.emulation.vectors import Vector
 from fmaq.emulation.whole_files import write_bytes
 from fmaq.numerics import Accumulator
@@ -38,7 +39,7 @@ FP32 = "fp32"
 CHOSEN_FIELDS = ("offset", "gain", "shift")
 """What is chosen for one accumulator, by `calibrate` say."""
 
-PRODUCT_FIELDS = ("accumulator", "weight", "activation", "estimator", "backward", "per_token", *CHOSEN_FIELDS)
+PRODUCT_FIELDS = ("accumulator", "weight", "activation", "estimator", "backward", "per_token", "noise", *CHOSEN_FIELDS)
 RULE_FIELDS = (*PRODUCT_FIELDS, "products")
 
 
@@ -53,6 +54,7 @@ class Rule:
         estimator: of the gradients, see `fmaq.matmul`.
         backward: accumulator of the gradient products, see `fmaq.matmul`; None is float32.
         per_token: each token has an exponent of its own, found at run time; see `fmaq.matmul`.
+        noise: of stochastic rounding, `"by_call"` or `"repeated"`; see `fmaq.emulation.noise`.
         offset, gain, shift: of the output channels (or heads), see `fmaq.matmul`; None where there is none.
         products: what differs for single products, by their index in a call or by kind.
     """
@@ -63,6 +65,7 @@ class Rule:
     estimator: str = "identity"
     backward: Accumulator | None = None
     per_token: bool = False
+    noise: str = BY_CALL
     offset: Vector | None = None
     gain: Vector | None = None
     shift: Vector | None = None
@@ -87,6 +90,20 @@ class Rule:
             return self
         entry = self.products.get(index, self.products.get(kind, {}))
         return replace(self, **{"products": {}, **entry})
+
+    def handed_down(self) -> Rule:
+        """What is inherited by modules inside: all but what was chosen for the layer's own sums."""
+        products: dict[int | str, Mapping[str, Any]] = {
+            kind: _handed_down(entry) for kind, entry in self.products.items() if isinstance(kind, str)
+        }
+        return replace(self, offset=None, gain=None, shift=None, products=products)
+
+    @property
+    def is_noisy(self) -> bool:
+        """Something is rounded stochastically, by random numbers of its call."""
+        rules = [rule for rule in (self, *self.of_products()) if rule.noise == BY_CALL]
+        parts = [part for rule in rules for part in (rule.accumulator, rule.backward)]
+        return any(isinstance(part, Accumulator) and draws(part) for part in parts)
 
     def of_products(self) -> list[Rule]:
         """The rules of the products that differ."""
@@ -121,6 +138,8 @@ class Policy:
         backward: an accumulator of the two gradient products of the estimator identity, or None: float32.
         per_token: each token (row of the first operand; image of a convolution) has an exponent of its own, which
             costs the hardware finding it at run time.
+        noise: of stochastic rounding: `"by_call"`, other random numbers in every layer, call and product (see
+            `fmaq.emulation.noise`), or `"repeated"`, the same in all of one seed.
         offset: added to the accumulator's and the product's bias: an integer, or one for each output channel.
         gain, shift: multiply the finished sums, and are then added: a number, or one for each output channel.
             Of batched products (heads), all three may have further dimensions in front; see `fmaq.matmul`.
@@ -141,6 +160,7 @@ class Policy:
     estimator: str = "identity"
     backward: Accumulator | None = None
     per_token: bool = False
+    noise: str = BY_CALL
     offset: Vector | None = None
     gain: Vector | None = None
     shift: Vector | None = None
@@ -299,7 +319,8 @@ class Policy:
         known = list(names)
         for key in self.layers:
             if not any(key == name or fnmatchcase(name, key) for name in known):
-                raise ValueError(f"layers: {key!r} matches no module of the model{_nearest(key, known)}")
+                hint = _unwrapped(key, known) or _nearest(key, known)
+                raise ValueError(f"layers: {key!r} matches no module of the model{hint}")
 
 
 def load_yaml(text: str) -> tuple[Any, yaml.Node | None]:
@@ -344,6 +365,16 @@ def _literal_characters(key: str) -> int:
 def _nearest(name: str, names: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, list(names), 1, 0.3)
     return f"; did you mean {near[0]!r}?" if near else "."
+
+
+def _unwrapped(key: str, names: Iterable[str]) -> str | None:
+    """The name that an entry means if a wrapper's (`_orig_mod`, `base_model.model`) is missing in it, or too many."""
+    for name in names:
+        if fnmatchcase(name, f"*.{key}"):
+            return f"; did you mean {name if _literal_characters(key) == len(key) else f'*.{key}'!r}?"
+        if name and key.endswith(f".{name}"):
+            return f"; did you mean {name!r}?"
+    return None
 
 
 def _unknown(keys: Iterable[Any]) -> str | None:
@@ -415,6 +446,10 @@ def _checked(name: str, value: Any) -> Any:
     if name == "per_token":
         if not isinstance(value, bool):
             raise TypeError(f"per_token must be true or false, got {value!r}")
+        return value
+    if name == "noise":
+        if value not in NOISE:
+            raise ValueError(f"noise {value!r} is none of: {', '.join(NOISE)}{_nearest(str(value), NOISE)}")
         return value
     if name in CHOSEN_FIELDS:
         return _vector(name, value)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fmaq import ops
 from fmaq.emulation.calls import Call
+from fmaq.emulation.noise import REPEATED, keyed, note_number
 from fmaq.emulation.policy import FP32, Rule
 from fmaq.numerics import Accumulator
 from fmaq.ops.operands import OPERAND_DTYPES
@@ -79,6 +80,11 @@ def listening(listener: Listener) -> Iterator[None]:
         yield
     finally:
         _listeners.all.remove(listener)
+
+
+def is_heard() -> bool:
+    """Somebody listens in this thread."""
+    return bool(_listeners.all)
 
 
 Chooser = Callable[["Place", "Request", Rule], Rule]
@@ -159,15 +165,31 @@ def compute(call: Call, request: Request) -> Tensor:
             if _choosers.current is not None:
                 place = Place(call.attachment.name, request.kind, call.products)
                 rule = _choosers.current(place, replace(request, operands=operands), rule)
-            accumulator = Accumulator.parse(rule.accumulator)
+            accumulator = keyed_for(call, rule)
             try:
-                result = request.emulated_product(*operands, accumulator, **rule.how).to(dtype)
+                result = request.emulated_product(*operands, accumulator, **_how(call, rule)).to(dtype)
             except ValueError as error:
                 where = call.attachment.name or "the model itself"
                 raise ValueError(f"{request.kind} in {where}: {error}") from error
     macs = result.numel() * request.steps if request.macs is None else request.macs
     announce(call, request.kind, operands, reason, request.steps, macs, request.options, formats)
     return result
+
+
+def keyed_for(call: Call, rule: Rule) -> Accumulator:
+    """A rule's accumulator, with the seed of the product that a module asks for next."""
+    accumulator = Accumulator.parse(rule.accumulator)
+    if rule.noise == REPEATED:
+        return accumulator
+    note_number(call.module, call.number)
+    return keyed(accumulator, call.attachment.name, call.number, call.products)
+
+
+def _how(call: Call, rule: Rule) -> dict[str, Any]:
+    how = rule.how
+    if rule.backward is not None and rule.noise != REPEATED:
+        how["backward"] = keyed(rule.backward, call.attachment.name, call.number, call.products, "backward")
+    return how
 
 
 def rule_of(call: Call, kind: str) -> Rule | None:
