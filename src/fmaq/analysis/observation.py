@@ -8,6 +8,7 @@ Events are counted in all of a small product, and in an even sample of the outpu
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,8 +22,9 @@ from torch import Tensor, nn
 from fmaq import kernels
 from fmaq.analysis.samples import Sample, is_finite, sample, unscaled
 from fmaq.emulation.attach import policy_of
+from fmaq.emulation.coverage import OUTSIDE, CoverageRow, meeting_the_rest
 from fmaq.emulation.policy import FP32
-from fmaq.emulation.products import Product, listening
+from fmaq.emulation.products import FmaqCoverageWarning, Product, listening
 from fmaq.kernels.histograms import BINS, LOWEST
 from fmaq.numerics import Accumulator
 from fmaq.numerics.reference import EVENTS
@@ -105,11 +107,16 @@ class ProductEvents:
 
 
 class Observed(Mapping[str, ProductEvents]):
-    """What was observed, by layer: of a layer with one product its events, of one with more, `"layer:kind"` each."""
+    """What was observed, by layer: of a layer with one product its events, of one with more, `"layer:kind"` each.
+
+    Attributes:
+        outside: products, torch's own, that were met outside of every attached module's call.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.products: dict[tuple[str, str, int], ProductEvents] = {}
+        self.outside: list[CoverageRow] = []
 
     def _names(self) -> dict[str, ProductEvents]:
         layers = [layer for layer, _, _ in self.products]
@@ -243,7 +250,8 @@ def _span(histogram: Histogram) -> tuple[float, float]:
 def observe(model: nn.Module, steps: int | None = STEPS) -> Iterator[Observed]:
     """Look at every emulated product that an attached model computes inside a `with` block.
 
-    The outputs stay what they are. Looking costs about as much again as computing.
+    The outputs stay what they are. Looking costs about as much again as computing. Products outside of every attached
+    module's call, as in a method such as `training_step`, are named in a `FmaqCoverageWarning`.
 
     Args:
         model: attached, see `fmaq.attach`.
@@ -267,8 +275,20 @@ def observe(model: nn.Module, steps: int | None = STEPS) -> Iterator[Observed]:
             with torch.no_grad(), full_precision(), torch._C.DisableTorchFunction():
                 _look(observed, product, steps)
 
-    with listening(listener):
+    def note(row: CoverageRow) -> None:
+        if row.reason == OUTSIDE:
+            observed.outside.append(row)
+
+    with listening(listener), meeting_the_rest(note):
         yield observed
+    if observed.outside:
+        kinds = ", ".join(sorted({row.product for row in observed.outside}))
+        warnings.warn(
+            f"{len(observed.outside)} products ({kinds}) were computed by torch, outside of every attached module's "
+            "call; inside `with fmaq.emulating(model):` they are the model's",
+            FmaqCoverageWarning,
+            stacklevel=3,
+        )
 
 
 def _look(observed: Observed, product: Product, steps: int | None) -> None:
