@@ -176,13 +176,13 @@ def dot(x: Sequence[float], w: Sequence[float], acc: Accumulator, m: int = 0, n:
             p = x_w = Fraction(x[k]) * Fraction(w[k])
             product_overflows = False
             if acc.product is not None:
-                rounded = on_grid(x_w, acc.product, acc, bits % 2**16 >> (16 - acc.random_bits))
+                rounded = on_grid(x_w, acc.product, acc, bits % 2**16 >> (16 - acc.random_bits) | acc.centred)
                 product_overflows = overflows(rounded, acc.product)
                 p = in_register(rounded, acc.product, acc.underflow)
-            step = add(acc, x_w, p, s, product_overflows, bits >> (32 - acc.random_bits))
+            step = add(acc, x_w, p, s, product_overflows, bits >> (32 - acc.random_bits) | acc.centred)
             result.steps.append(step)
             s = step.after
-        r = random_word(acc.seed, m, n, end - 1, merge=True) >> (32 - acc.random_bits)
+        r = random_word(acc.seed, m, n, end - 1, merge=True) >> (32 - acc.random_bits) | acc.centred
         merge = add(acc, s, s, t, False, r)
         result.merges.append(merge)
         t = merge.after

@@ -58,6 +58,9 @@ POOL = tuple(
         "M7E4b10 chunk=3 rounding=nearest_even",
         "M0E3b2 product=M0E4b8 chunk=3 rounding=nearest_even",
         "M7E4b10 product=M7E4b12 chunk=16 rounding=stochastic seed=7",
+        "M7E4b10 product=M7E4b12 chunk=16 rounding=stochastic random_bits=4 seed=7 centred=True",
+        "M5E4b9 product=M3E4b9 chunk=5 rounding=stochastic random_bits=16 seed=7 centred=True",
+        "I12f4 product=I12f6 rounding=stochastic random_bits=3 centred=True",
         "M3E4b8 chunk=3 rounding=stochastic random_bits=1 seed=18446744073709551615",
         "M2E5b16 product=M1E5b20z chunk=None rounding=stochastic random_bits=16",
         "I16f4 product=I12f4 chunk=16",
@@ -104,6 +107,7 @@ def fresh_accumulators(
         underflow=st.booleans(),
         random_bits=st.integers(1, 16),
         seed=st.integers(0, 2**64 - 1),
+        centred=st.booleans(),
     )
 
 

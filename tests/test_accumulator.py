@@ -30,6 +30,7 @@ accumulators = st.builds(
     underflow=st.booleans(),
     random_bits=st.integers(1, 16),
     seed=st.integers(0, 2**64 - 1),
+    centred=st.booleans(),
 )
 
 
@@ -63,6 +64,15 @@ def test_every_way_to_write_one():
     assert Accumulator({"format": "M5E4b6", "product": "I8f2", "chunk": None} | acc.to_mapping()) == acc
     assert Accumulator("M5E4b6 product=exact").product is None
     assert Accumulator("M5E4b6", product="none").product is None
+
+
+def test_centred_is_true_or_false():
+    assert Accumulator("M5E4b6 rounding=stochastic centred=true").centred
+    assert not Accumulator("M5E4b6 rounding=stochastic centred=False").centred
+    with pytest.raises(ValueError, match="centred must be True or False, got 'yes'"):
+        Accumulator("M5E4b6 centred=yes")
+    with pytest.raises(TypeError, match="centred must be True or False, got 1"):
+        Accumulator("M5E4b6", centred=1)
 
 
 def test_an_accumulator_is_a_value():

@@ -84,7 +84,7 @@ def test_multi_head_attention_with_weights_masks_and_other_widths() -> None:
     with listening(seen.append):
         found, weights = layer(q, k, v, attn_mask=mask, key_padding_mask=padding)
     assert torch.allclose(found, plain, atol=1e-4) and torch.allclose(weights, plain_weights, atol=1e-4)
-    assert [p.kind for p in seen] == ["linear", "linear", "linear", "matmul", "matmul", "linear"]
+    assert [p.kind for p in seen] == [*["linear"] * 3, "attention_scores", "attention_values", "linear"]
     assert all(p.reason is None for p in seen)
 
 

@@ -80,13 +80,19 @@ def test_what_calibrate_prints_to_go_on_with_works_from_where_it_says(recipe, tm
     assert [row["metrics"] for row in rows[0]] == [row["metrics"] for row in rows[1]]
 
 
-def test_float32_among_the_accumulators_is_measured_and_not_calibrated(recipe, tmp_path):
+def test_float32_among_the_accumulators_has_its_operands_calibrated(recipe, tmp_path):
     recipe.write_text(RECIPE.replace("accumulators: [", "accumulators: [fp32, M5E4 product=M5E4, "))
     code, output = run("calibrate", recipe, "-o", tmp_path / "out", "--json")
     assert code == 0, output
     rows = json.loads((tmp_path / "out" / "calibrate.json").read_text())["rows"]
     found = [(row["accumulator"].split()[0], row["chosen"]) for row in rows]
-    assert found == [("fp32", None), ("M5E4", "per channel"), ("M4E3b5", None), ("M4E3b5", "per channel")]
+    assert found == [
+        ("fp32", None),
+        ("fp32", "per channel"),
+        ("M5E4", "per channel"),
+        ("M4E3b5", None),
+        ("M4E3b5", "per channel"),
+    ]
 
 
 def test_observe_prints_a_table_and_writes_frames(recipe, tmp_path):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from exact import lowbias32, random_word
-from fmaq.numerics import Accumulator, random, reference
+from fmaq.numerics import Accumulator, FloatFormat, random, reference
 
 M, N, K = 48, 64, 320
 
@@ -149,3 +149,52 @@ def test_a_long_sum_is_unbiased_where_truncation_stands_still():
     assert np.all(swamped < 0.2)
     y = reference.matmul(a, b, Accumulator("M3E5b16", chunk=None, rounding="stochastic", random_bits=16))
     assert abs(y.mean() - 4) < 4 * y.std() / np.sqrt(y.size)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 8])
+def test_what_few_random_bits_lose_on_average_and_centred_ones_do_not(bits):
+    """Over all fractions of a unit, in steps of 2^-(bits + 4), and all R: half of 2^-bits toward zero, or nothing."""
+    fractions = np.arange(0, 1, 2.0 ** -(bits + 4))
+    x = 1 + fractions[:, None] / 8  # in M3
+    drawn = np.arange(2**bits)
+    grid = FloatFormat(3, 5, 10)
+
+    def mean_error(r):
+        rounded = reference.round_to_grid(x, grid, "stochastic", bits, r)
+        return float((rounded - x).mean() * 8)
+
+    step = 2.0 ** -(bits + 4)  # of the fractions, whose own mean is half a step below a half
+    assert mean_error(drawn) == -(2.0**-bits) / 2 + step / 2
+    assert mean_error(drawn | 1) == step / 2
+    exact = reference.round_to_grid(np.array([[1.0]]), grid, "stochastic", bits, drawn | 1)
+    assert np.all(exact == 1.0)
+
+
+@pytest.mark.parametrize("rounded", ["sum", "product"])
+def test_centred_random_numbers_are_odd_and_otherwise_the_same(rounded):
+    """Two random bits of three: up for R = 1, 3, 5, 7 alone."""
+    coarse, fine = "M3E5b10", "M20E5b10"
+    product, total = (coarse, fine) if rounded == "product" else (fine, coarse)
+    words = dict(product=product, rounding="stochastic", random_bits=3, seed=3)
+    ones, w = np.ones((1, 200)), random.step_word(random.base(3, np.arange(200)[:, None], np.arange(200)[None]), 0)
+    r = (random.product_bits if rounded == "product" else random.sum_bits)(w, 3)
+    for fraction in (1 / 16, 1 / 8, 0.3, 3 / 8, 15 / 16):
+        x = np.full((200, 1), 1 + fraction / 8)
+        for centred in (False, True):
+            step = next(reference.steps(x, ones, Accumulator(total, **words, centred=centred)))
+            value = step.p if rounded == "product" else step.after
+            assert np.array_equal(value > 1, np.floor(fraction * 8) + (r | centred) >= 8)
+
+
+def test_a_long_sum_of_few_random_bits_is_right_on_average_if_they_are_centred():
+    """Toward zero it loses half of 1/32 of a unit in the last place a step: here about a thirtieth of all."""
+    rng = np.random.default_rng(0)
+    a, b = rng.uniform(0.2, 1, (100, 64)).astype(np.float32), np.ones((64, 30), np.float32)
+    exact = a.astype(np.float64) @ b
+
+    def shrinkage(centred):
+        acc = Accumulator("M4E6b31", chunk=None, rounding="stochastic", random_bits=5, centred=centred)
+        return float((reference.matmul(a, b, acc) / exact).mean()) - 1
+
+    assert shrinkage(False) < -0.02
+    assert abs(shrinkage(True)) < 0.005

@@ -42,6 +42,7 @@ accumulators = st.builds(
     underflow=st.booleans(),
     random_bits=st.integers(1, 16),
     seed=st.integers(0, 2**64 - 1),
+    centred=st.booleans(),
 )
 
 

@@ -148,11 +148,14 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not() -> None:
     assert not same(results[0], results[2])
 
 
-@pytest.mark.parametrize("after", [1, 6, 9])
-def test_resume_after_an_interruption_is_exact(tmp_path: Path, after: int) -> None:
+NOISY = Policy(accumulator="M5E4b10 product=M5E4b12 rounding=stochastic random_bits=6", weight="M4E3")
+
+
+@pytest.mark.parametrize(("after", "policy"), [(1, POLICY), (6, POLICY), (9, POLICY), (6, NOISY), (9, NOISY)])
+def test_resume_after_an_interruption_is_exact(tmp_path: Path, after: int, policy: Policy) -> None:
     train, test = data()
     whole = network()
-    expected = finetune(whole, POLICY, train, test, SCHEDULE, output=tmp_path / "whole", seed=3, progress=False)
+    expected = finetune(whole, policy, train, test, SCHEDULE, output=tmp_path / "whole", seed=3, progress=False)
 
     class Stop(Slow):
         count = 0
@@ -167,9 +170,9 @@ def test_resume_after_an_interruption_is_exact(tmp_path: Path, after: int) -> No
     stopped = network()
     stopped[5] = Stop(0)
     with pytest.raises(Interrupted, match="run the same again to go on from there"):
-        finetune(stopped, POLICY, train, test, SCHEDULE, output=tmp_path / "part", seed=3, progress=False)
+        finetune(stopped, policy, train, test, SCHEDULE, output=tmp_path / "part", seed=3, progress=False)
     resumed = network()
-    result = finetune(resumed, POLICY, train, test, SCHEDULE, output=tmp_path / "part", seed=3, progress=False)
+    result = finetune(resumed, policy, train, test, SCHEDULE, output=tmp_path / "part", seed=3, progress=False)
     assert same(weights(whole), weights(resumed))
     assert [s.metrics for s in result.stages] == [s.metrics for s in expected.stages]
     logs = [lines(tmp_path / name / "log.jsonl") for name in ("whole", "part")]

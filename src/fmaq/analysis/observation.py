@@ -25,8 +25,9 @@ from fmaq import kernels
 from fmaq.analysis import events_shown
 from fmaq.analysis.samples import Sample, is_finite, sample, unscaled
 from fmaq.emulation.attach import policy_of
+from fmaq.emulation.coverage import OUTSIDE, CoverageRow, meeting_the_rest
 from fmaq.emulation.policy import FP32
-from fmaq.emulation.products import Product, listening
+from fmaq.emulation.products import FmaqCoverageWarning, Product, listening
 from fmaq.emulation.unmet import names_of, unmet_products
 from fmaq.kernels.histograms import BINS, LOWEST
 from fmaq.numerics import Accumulator
@@ -111,11 +112,16 @@ class ProductEvents:
 
 
 class Observed(Mapping[str, ProductEvents]):
-    """What was observed, by layer: of a layer with one product its events, of one with more, `"layer:kind"` each."""
+    """What was observed, by layer: of a layer with one product its events, of one with more, `"layer:kind"` each.
+
+    Attributes:
+        outside: products, torch's own, that were met outside of every attached module's call.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.products: dict[tuple[str, str, int], ProductEvents] = {}
+        self.outside: list[CoverageRow] = []
 
     def _names(self) -> dict[str, ProductEvents]:
         layers = [layer for layer, _, _ in self.products]
@@ -225,8 +231,9 @@ def _place(name: str, found: ProductEvents) -> dict[str, Any]:
 def observe(model: nn.Module, steps: int | None = STEPS) -> Iterator[Observed]:
     """Look at every emulated product that an attached model computes inside a `with` block.
 
-    The outputs stay what they are. Looking costs about as much again as computing. A warning names what the policy says
-    of products, by index or kind, that no call had.
+    The outputs stay what they are. Looking costs about as much again as computing. Warnings name what the policy says
+    of products, by index or kind, that no call had, and products outside of every attached module's call, as in a
+    method such as `training_step`.
 
     Args:
         model: attached, see `fmaq.attach`.
@@ -250,13 +257,26 @@ def observe(model: nn.Module, steps: int | None = STEPS) -> Iterator[Observed]:
             with torch.no_grad(), full_precision(), torch._C.DisableTorchFunction():
                 _look(observed, product, steps)
 
+    def note(row: CoverageRow) -> None:
+        if row.reason == OUTSIDE:
+            observed.outside.append(row)
+
     met: set[tuple[str, str, int]] = set()
-    with listening(listener), listening(lambda product: met.add((product.layer, product.kind, product.index))):
+    heard = listening(lambda product: met.add((product.layer, product.kind, product.index)))
+    with listening(listener), heard, meeting_the_rest(note):
         yield observed
     policy = policy_of(model)
     if met and policy is not None:
         for entry in unmet_products(policy, names_of(model), met):
             warnings.warn(f"observe: no call had {entry}", UserWarning, stacklevel=3)
+    if observed.outside:
+        kinds = ", ".join(sorted({row.product for row in observed.outside}))
+        warnings.warn(
+            f"{len(observed.outside)} products ({kinds}) were computed by torch, outside of every attached module's "
+            "call; inside `with fmaq.emulating(model):` they are the model's",
+            FmaqCoverageWarning,
+            stacklevel=3,
+        )
 
 
 def _look(observed: Observed, product: Product, steps: int | None) -> None:

@@ -1,7 +1,8 @@
 """Which products of a model use which accumulator: policies, attaching them to any model, and what they then cover."""
 
-from fmaq.emulation.attach import attach, detach, policy_of
+from fmaq.emulation.attach import attach, detach, emulating, policy_of
 from fmaq.emulation.coverage import Coverage, CoverageRow, coverage
+from fmaq.emulation.noise import call_counts, restart_calls
 from fmaq.emulation.policy import Policy, Rule
 from fmaq.emulation.products import FmaqCoverageWarning, Product, listening
 
@@ -13,8 +14,11 @@ __all__ = [
     "Product",
     "Rule",
     "attach",
+    "call_counts",
     "coverage",
     "detach",
+    "emulating",
     "listening",
     "policy_of",
+    "restart_calls",
 ]

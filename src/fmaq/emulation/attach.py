@@ -6,17 +6,21 @@ and replicas of an attached model are attached, and a submodule called on its ow
 
 from __future__ import annotations
 
+import contextlib
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import nn
 
-from fmaq.emulation import calls
-from fmaq.emulation.calls import Attachment
+from fmaq.emulation import calls, fast_path
+from fmaq.emulation.calls import STATE, Attachment, Call
 from fmaq.emulation.mode import EmulationMode
+from fmaq.emulation.noise import COUNT
 from fmaq.emulation.operands import sums_codes
 from fmaq.emulation.policy import Policy
 from fmaq.emulation.products import RECURRENT, FmaqCoverageWarning
@@ -24,8 +28,9 @@ from fmaq.numerics import Accumulator, FixedFormat
 from fmaq.ops.estimators import Estimate
 from fmaq.ops.operands import AccumulatorLike, check
 
-STATE = "_fmaq"
 QUANTIZED_MODULES = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torch.ao.nn.sparse")
+PACKED = ("_packed", "_all_weight_values")
+"""What the attributes are called in which quantized modules keep the weights of a kernel."""
 
 
 def attach(model: nn.Module, policy: Policy | AccumulatorLike) -> nn.Module:
@@ -33,9 +38,15 @@ def attach(model: nn.Module, policy: Policy | AccumulatorLike) -> nn.Module:
 
     No module is replaced, and parameters, `state_dict`, class and others' hooks stay as they are. Attaching again
     replaces the policy, also of a part of an attached model: the last `attach` counts for every module inside, and
-    names are then relative to that part. A module that is added later has the rule of the module that calls it.
+    names are then relative to that part. A module that is added later, or takes another's place, has the rule that its
+    name would have had; one that is no part of the model, that of its caller, without offsets, gains and shifts.
 
-    Products are met while a module is *called*: `model(x)`, not `model.forward(x)`, runs the hooks.
+    Products are met while a module is *called*: `model(x)`, not `model.forward(x)`, runs the hooks. Those of other
+    methods are met in a `with fmaq.emulating(model):` block.
+
+    Where the policy says torch's own products, the bits are torch's own: a policy that emulates nothing adds no hook,
+    and the fast paths of `nn.TransformerEncoder` and `nn.MultiheadAttention` are taken where torch takes them. An
+    emulated `nn.TransformerEncoder` does what its fast path does to padded positions: it makes them zero.
 
     What others' forward hooks compute is emulated as well. A hook that wants torch's own product, to measure an error
     against it, say, asks for it inside `with torch._C.DisableTorchFunction():`.
@@ -76,23 +87,36 @@ def attached(model: nn.Module, policy: Policy, may_be_template: bool = False) ->
     Raises:
         ValueError, NotImplementedError: as `attach`.
     """
-    before = {module: module.__dict__.get(STATE) for module in model.modules()}
     attachments = _attachments(model, policy)
     for attachment in attachments.values():
         _check_kernels(attachment, may_be_template)
-    _install(attachments)
+    with _installed(attachments):
+        yield
+
+
+@contextmanager
+def hooked(model: nn.Module) -> Iterator[None]:
+    """Also where nothing is emulated, the products of an attached model are met in a `with` block."""
+    with _installed({m: m.__dict__[STATE][0] for m in model.modules() if STATE in m.__dict__}, everywhere=True):
+        yield
+
+
+@contextmanager
+def _installed(attachments: dict[nn.Module, Attachment], everywhere: bool = False) -> Iterator[None]:
+    before = {module: module.__dict__.get(STATE) for module in attachments}
+    _install(attachments, everywhere)
     try:
         yield
     finally:
         calls.forget_interrupted()
         for module, state in before.items():
-            _, handles = module.__dict__.get(STATE, (None, ()))
+            _, handles = module.__dict__.pop(STATE, (None, ()))
+            was_hooked = state is not None and state[1]
             if state is not None:
-                module.__dict__[STATE] = (state[0], handles)
-                continue
-            module.__dict__.pop(STATE, None)
-            for handle in handles:
-                handle.remove()
+                module.__dict__[STATE] = (state[0], handles if was_hooked else ())
+            if not was_hooked:
+                for handle in handles:
+                    handle.remove()
 
 
 def _attachments(model: nn.Module, policy: Policy) -> dict[nn.Module, Attachment]:
@@ -108,18 +132,20 @@ def _attachments(model: nn.Module, policy: Policy) -> dict[nn.Module, Attachment
     return {module: Attachment(policy, alias[0], policy.for_layer(*alias)) for module, alias in names.items()}
 
 
-def _install(attachments: dict[nn.Module, Attachment]) -> None:
+def _install(attachments: dict[nn.Module, Attachment], everywhere: bool = False) -> None:
+    """Keep on each module what it is told, and hooks unless nothing at all is emulated: torch looks for them."""
+    wants_hooks = everywhere or not all(attachment.is_plain for attachment in attachments.values())
     for module, attachment in attachments.items():
         if isinstance(module, torch.jit.ScriptModule):
             continue
-        if STATE in module.__dict__:
-            module.__dict__[STATE] = (attachment, module.__dict__[STATE][1])
-        else:
+        module.__dict__.pop(COUNT, None)
+        _, handles = module.__dict__.get(STATE, (None, ()))
+        if wants_hooks and not handles:
             handles = (
-                module.register_forward_pre_hook(_before, prepend=True),
+                module.register_forward_pre_hook(_before, prepend=True, with_kwargs=True),
                 module.register_forward_hook(_after, always_call=True),
             )
-            module.__dict__[STATE] = (attachment, handles)
+        module.__dict__[STATE] = (attachment, handles)
 
 
 def detach(model: nn.Module) -> nn.Module:
@@ -131,10 +157,53 @@ def detach(model: nn.Module) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise TypeError(f"detach takes a torch.nn.Module, got {type(model).__name__}")
     for module in model.modules():
+        module.__dict__.pop(COUNT, None)
         _, handles = module.__dict__.pop(STATE, (None, ()))
         for handle in handles:
             handle.remove()
     return model
+
+
+class emulating:
+    """Products inside a `with fmaq.emulating(model):` block are emulated as those of the model's own forward are.
+
+    For what is called otherwise than by `model(x)`: a method such as `training_step`, or a function that multiplies by
+    the model's parameters. Modules called inside have their own rules, as ever. A block counts as a call of the model.
+
+    Args:
+        model: attached, itself and not only a part of it.
+
+    Raises:
+        TypeError: `model` is no module.
+        ValueError: it is not attached.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"emulating takes a torch.nn.Module, got {type(model).__name__}")
+        if STATE not in model.__dict__:
+            raise ValueError(
+                "the model is attached to no policy; call fmaq.attach(model, policy) before fmaq.emulating"
+            )
+        self._model = model
+        self._blocks: list[Call] = []
+
+    def __enter__(self) -> None:
+        calls.refuse_compilation()
+        attachment = self._model.__dict__[STATE][0]
+        frame = _running_body(sys._getframe(1))
+        self._blocks.append(calls.enter_block(self._model, attachment, EmulationMode, frame))
+
+    def __exit__(self, *_: object) -> None:
+        calls.leave_block(self._blocks.pop())
+
+
+def _running_body(frame: FrameType) -> FrameType:
+    """The frame that runs a block's body: contextlib's, and those of generators that it drives, are over before it."""
+    outer = frame.f_back
+    while outer is not None and contextlib.__file__ in (frame.f_code.co_filename, outer.f_code.co_filename):
+        frame, outer = outer, outer.f_back
+    return frame
 
 
 def policy_of(model: nn.Module) -> Policy | None:
@@ -143,17 +212,23 @@ def policy_of(model: nn.Module) -> Policy | None:
     return None if state is None else state[0].policy
 
 
-def _before(module: nn.Module, args: Any) -> None:
+def _before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     if torch._C._get_tracing_state() is not None:
         raise RuntimeError(
             "an attached model cannot be traced by torch.jit or exported: call fmaq.detach(model) before"
         )
     calls.refuse_compilation()
-    calls.enter(module, module.__dict__[STATE][0], EmulationMode)
+    call = calls.enter(module, module.__dict__[STATE][0], EmulationMode, (args, kwargs))
+    call.finish = fast_path.finish(module, call.attachment, args, kwargs)
 
 
-def _after(module: nn.Module, args: Any, output: Any) -> None:
-    calls.leave()
+def _after(module: nn.Module, args: Any, output: Any) -> Any:
+    """Torch's hook: what it returns, unless that is None, takes the output's place."""
+    call = calls.call_of_hook()
+    try:
+        return call.finish(output) if call is not None and call.finish is not None and output is not None else None
+    finally:
+        calls.leave()
 
 
 def _check_kernels(attachment: Attachment, may_be_template: bool = False) -> None:
@@ -216,6 +291,12 @@ def _not_coverable(module: nn.Module) -> str | None:
         return f"{type(module).__name__}, a recurrent layer"
     if isinstance(module, torch.jit.ScriptModule):
         return "TorchScript"
-    if type(module).__module__.startswith(QUANTIZED_MODULES):
+    if type(module).__module__.startswith(QUANTIZED_MODULES) and _multiplies(module):
         return f"{type(module).__name__}, a quantized module"
     return None
+
+
+def _multiplies(module: nn.Module) -> bool:
+    """A quantized module that hands packed weights to a kernel; others call torch's ordinary products, or none."""
+    names = (*vars(module), *module._modules)
+    return any(name.startswith(PACKED) for name in names) and type(module).__name__ != "Embedding"

@@ -1,5 +1,8 @@
 """Which attached module is running: a stack a thread, kept by a hook before and a hook after every attached module.
 
+A module that is no part of what was attached (it came later, or replaced one) is noticed when it asks for a product. It
+has the rule that its name would have; where it has none, what its caller hands down, without offsets and gains.
+
 A call is known by the Python frame that runs it. So a forward that ended without its second hook (a Ctrl-C, say) is
 noticed by whatever comes next, and what a product is called from (a module's forward, a gradient, a recomputation) can
 be told apart.
@@ -9,19 +12,23 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from types import FrameType
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from fmaq.emulation.noise import CHECKPOINT_FILE, note_number, number_of_call
 from fmaq.emulation.policy import Policy, Rule
 
+STATE = "_fmaq"
 CALL_IMPL = ("_call_impl", nn.Module._call_impl.__code__.co_filename)
-CHECKPOINT_FILE = torch.utils.checkpoint.__file__
 GRADIENT = torch.autograd.function.BackwardCFunction.apply.__code__
 
 
@@ -39,15 +46,36 @@ class Attachment:
     name: str
     rule: Rule | None
 
+    @cached_property
+    def is_plain(self) -> bool:
+        """Every product of the module is torch's own, of operands as they are."""
+        return self.rule is None or self.rule.is_plain
 
-@dataclass
+    @cached_property
+    def is_noisy(self) -> bool:
+        """The module's calls are counted: see `noise`."""
+        return self.rule is not None and self.rule.is_noisy
+
+
+@dataclass(eq=False)
 class Call:
-    """An attached module's forward that is running."""
+    """An attached module's forward that is running.
+
+    Attributes:
+        frame: that runs it; it is over when the frame is, unless `is_block`.
+        number: among the module's calls, where they are counted.
+        products: asked for so far.
+        finish: what is done to the forward's output.
+        is_block: a `with emulating(...)` block, which ends when it says so.
+    """
 
     module: nn.Module
     attachment: Attachment
     frame: FrameType
+    number: int = 0
     products: int = 0
+    finish: Callable[[Any], Any] | None = None
+    is_block: bool = False
 
 
 class ModelMode(TorchFunctionMode):
@@ -55,6 +83,9 @@ class ModelMode(TorchFunctionMode):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
+
+    def begin(self, inputs: Any) -> None:
+        """Learn the inputs of the forward."""
 
 
 class _Running(threading.local):
@@ -64,20 +95,24 @@ class _Running(threading.local):
         self.calls: list[Call] = []
         self.mode: ModelMode | None = None
         self.handlers = 0
+        self.late: WeakKeyDictionary[nn.Module, tuple[Attachment, Attachment]] = WeakKeyDictionary()
 
 
 _running = _Running()
 
 
-def enter(module: nn.Module, attachment: Attachment, mode: type[ModelMode]) -> None:
+def enter(module: nn.Module, attachment: Attachment, mode: type[ModelMode], inputs: Any) -> Call:
     """Note that a module's forward begins; the outermost one enters a mode. Called from a forward pre-hook."""
     frame = _module_frame()
     _drop_interrupted(frame)
-    if not _running.calls:
-        _leave_leftovers(mode)
-        _running.mode = mode(module)
-        _running.mode.__enter__()
-    _running.calls.append(Call(module, attachment, frame))
+    caller = innermost_call()
+    if attachment.is_noisy and caller is not None and caller.attachment.is_noisy:
+        note_number(caller.module, caller.number)
+    number = number_of_call(module, frame) if attachment.is_noisy else 0
+    call = _begin(Call(module, attachment, frame, number), mode)
+    if caller is None and _running.mode is not None:
+        _running.mode.begin(inputs)
+    return call
 
 
 def leave() -> None:
@@ -87,6 +122,37 @@ def leave() -> None:
     if _running.calls and _running.calls[-1].frame is frame:
         _running.calls.pop()
         _leave_mode_if_done()
+
+
+def enter_block(module: nn.Module, attachment: Attachment, mode: type[ModelMode], frame: FrameType) -> Call:
+    """Note that a block begins in which products are those of a module."""
+    _drop_interrupted(sys._getframe(1))
+    number = number_of_call(module, frame) if attachment.is_noisy else 0
+    return _begin(Call(module, attachment, frame, number, is_block=True), mode)
+
+
+def leave_block(block: Call) -> None:
+    """Note that a block ends, and whatever began in it and did not end."""
+    if block in _running.calls:
+        del _running.calls[_running.calls.index(block) :]
+        _leave_mode_if_done()
+
+
+def _begin(call: Call, mode: type[ModelMode]) -> Call:
+    if not _running.calls:
+        _leave_leftovers(mode)
+        _running.mode = mode(call.module)
+        _running.mode.__enter__()
+    _running.calls.append(call)
+    return call
+
+
+def call_of_hook() -> Call | None:
+    """The call whose forward hook calls this; None where `enter` was not reached."""
+    frame = _module_frame()
+    _drop_interrupted(frame)
+    call = innermost_call()
+    return call if call is not None and call.frame is frame else None
 
 
 def forget_interrupted() -> None:
@@ -100,25 +166,57 @@ def current_call() -> Call | None:
     That is in the gradient of something, or after an interrupted forward.
 
     Raises:
-        RuntimeError: a checkpointed function that is no module is running: its recomputation could not be told from
-            any other product, and its gradients would silently be another network's.
+        RuntimeError: a checkpointed function that is no attached module is running: its recomputation could not be told
+            from any other product, and its gradients would silently be another network's.
     """
     frame: FrameType | None = sys._getframe(1)
     frames = {id(call.frame) for call in _running.calls}
-    is_checkpointed = False
+    is_checkpointed, late = False, None
     while frame is not None and id(frame) not in frames:
         if frame.f_code is GRADIENT:
             return None
         is_checkpointed |= frame.f_code.co_filename == CHECKPOINT_FILE
+        if late is None and frame.f_code.co_name == CALL_IMPL[0] and frame.f_code.co_filename == CALL_IMPL[1]:
+            late = frame
         frame = frame.f_back
     _drop_interrupted(frame)
     call = innermost_call()
-    if is_checkpointed and call is not None and call.attachment.rule is not None and not call.attachment.rule.is_plain:
+    if late is not None and call is not None:
+        module = late.f_locals["self"]
+        attachment = _late_attachment(call, module)
+        number = number_of_call(module, late) if attachment.is_noisy else 0
+        call = Call(module, attachment, late, number)
+        _running.calls.append(call)
+    if is_checkpointed and call is not None and not call.attachment.is_plain:
         raise RuntimeError(
-            "a function given to torch.utils.checkpoint calls a matrix product itself, outside of any module: fmaq "
-            "cannot emulate its recomputation. Give checkpoint a module, or leave the layer alone in the policy"
+            "a function given to torch.utils.checkpoint calls a matrix product itself, outside of any attached module: "
+            "fmaq cannot emulate its recomputation. Give checkpoint a module (if it came after attach, call attach "
+            "again), or leave the layer alone in the policy"
         )
     return call
+
+
+def _late_attachment(caller: Call, module: nn.Module) -> Attachment:
+    """What a module is told that came after `attach`: by its name in what was attached, else what is handed down."""
+    known = _running.late.get(module)
+    if known is not None and known[0] is caller.attachment:
+        return known[1]
+    own, handles = module.__dict__.get(STATE, (None, ()))
+    found: Attachment | None = own
+    if handles:  # it is not running: a hook of others is, before or after it
+        found = replace(own, rule=own.rule and own.rule.handed_down())
+    for outer in reversed(_running.calls) if found is None else ():
+        attachment = outer.attachment
+        path = next((path for path, inner in outer.module.named_modules() if inner is module), None)
+        if path is not None:
+            name = f"{attachment.name}.{path}" if attachment.name else path
+            found = Attachment(attachment.policy, name, attachment.policy.for_layer(name))
+            break
+    if found is None:
+        attachment, rule = caller.attachment, caller.attachment.rule
+        found = Attachment(attachment.policy, attachment.name, rule and rule.handed_down())
+    _running.late[module] = caller.attachment, found
+    return found
 
 
 def refuse_compilation() -> None:
@@ -134,6 +232,11 @@ def refuse_compilation() -> None:
 def innermost_call() -> Call | None:
     """The innermost attached module that runs in this thread, whatever it calls."""
     return _running.calls[-1] if _running.calls else None
+
+
+def running() -> tuple[Call, ...]:
+    """The calls of this thread, outermost first."""
+    return tuple(_running.calls)
 
 
 @contextmanager
@@ -165,7 +268,7 @@ def _module_frame() -> FrameType:
 
 def _drop_interrupted(frame: FrameType | None) -> None:
     """Forget calls whose frames are no longer running, as seen from a frame that is."""
-    while _running.calls and not _runs_inside(frame, _running.calls[-1].frame):
+    while _running.calls and not _running.calls[-1].is_block and not _runs_inside(frame, _running.calls[-1].frame):
         _running.calls.pop()
         _leave_mode_if_done()
 

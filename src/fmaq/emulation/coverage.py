@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -14,43 +14,16 @@ from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fmaq.emulation import calls
-from fmaq.emulation.attach import policy_of
+from fmaq.emulation.attach import hooked, policy_of
+from fmaq.emulation.noise import call_counts, restart_calls
 from fmaq.emulation.policy import FP32
 from fmaq.emulation.products import ONE_STEP, FmaqCoverageWarning, Product, listening, why_not
+from fmaq.emulation.sizes import PRODUCT_KERNELS, macs_of_kernel
 from fmaq.emulation.unmet import names_of, unmet_products
 
 Shapes = tuple[tuple[int, ...], ...]
 
-PRODUCT_KERNELS = {
-    *(
-        "mm",
-        "bmm",
-        "addmm",
-        "addmm_",
-        "baddbmm",
-        "baddbmm_",
-        "addbmm",
-        "addbmm_",
-        "mv",
-        "addmv",
-        "addmv_",
-        "dot",
-        "vdot",
-    ),
-    *(
-        "convolution",
-        "convolution_overrideable",
-        "mkldnn_convolution",
-        "_trilinear",
-        "_grouped_mm",
-        "_scaled_mm",
-        "_int_mm",
-    ),
-    *("mkldnn_rnn_layer", "_cudnn_rnn", "miopen_rnn", "_native_multi_head_attention", "_transformer_encoder_layer_fwd"),
-    *("_scaled_dot_product_flash_attention", "_scaled_dot_product_flash_attention_for_cpu"),
-    *("_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention", "_cdist_forward", "linear"),
-}
-"""Names in `torch.ops.aten` of the kernels that hold matrix products."""
+OUTSIDE = "outside of every attached module"
 
 
 @dataclass(frozen=True)
@@ -105,10 +78,18 @@ class Coverage:
 
     @property
     def share(self) -> float:
-        """The part of the multiply-accumulates that is emulated, 0 to 1; products of one step do not count."""
+        """The part of the multiply-accumulates that is emulated, 0 to 1; products of one step do not count.
+
+        Those of unknown size, which are not emulated either, cannot count: see `unknown`.
+        """
         counted = [row for row in self.rows if row.reason != ONE_STEP]
         total = sum(row.macs or 0 for row in counted)
         return sum(row.macs or 0 for row in counted if row.covered) / total if total else 0.0
+
+    @property
+    def unknown(self) -> int:
+        """How many products of unknown size there were, none of them emulated."""
+        return sum(row.calls for row in self.rows if row.macs is None)
 
     def __str__(self) -> str:
         heads = ("layer", "product", "operands", "calls", "MACs", "formats", "accumulator", "not covered")
@@ -118,69 +99,86 @@ class Coverage:
             "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
         ]
         text.insert(1, "  ".join("-" * width for width in widths))
-        unknown = sum(row.calls for row in self.rows if row.macs is None)  # none of them emulated: those are counted
-        beside = f"; not emulated beside them: products of unknown size, {unknown}" if unknown else ""
+        beside = f"; not emulated beside them: products of unknown size, {self.unknown}" if self.unknown else ""
         return "\n".join([*text, f"{self.macs:,} MACs; {self.share:.1%} of them emulated{beside}"])
 
     __repr__ = __str__
 
 
-def coverage(model: nn.Module, *inputs: Any, **kwargs: Any) -> Coverage:
+def coverage(model: nn.Module | Callable[..., Any], *inputs: Any, **kwargs: Any) -> Coverage:
     """Run an attached model once, and tell which of its products are emulated, by what, and why not.
 
     The model, its buffers and torch's random state are afterwards as they were; nothing is recorded for gradients. A
     warning names what the policy says of products, by index or kind, that were not met.
 
+    An elementwise product that is summed afterwards, `(x * y).sum()`, is no product to torch, and not in the table.
+
     Args:
-        model: attached.
-        inputs, kwargs: of its forward.
+        model: attached; or one of its methods, such as `model.training_step`.
+        inputs, kwargs: of its forward, or of the method.
 
     Raises:
+        TypeError: `model` is neither a module nor a module's method.
         ValueError: the model is not attached.
     """
+    run = model
+    if not isinstance(model, nn.Module):
+        model = getattr(run, "__self__", None)  # type: ignore[assignment]
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"coverage takes a torch.nn.Module or one's method, got {type(run).__name__}")
     if all(policy_of(module) is None for module in model.modules()):
         raise ValueError("the model is attached to no policy; call fmaq.attach(model, policy) before fmaq.coverage")
     rows: list[CoverageRow] = []
     met: set[tuple[str, str, int]] = set()
-    with undisturbed(model), warnings.catch_warnings():
+    with undisturbed(model), hooked(model), warnings.catch_warnings():
         warnings.simplefilter("ignore", FmaqCoverageWarning)
-        with (
-            listening(lambda product: rows.append(_row(product))),
-            listening(lambda product: met.add((product.layer, product.kind, product.index))),
-            _Unmet(rows),
-        ):
-            model(*inputs, **kwargs)
+        heard = listening(lambda product: met.add((product.layer, product.kind, product.index)))
+        with listening(lambda product: rows.append(_row(product))), heard, meeting_the_rest(rows.append):
+            run(*inputs, **kwargs)
     policy = policy_of(model)
     for entry in unmet_products(policy, names_of(model), met) if policy is not None else ():
         warnings.warn(f"coverage: no call had {entry}", FmaqCoverageWarning, stacklevel=2)
     return Coverage(_merged(rows))
 
 
+@contextmanager
+def meeting_the_rest(note: Callable[[CoverageRow], None]) -> Iterator[None]:
+    """Note the products that reach torch's kernels in a `with` block without any handler having met them.
+
+    Those of gradients are none of a forward, and are not noted.
+    """
+    with _Unmet(note):
+        yield
+
+
 class _Unmet(TorchDispatchMode):
     """Finds products that reached torch's kernels without any handler having met them."""
 
-    def __init__(self, rows: list[CoverageRow]) -> None:
+    def __init__(self, note: Callable[[CoverageRow], None]) -> None:
         super().__init__()
-        self._rows = rows
+        self._note = note
 
     def __torch_dispatch__(self, func: OpOverload, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        if name in PRODUCT_KERNELS and not calls.is_handling():
-            call = calls.innermost_call()
+        with torch._C.DisableTorchFunction():
+            result = func(*args, **(kwargs or {}))
+        name, call = func.overloadpacket.__name__, calls.innermost_call()
+        is_gradient = call is None and torch._C._current_graph_task_id() != -1
+        if name in PRODUCT_KERNELS and not calls.is_handling() and not is_gradient:
             shapes = tuple(tuple(x.shape) for x in args if isinstance(x, torch.Tensor))
-            layer, reason = "", "outside of every attached module"
+            layer, reason = "", OUTSIDE
             if call is not None:
                 layer, rule = call.attachment.name, call.attachment.rule
                 is_wanted = rule is not None and not rule.is_plain
                 reason = "called where no handler meets it" if is_wanted else why_not(rule, ()) or ""
-            self._rows.append(CoverageRow(layer, name, shapes, 1, None, FP32, (None,) * len(shapes), False, reason))
-        with torch._C.DisableTorchFunction():
-            return func(*args, **(kwargs or {}))
+            macs = macs_of_kernel(func, args, kwargs or {}, result)
+            self._note(CoverageRow(layer, name, shapes, 1, macs, FP32, (None,) * len(shapes), False, reason))
+        return result
 
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Without gradients; buffers and random state are put back."""
+    """Without gradients; buffers, random state and the counts of calls are put back."""
+    counts = call_counts(model)
     buffers = [
         (module, name, buffer, buffer.clone())
         for module in model.modules()
@@ -194,6 +192,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         finally:
             for module, name, buffer, content in buffers:
                 module._buffers[name] = buffer.copy_(content)
+            restart_calls(model, counts)
 
 
 def _row(product: Product) -> CoverageRow:

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import string
 import types
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, handle_torch_function
 
 from fmaq import ops
 from fmaq.emulation import contractions
 from fmaq.emulation.calls import Call
 from fmaq.emulation.contractions import BatchedProduct, CannotContract
-from fmaq.emulation.products import Request, announce, autocast_dtype, compute, why_not, why_untouched
+from fmaq.emulation.products import Request, announce, autocast_dtype, compute, is_heard, why_not, why_untouched
+from fmaq.emulation.sizes import CountingMacs, macs_of_recurrence
 from fmaq.numerics import Accumulator
 from fmaq.ops.attention import attend
 
@@ -64,11 +66,16 @@ class Met:
         return bound, again
 
     def not_covered(self, kind: str, reason: str, macs: int | None = None) -> Any:
-        """The call as it is, with the reason announced: the policy's, where that wants nothing else."""
+        """The call as it is, with the reason announced: the policy's, where that wants nothing else.
+
+        Its multiply-accumulates are, where they are not given, those of torch's kernels in it, if anybody listens.
+        """
         given = (*self.args, *self.kwargs.values())
         found = [x for arg in given for x in (arg if isinstance(arg, (tuple, list)) else (arg,))]
         tensors = tuple(x for x in found if isinstance(x, Tensor))
-        result = self.by_torch()
+        with CountingMacs() if macs is None and is_heard() else contextlib.nullcontext() as counted:
+            result = self.by_torch()
+        macs = macs if counted is None else counted.total
         rule = self.call.attachment.rule
         reason = reason if rule is not None and not rule.is_plain else why_not(rule, ()) or reason
         announce(self.call, kind, tensors, reason, macs=macs)
@@ -102,14 +109,14 @@ def _into(out: Tensor | None, result: Tensor) -> Tensor:
     return out.copy_(result)
 
 
-def _product(met: Met, second: str) -> Tensor:
+def _product(met: Met, second: str, kind: str = "matmul") -> Tensor:
     """matmul, mm, bmm, mv, dot, @."""
     bound, again = met.bind("input", second)
     a, b = bound["input"], bound[second]
     if not isinstance(a, Tensor) or not isinstance(b, Tensor):
         return met.by_torch()
     out = bound.get("out")
-    result = met.product("matmul", a, b, torch_product=lambda a, b: again(**{"input": a, second: b}))
+    result = met.product(kind, a, b, torch_product=lambda a, b: again(**{"input": a, second: b}))
     return result if result is out else _into(out, result)
 
 
@@ -119,7 +126,9 @@ def _reversed_product(met: Met) -> Tensor:
     return met.product("matmul", a, b)
 
 
-def _sum_and_product(met: Met, first: str, second: str, in_place: bool, over_batch: bool = False) -> Tensor:
+def _sum_and_product(
+    met: Met, first: str, second: str, in_place: bool, over_batch: bool = False, kind: str = "matmul"
+) -> Tensor:
     """addmm, addmv, baddbmm, addbmm: beta·input + alpha·(first · second), the sum in float32."""
     bound, again = met.bind("input", first, second, beta=1, alpha=1)
     start, out = bound["input"], bound.get("out")
@@ -134,7 +143,7 @@ def _sum_and_product(met: Met, first: str, second: str, in_place: bool, over_bat
     a, b = bound[first], bound[second]
     steps = a.shape[-1] * (a.shape[0] if over_batch else 1)
     result = met.product(
-        "matmul",
+        kind,
         a,
         b,
         steps=steps,
@@ -214,20 +223,50 @@ def _attention(met: Met) -> Tensor:
 
 def _multi_head_attention(met: Met) -> Any:
     """Opened: torch's own definition, with every product in it met in its turn."""
-    with met.mode:
-        return _opened_multi_head_attention()(*met.args, **met.kwargs)
-
-
-@functools.cache
-def _opened_multi_head_attention() -> Callable[..., Any]:
-    """`F.multi_head_attention_forward` without its first step, which would hand it to the mode as a whole again."""
     original = F.multi_head_attention_forward
-    names = {**original.__globals__, "has_torch_function": lambda _: False}
+    names = {**original.__globals__, "has_torch_function": lambda _: False, "torch": _TorchOfAttention()}
     opened = types.FunctionType(
         original.__code__, names, original.__name__, original.__defaults__, original.__closure__
     )
     opened.__kwdefaults__ = original.__kwdefaults__
-    return opened
+    with met.mode:
+        return opened(*met.args, **met.kwargs)
+
+
+class _TorchOfAttention:
+    """`torch`, whose first batched product is that of an attention's scores, and the second that of its values.
+
+    `F.multi_head_attention_forward` computes both so where it is to return the weights.
+    """
+
+    def __init__(self) -> None:
+        self._kinds = iter(("attention_scores", "attention_values"))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+    def bmm(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self._met(torch.bmm, args, kwargs)
+
+    def baddbmm(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self._met(torch.baddbmm, args, kwargs)
+
+    def _met(self, func: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        named = functools.partial(of_kind, func, next(self._kinds))
+        result: Tensor = handle_torch_function(named, args, *args, **kwargs)
+        return result
+
+
+def of_kind(func: Callable[..., Tensor], kind: str, *args: Any, **kwargs: Any) -> Tensor:
+    """A torch function, whose product is known to be of a kind."""
+    return func(*args, **kwargs)
+
+
+def handler_of_kind(partial: functools.partial[Any]) -> Handler:
+    """What computes `partial(of_kind, func, kind)` under emulation."""
+    func, kind = partial.args
+    handler: Callable[..., Any] = HANDLERS[func]
+    return lambda met: handler(replace(met, func=func), kind=kind)
 
 
 def _contraction(
@@ -334,6 +373,30 @@ def _not_covered(met: Met, kind: str, reason: str) -> Any:
     return met.not_covered(kind, reason)
 
 
+def _recurrent(met: Met, kind: str, reason: str) -> Any:
+    """lstm(x, (batch sizes,) states, weights, ...), or lstm_cell(x, state, weights ...)."""
+    lists = [arg for arg in met.args[1:] if isinstance(arg, (tuple, list)) and not isinstance(arg, torch.Size)]
+    weights = met.args[2:4] if kind.endswith("_cell") else lists[-1] if lists else ()
+    return met.not_covered(kind, reason, macs_of_recurrence(met.args[0], weights))
+
+
+def _embedding_bag(met: Met) -> Any:
+    """Rows times weights of their own, summed by bag; without such weights nothing is multiplied."""
+    weights = next((x for x in (met.kwargs.get("per_sample_weights"), *met.args[6:]) if isinstance(x, Tensor)), None)
+    if weights is None:
+        return met.by_torch()
+    given = [x for x in (*met.args, *met.kwargs.values()) if isinstance(x, Tensor)]
+    table = next(x for x in given if x.is_floating_point() and x is not weights)
+    return met.not_covered("embedding_bag", "a fused kernel computes it as a whole", weights.numel() * table.shape[-1])
+
+
+def _cosine_similarity(met: Met) -> Any:
+    """The product of two vectors, by their lengths."""
+    bound, _ = met.bind("x1", "x2", dim=1, eps=1e-8)
+    size = torch.broadcast_shapes(bound["x1"].shape, bound["x2"].shape).numel()
+    return met.not_covered("cosine_similarity", "a fused kernel computes it as a whole", size)
+
+
 def _table() -> tuple[dict[Callable[..., Any], Handler], dict[str, Handler]]:
     """Handlers by torch function, and by name for `torch.ops.aten`."""
     named: dict[str, Handler] = {}
@@ -372,11 +435,14 @@ def _table() -> tuple[dict[Callable[..., Any], Handler], dict[str, Handler]]:
         "vecdot": _vecdot,
         "linalg_vecdot": _vecdot,
         "bilinear": _bilinear,
+        "embedding_bag": _embedding_bag,
+        "cosine_similarity": _cosine_similarity,
         "grouped_mm": _grouped,
         "_grouped_mm": _grouped,
     }
     for reason, names in NOT_COVERED.items():
-        named |= {name: functools.partial(_not_covered, kind=name, reason=reason) for name in names}
+        left = _recurrent if reason == RECURRENT_LAYER else _not_covered
+        named |= {name: functools.partial(left, kind=name, reason=reason) for name in names}
     by_function: dict[Callable[..., Any], Handler] = {torch.Tensor.__rmatmul__: _reversed_product}
     for name, handler in named.items():
         for place in (torch, torch.Tensor, torch.linalg, torch.sparse, F, torch._C._nn):
@@ -388,8 +454,9 @@ def _table() -> tuple[dict[Callable[..., Any], Handler], dict[str, Handler]]:
 
 LETTERS = string.ascii_letters[:25] + string.ascii_letters[26:]
 
+RECURRENT_LAYER = "a recurrent layer is computed as a whole"
 NOT_COVERED = {
-    "a recurrent layer is computed as a whole": (
+    RECURRENT_LAYER: (
         *("lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"),
         *("quantized_lstm_cell", "quantized_gru_cell", "quantized_rnn_tanh_cell", "quantized_rnn_relu_cell"),
     ),

@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 
 from fmaq.emulation import vector_files
 from fmaq.emulation.in_short import in_short
+from fmaq.emulation.noise import BY_CALL, NOISE, draws
 from fmaq.emulation.vectors import Vector
 from fmaq.emulation.whole_files import write_bytes
 from fmaq.numerics import Accumulator
@@ -44,7 +45,7 @@ OWN_FIELDS = (*CHOSEN_FIELDS, *RANGE_FIELDS)
 """What a module's own products have, and the modules inside it do not."""
 
 PRODUCT_FIELDS = (
-    *("accumulator", "weight", "activation", "estimator", "backward", "per_token", "weight_per_channel"),
+    *("accumulator", "weight", "activation", "estimator", "backward", "per_token", "weight_per_channel", "noise"),
     *OWN_FIELDS,
 )
 RULE_FIELDS = (*PRODUCT_FIELDS, "products")
@@ -69,6 +70,7 @@ class Rule:
         backward: accumulator of the gradient products, see `fmaq.matmul`; None is float32.
         per_token: each token has an exponent of its own, found at run time; see `fmaq.matmul`.
         weight_per_channel: every output channel of a weight has a bias or scale of its own.
+        noise: of stochastic rounding, `"by_call"` or `"repeated"`; see `fmaq.emulation.noise`.
         offset, gain, shift: of the output channels (or heads), see `fmaq.matmul`; None where there is none.
         a_max, b_max: the largest magnitudes that the formats of a product's two operands are made for, see
             `fmaq.quantize`; None: those of the tensors, found at run time.
@@ -82,6 +84,7 @@ class Rule:
     backward: Accumulator | None = None
     per_token: bool = False
     weight_per_channel: bool = False
+    noise: str = BY_CALL
     offset: Vector | None = None
     gain: Vector | None = None
     shift: Vector | None = None
@@ -108,6 +111,21 @@ class Rule:
             return self
         entry = self.products.get(index, self.products.get(kind, {}))
         return replace(self, **{"products": {}, **entry})
+
+    def handed_down(self) -> Rule:
+        """What is inherited by modules inside: all but what was chosen for the layer's own sums."""
+        products: dict[int | str, Mapping[str, Any]] = {
+            kind: _handed_down(entry) for kind, entry in self.products.items() if isinstance(kind, str)
+        }
+        none: dict[str, Any] = dict.fromkeys(OWN_FIELDS)
+        return replace(self, products=products, **none)
+
+    @property
+    def is_noisy(self) -> bool:
+        """Something is rounded stochastically, by random numbers of its call."""
+        rules = [rule for rule in (self, *self.of_products()) if rule.noise == BY_CALL]
+        parts = [part for rule in rules for part in (rule.accumulator, rule.backward)]
+        return any(isinstance(part, Accumulator) and draws(part) for part in parts)
 
     def of_products(self) -> list[Rule]:
         """The rules of the products that differ."""
@@ -148,6 +166,8 @@ class Policy:
         per_token: each token (row of the first operand; image of a convolution) has an exponent of its own, which
             costs the hardware finding it at run time.
         weight_per_channel: every output channel of a weight has a bias or scale of its own.
+        noise: of stochastic rounding: `"by_call"`, other random numbers in every layer, call and product (see
+            `fmaq.emulation.noise`), or `"repeated"`, the same in all of one seed.
         offset: added to the accumulator's and the product's bias: an integer, or one for each output channel.
         gain, shift: multiply the finished sums, and are then added: a number, or one for each output channel.
             Of batched products (heads), all three may have further dimensions in front; see `fmaq.matmul`.
@@ -173,6 +193,7 @@ class Policy:
     backward: Accumulator | None = None
     per_token: bool = False
     weight_per_channel: bool = False
+    noise: str = BY_CALL
     offset: Vector | None = None
     gain: Vector | None = None
     shift: Vector | None = None
@@ -342,7 +363,8 @@ class Policy:
         known = list(names)
         for key in self.layers:
             if not any(key == name or fnmatchcase(name, key) for name in known):
-                raise ValueError(f"layers: {key!r} matches no module of the model{_nearest(key, known)}")
+                hint = _unwrapped(key, known) or _nearest(key, known)
+                raise ValueError(f"layers: {key!r} matches no module of the model{hint}")
 
 
 def speaks_for(key: str, name: str) -> bool:
@@ -360,6 +382,16 @@ def _literal_characters(key: str) -> int:
 def _nearest(name: str, names: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, list(names), 1, 0.3)
     return f"; did you mean {near[0]!r}?" if near else "."
+
+
+def _unwrapped(key: str, names: Iterable[str]) -> str | None:
+    """The name that an entry means if a wrapper's (`_orig_mod`, `base_model.model`) is missing in it, or too many."""
+    for name in names:
+        if fnmatchcase(name, f"*.{key}"):
+            return f"; did you mean {name if _literal_characters(key) == len(key) else f'*.{key}'!r}?"
+        if name and key.endswith(f".{name}"):
+            return f"; did you mean {name!r}?"
+    return None
 
 
 def _unknown(keys: Iterable[Any]) -> str | None:
@@ -446,6 +478,10 @@ def _checked(name: str, value: Any) -> Any:
     if name in ("per_token", "weight_per_channel"):
         if not isinstance(value, bool):
             raise TypeError(f"{name} must be true or false, got {value!r}")
+        return value
+    if name == "noise":
+        if value not in NOISE:
+            raise ValueError(f"noise {value!r} is none of: {', '.join(NOISE)}{_nearest(str(value), NOISE)}")
         return value
     if name in OWN_FIELDS:
         return _vector(name, value)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fmaq.emulation.calls import Call
+from fmaq.emulation.noise import REPEATED, keyed, note_number
 from fmaq.emulation.operands import Operands, multiplied
 from fmaq.emulation.policy import FP32, Rule
 from fmaq.numerics import Accumulator
@@ -94,6 +95,11 @@ class Chooser(Protocol):
 
         The request's operands are those multiplied, quantized where the rule says so.
         """
+
+
+def is_heard() -> bool:
+    """Somebody listens in this thread."""
+    return bool(_listeners.all)
 
 
 class _Choosers(threading.local):
@@ -179,7 +185,7 @@ def _computed(call: Call, request: Request, rule: Rule) -> tuple[Tensor, Operand
         if chooser is not None:
             a, b = operands.tensors
             rule = chooser.choose(place, replace(request, operands=(a, b)), rule)
-        accumulator, how = Accumulator.parse(rule.accumulator), rule.how
+        accumulator, how = keyed_for(call, rule), _how(call, rule)
         if operands.scale is not None:
             how["gain"] = (operands.scale * how.get("gain", 1)).float()
         with _named(place):
@@ -198,6 +204,22 @@ def _named(place: Place) -> Iterator[None]:
         yield
     except ValueError as error:
         raise ValueError(f"{place.kind} in {place.layer or 'the model itself'}: {error}") from error
+
+
+def keyed_for(call: Call, rule: Rule) -> Accumulator:
+    """A rule's accumulator, with the seed of the product that a module asks for next."""
+    accumulator = Accumulator.parse(rule.accumulator)
+    if rule.noise == REPEATED:
+        return accumulator
+    note_number(call.module, call.number)
+    return keyed(accumulator, call.attachment.name, call.number, call.products)
+
+
+def _how(call: Call, rule: Rule) -> dict[str, Any]:
+    how = rule.how
+    if rule.backward is not None and rule.noise != REPEATED:
+        how["backward"] = keyed(rule.backward, call.attachment.name, call.number, call.products, "backward")
+    return how
 
 
 def rule_of(call: Call, kind: str) -> Rule | None:

@@ -168,7 +168,11 @@ class Gemm:
             if not bases:
                 return [None] * len(cells)
             at = v.splat(b.mul(b.trunc(k, I32), ir.Constant(I32, random.STEP)))
-            return [v.mix(b.add(b.xor(base, v.word(salt)), at)) for base in bases]
+            drawn = [v.mix(b.add(b.xor(base, v.word(salt)), at)) for base in bases]
+            acc = self.arithmetic.acc
+            return (
+                [b.or_(word, v.word(random.lowest_bits(acc.random_bits))) for word in drawn] if acc.centred else drawn
+            )
 
         return draw
 

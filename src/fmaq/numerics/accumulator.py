@@ -27,6 +27,8 @@ class Accumulator:
         underflow: False, the first stage of dual-stage fine-tuning, lets magnitudes fall to float32's own 2^−126.
         random_bits: r of stochastic rounding, 1 to 16.
         seed: of stochastic rounding.
+        centred: stochastic rounding's random integers are odd: of r bits, r − 1 are random and the last is 1. Then it
+            is right on average; else it goes toward zero by half of 2^−r of a unit in the last place, on average.
 
     Raises:
         TypeError, ValueError: an argument is wrong; the message names it and what it may be.
@@ -39,6 +41,7 @@ class Accumulator:
     underflow: bool = True
     random_bits: int = 10
     seed: int = 0
+    centred: bool = False
 
     paper12: ClassVar[Accumulator]
     """The paper's 12-bit accumulator: M7E4, biases 10 and 12, chunks of 16, truncation (arXiv 2401.14110)."""
@@ -52,6 +55,7 @@ class Accumulator:
         underflow: bool = True,
         random_bits: int = 10,
         seed: int = 0,
+        centred: bool = False,
     ) -> None:
         given = {
             "format": format,
@@ -61,6 +65,7 @@ class Accumulator:
             "underflow": underflow,
             "random_bits": random_bits,
             "seed": seed,
+            "centred": centred,
         }
         if isinstance(format, Mapping):
             given = _described(_known_keys(format), given)
@@ -82,8 +87,9 @@ class Accumulator:
             near = difflib.get_close_matches(str(self.rounding), ROUNDINGS, 1, 0.4)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"rounding must be one of {', '.join(ROUNDINGS)}, got {self.rounding!r}{hint}")
-        if not isinstance(self.underflow, bool):
-            raise TypeError(f"underflow must be True or False, got {self.underflow!r}")
+        for name in ("underflow", "centred"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
         set_field(self, "random_bits", _whole(self.random_bits, "random_bits", 1, MAX_RANDOM_BITS))
         set_field(self, "seed", _whole(self.seed, "seed", 0, 2**64 - 1))
 
@@ -91,9 +97,9 @@ class Accumulator:
     def parse(cls, description: str | Mapping[str, Any] | Accumulator) -> Accumulator:
         """The accumulator that a string, a mapping or an accumulator describes.
 
-        A string is a format's name, then any of `product=`, `chunk=`, `rounding=`, `underflow=`, `random_bits=` and
-        `seed=`, set apart by spaces or commas; `"paper12"` may stand for the paper's format, product and chunk. A
-        mapping has the constructor's arguments as keys.
+        A string is a format's name, then any of `product=`, `chunk=`, `rounding=`, `underflow=`, `random_bits=`,
+        `seed=` and `centred=`, set apart by spaces or commas; `"paper12"` may stand for the paper's format, product and
+        chunk. A mapping has the constructor's arguments as keys.
         """
         return description if isinstance(description, cls) else cls(description)  # type: ignore[arg-type]
 
@@ -191,10 +197,11 @@ def _options(text: str) -> dict[str, Any]:
     for name in ("chunk", "random_bits", "seed"):
         if isinstance(options.get(name), str):
             options[name] = _number(name, options[name])
-    if isinstance(options.get("underflow"), str):
-        if options["underflow"].lower() not in ("true", "false"):
-            raise ValueError(f"underflow must be True or False, got {options['underflow']!r}")
-        options["underflow"] = options["underflow"].lower() == "true"
+    for name in ("underflow", "centred"):
+        if isinstance(options.get(name), str):
+            if options[name].lower() not in ("true", "false"):
+                raise ValueError(f"{name} must be True or False, got {options[name]!r}")
+            options[name] = options[name].lower() == "true"
     return options
 
 

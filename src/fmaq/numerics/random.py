@@ -8,6 +8,7 @@ A step takes all of it: after one multiplication alone, the words of steps k and
 from __future__ import annotations
 
 import functools
+import hashlib
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,12 @@ def key(seed: int) -> int:
         return int(mix(np.uint32(seed & 0xFFFFFFFF)) ^ mix(np.uint32((seed >> 32) & 0xFFFFFFFF) ^ np.uint32(STEP)))
 
 
+def derived_seed(seed: int, *parts: str | int) -> int:
+    """A seed of 64 bits for a product among others: a hash (BLAKE2b) of their common seed and what tells it apart."""
+    text = "\0".join(map(str, (seed, *parts)))
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
 @np.errstate(over="ignore")
 def base(seed: int, m: Any, n: Any) -> Words:
     """The word of an output (m, n), from which those of its steps follow. m and n broadcast."""
@@ -49,6 +56,20 @@ def base(seed: int, m: Any, n: Any) -> Words:
 def step_word(base: Words, k: int) -> Words:
     """The random word of step k of outputs whose words are `base`."""
     return mix(base + np.uint32((k * STEP) & 0xFFFFFFFF))
+
+
+def centred(word: Words, bits: int) -> Words:
+    """A word from which both R are odd: ⌊f·2^bits⌋ + R ≥ 2^bits then is so with the probability f, on average over f.
+
+    With R of all integers it is ⌊f·2^bits⌋/2^bits, half a unit less on average. An odd R = 2R' + 1 is the middle of the
+    interval that the R' of one bit less stands for.
+    """
+    return word | np.uint32(lowest_bits(bits))
+
+
+def lowest_bits(bits: int) -> int:
+    """Where the last bits of both R are in a word."""
+    return 1 << (16 - bits) | 1 << (32 - bits)
 
 
 def product_bits(word: Words, bits: int) -> NDArray[np.int64]:

@@ -167,6 +167,12 @@ def _add(
     return Step(k, x_w, p, s, total, after, product_overflows, overflows)
 
 
+def _drawn(acc: Accumulator, word: random.Words, k: int) -> random.Words:
+    """The random word of step k of outputs whose words are `word`."""
+    drawn = random.step_word(word, k)
+    return random.centred(drawn, acc.random_bits) if acc.centred else drawn
+
+
 def steps(a: ArrayLike, b: ArrayLike, acc: Accumulator, rows: ArrayLike | None = None) -> Iterator[Step]:
     """Every step of a·b in order of k and, behind the last of each chunk, its merge (`after` is the result so far).
 
@@ -181,7 +187,7 @@ def steps(a: ArrayLike, b: ArrayLike, acc: Accumulator, rows: ArrayLike | None =
     nowhere = np.zeros((m, n), bool)
     s, t = np.zeros((m, n)), np.zeros((m, n))
     for k in range(depth):
-        step_word = random.step_word(word, k)
+        step_word = _drawn(acc, word, k)
         sum_r = random.sum_bits(step_word, acc.random_bits)
         x_w = a[:, k, None] * b[None, k, :]  # exact: 24 bits times 24 bits
         p, product_overflows = x_w, nowhere
@@ -193,7 +199,7 @@ def steps(a: ArrayLike, b: ArrayLike, acc: Accumulator, rows: ArrayLike | None =
         yield step
         s = step.after
         if k + 1 == depth or (acc.chunk is not None and (k + 1) % acc.chunk == 0):
-            r = random.sum_bits(random.step_word(word ^ np.uint32(random.MERGE), k), acc.random_bits)
+            r = random.sum_bits(_drawn(acc, word ^ np.uint32(random.MERGE), k), acc.random_bits)
             merge = _add(acc, k, None, s, t, nowhere, r)
             yield merge
             s, t = np.zeros((m, n)), merge.after

@@ -20,6 +20,7 @@ from fmaq.numerics import Accumulator
 from fmaq.ops.columns import Columns, Gain, Offset
 from fmaq.ops.estimators import STRAIGHT, ConvGradients, Estimate, straight_conv, unpacked
 from fmaq.ops.operands import AccumulatorLike, check, widen
+from fmaq.ops.uncompiled import uncompiled
 
 Size = int | Sequence[int]
 
@@ -43,6 +44,7 @@ class _Convolution(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
 
     @staticmethod
+    @uncompiled
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (x, weight), (grad,), wanted = ctx.saved_tensors, grads, ctx.needs_input_grad[:2]
         if ctx.how.looks_inside:
@@ -252,6 +254,7 @@ def _finish(y: Tensor, bias: Tensor | None, is_batched: bool) -> Tensor:
     return y if is_batched else y[0]
 
 
+@uncompiled
 def conv1d(
     x: Tensor,
     weight: Tensor,
@@ -275,6 +278,7 @@ def conv1d(
     )
 
 
+@uncompiled
 def conv2d(
     x: Tensor,
     weight: Tensor,
@@ -313,6 +317,7 @@ def conv2d(
     )
 
 
+@uncompiled
 def conv3d(
     x: Tensor,
     weight: Tensor,
@@ -414,6 +419,7 @@ def _zero_stuffed(x: Tensor, stride: tuple[int, ...]) -> Tensor:
     return stuffed
 
 
+@uncompiled
 def conv_transpose1d(
     x: Tensor,
     weight: Tensor,
@@ -436,6 +442,7 @@ def conv_transpose1d(
     return _conv_transpose(1, x, weight, bias, acc, stride, padding, output_padding, groups, dilation, how, columns)
 
 
+@uncompiled
 def conv_transpose2d(
     x: Tensor,
     weight: Tensor,
@@ -468,6 +475,7 @@ def conv_transpose2d(
     return _conv_transpose(2, x, weight, bias, acc, stride, padding, output_padding, groups, dilation, how, columns)
 
 
+@uncompiled
 def conv_transpose3d(
     x: Tensor,
     weight: Tensor,

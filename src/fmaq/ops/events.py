@@ -14,6 +14,7 @@ from fmaq.numerics import Accumulator
 from fmaq.numerics.reference import EVENTS
 from fmaq.ops.matmul import as_batches
 from fmaq.ops.operands import AccumulatorLike, check, widen
+from fmaq.ops.uncompiled import uncompiled
 
 
 class Events(dict[str, int]):
@@ -30,6 +31,7 @@ class Events(dict[str, int]):
             raise AttributeError(f"there is no event {name!r}; there are {', '.join(self)}") from None
 
 
+@uncompiled
 def count_events(a: Tensor, b: Tensor, acc: AccumulatorLike) -> Events:
     """How often each event happens in the steps and merges of `matmul(a, b, acc)`.
 
@@ -46,6 +48,7 @@ def count_events(a: Tensor, b: Tensor, acc: AccumulatorLike) -> Events:
     return _events(left, right, acc)
 
 
+@uncompiled
 def count_events_by_rows(a: Tensor, b: Tensor, acc: AccumulatorLike, rows: int) -> list[Events]:
     """`count_events` of each block of `rows` rows of the output, in order; the last may be smaller.
 
@@ -74,6 +77,7 @@ class Exponents(NamedTuple):
     sums: dict[int | None, int]
 
 
+@uncompiled
 def count_exponents(a: Tensor, b: Tensor, acc: AccumulatorLike) -> Exponents:
     """The exponents ⌊log2|·|⌋ of Q_prod(x·w) and of the sum after each step of `matmul(a, b, acc)`, with their counts.
 

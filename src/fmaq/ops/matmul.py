@@ -12,6 +12,7 @@ from fmaq.numerics import Accumulator
 from fmaq.ops.columns import Columns, Gain, Offset
 from fmaq.ops.estimators import STRAIGHT, Estimate, MatmulGradients, straight_matmul, unpacked
 from fmaq.ops.operands import AccumulatorLike, check, widen
+from fmaq.ops.uncompiled import uncompiled
 
 
 class _BatchedProduct(torch.autograd.Function):
@@ -30,6 +31,7 @@ class _BatchedProduct(torch.autograd.Function):
         ctx.save_for_backward(a, b)
 
     @staticmethod
+    @uncompiled
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         (a, b), (grad,), wanted = ctx.saved_tensors, grads, ctx.needs_input_grad[:2]
         if ctx.how.looks_inside:
@@ -54,6 +56,7 @@ class _BatchedProduct(torch.autograd.Function):
         return y.unflatten(0, a.shape[:2]), 0
 
 
+@uncompiled
 def matmul(
     a: Tensor,
     b: Tensor,
@@ -130,6 +133,7 @@ def as_batches(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, tuple[int, ...]]:
     return left, right, shape
 
 
+@uncompiled
 def linear(
     x: Tensor,
     weight: Tensor,

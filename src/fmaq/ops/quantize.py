@@ -20,6 +20,7 @@ from fmaq import kernels
 from fmaq.numerics import FloatFormat, parse_format
 from fmaq.numerics.formats import meant_by
 from fmaq.ops.operands import widen
+from fmaq.ops.uncompiled import uncompiled
 
 AbsoluteMaximum = float | Sequence[float] | Tensor | None
 
@@ -142,6 +143,7 @@ def parse_tensor_format(name: str | FloatFormat) -> FloatFormat | int:
     return format
 
 
+@uncompiled
 def quantize(x: Tensor, format: str | FloatFormat, channel: int | None = None, amax: AbsoluteMaximum = None) -> Tensor:
     """x on the grid of a float with a flexible bias, or of symmetric integers; the gradient passes straight through.
 
@@ -169,6 +171,7 @@ def quantize(x: Tensor, format: str | FloatFormat, channel: int | None = None, a
     return x if x.numel() == 0 else _StraightThrough.apply(x, parsed, channel, _given_range(x, parsed, channel, amax))
 
 
+@uncompiled
 def integer_codes(
     x: Tensor, format: str, channel: int | None = None, amax: AbsoluteMaximum = None
 ) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from fmaq.emulation import Policy, attach, detach
+from fmaq.emulation import Policy, attach, call_counts, detach, restart_calls
 from fmaq.training import checkpoint
 from fmaq.training.examples import Examples, Inputs, Windows, as_examples, to_device
 from fmaq.training.files import write_bytes, write_json
@@ -204,6 +204,9 @@ class _Run:
         stages = [StageResult(**(s | {"stage": Stage(**s["stage"])})) for s in state["result"]["stages"]]
         self.result = FinetuneResult(stages, state["result"]["seconds"])
         self.restored = tensors
+        if state.get("underflow") is not None:  # attached so, after so many calls: both matter to stochastic rounding
+            self._attach(state["underflow"])
+            restart_calls(self.model, state["calls"])
         if self.stage == len(self.schedule.stages):
             self.say(f"{path} holds the end of this run: nothing is left to train")
         else:
@@ -217,6 +220,8 @@ class _Run:
         place = {"stage": self.stage, "epoch": self.epoch, "step": self.step, "loss_sum": self.loss_sum}
         state = place | {
             "identity": self.identity,
+            "underflow": self.underflow,
+            "calls": call_counts(self.model),
             "result": self.result.to_mapping(),
             "log_bytes": self.log.tell() if self.log is not None else 0,
         }

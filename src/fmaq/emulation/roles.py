@@ -1,0 +1,109 @@
+"""Which tensors of a forward are weights, and which activations: learnt from every torch function that it calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from enum import IntEnum
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+INDEX_DTYPES = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+SHAPED_LIKE = {Tensor.to, Tensor.type_as, Tensor.expand_as, Tensor.view_as, Tensor.reshape_as}
+"""Functions that take no more than a shape or a type from their second argument."""
+
+FROM_DATA = {torch.tensor, torch.as_tensor, torch.asarray, torch.from_numpy, torch.frombuffer}
+"""Functions that make a tensor of data, which may be an input's: what a tokenizer gives, say."""
+
+
+class Role(IntEnum):
+    """What a tensor is; what is computed from several is the greatest of theirs."""
+
+    CONSTANT = 0
+    WEIGHT = 1
+    UNKNOWN = 2
+    ACTIVATION = 3
+
+
+class Roles:
+    """The roles of the tensors of one forward of a model.
+
+    `x @ w` is to have a weight in it as `F.linear(x, w)` has by definition. Weights are parameters, what a module has
+    in a parameter's or a buffer's place when it is used (a frozen weight, a pruning mask, a tensor that was offloaded,
+    or that `functional_call` puts there), and whatever is computed from weights and constants alone, products too. A
+    constant is what the forward makes without being given a tensor (`torch.arange(n)`, a number), and an attribute of a
+    module that is an index, a mask or a number. Activations are the model's inputs, the outputs of linear layers,
+    convolutions, attention and other products, and all that one of these takes part in: `self.table[ids]`, or a running
+    mean times an input. What a function writes into becomes what it wrote. A tensor of which nothing is known is
+    quantized as an activation, unless it comes into a buffer's place.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._known = WeakIdKeyDictionary()
+        self._registered: list[Mapping[str, Tensor | None]] = []
+        for module in model.modules():
+            self._registered += [module._parameters, module._buffers]
+            for value in vars(module).values():
+                if isinstance(value, Tensor) and (value.dim() == 0 or value.dtype in INDEX_DTYPES):
+                    self._known[value] = Role.CONSTANT
+
+    def is_weight(self, x: Any) -> bool:
+        """A weight, or something that is no tensor and holds tensors that are weights."""
+        return self.of(x) is Role.WEIGHT
+
+    def of(self, given: Any) -> Role:
+        """The role of a tensor, or of what is computed from those in arguments."""
+        return max(map(self._of, tensors_in(given)), default=Role.CONSTANT)
+
+    def _of(self, x: Tensor) -> Role:
+        if isinstance(x, nn.Parameter):
+            return Role.WEIGHT
+        role: Role = self._known.get(x, Role.UNKNOWN)
+        if role in (Role.UNKNOWN, Role.CONSTANT) and self._is_registered(x):
+            role = self._known[x] = Role.WEIGHT
+        return role
+
+    def _is_registered(self, x: Tensor) -> bool:
+        return any(x is value for tensors in self._registered for value in tensors.values())
+
+    def set(self, x: Tensor, role: Role) -> None:
+        """Note what a tensor is."""
+        self._known[x] = role
+
+    def note_inputs(self, given: Any) -> None:
+        """Note the inputs of the model: activations, unless they are weights of its own."""
+        for x in tensors_in(given):
+            if self._of(x) is Role.UNKNOWN:
+                self._known[x] = Role.ACTIVATION
+
+    def learn(
+        self,
+        func: Callable[..., Any],
+        result: Any,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        is_activation: bool,
+    ) -> None:
+        """Note what a function made or changed; `is_activation`: it gives activations, whatever it is given."""
+        changed = list(tensors_in(args[:1] if result is None else result))  # None: x[i] = y, x.data = y
+        if not changed:
+            return
+        given = list(tensors_in(args[:1] if func in SHAPED_LIKE else (args, kwargs)))
+        role = Role.ACTIVATION if is_activation else self.of(given)
+        for x in changed:
+            is_of_data = not given and func in FROM_DATA and x.dim() > 0
+            self._known[x] = Role.UNKNOWN if is_of_data else role
+            if role > Role.WEIGHT and x._base is not None and any(x is other for other in given):
+                self._known[x._base] = role
+
+
+def tensors_in(given: Any) -> Iterator[Tensor]:
+    """The tensors in arguments or results, however deep in tuples, lists and mappings."""
+    if isinstance(given, Tensor):
+        yield given
+    elif isinstance(given, (tuple, list, Mapping)):
+        for part in given.values() if isinstance(given, Mapping) else given:
+            yield from tensors_in(part)
