@@ -1,5 +1,7 @@
 """`fmaq hardware`: its commands' output, files and exit codes."""
 
+import csv
+import io
 import json
 import sys
 
@@ -12,10 +14,16 @@ pytest.importorskip("pyosys", reason="needs the extra fmaq[hardware]")
 from fmaq import cli
 
 
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """Netlists that these tests share."""
+    return tmp_path_factory.mktemp("cache")
+
+
 @pytest.fixture
-def fmaq(monkeypatch, capsys, tmp_path):
+def fmaq(monkeypatch, capsys, cache):
     """Runs a command line; returns exit code, output and errors."""
-    monkeypatch.setenv("FMAQ_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("FMAQ_CACHE", str(cache))
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["fmaq", "hardware", *arguments])
@@ -48,12 +56,130 @@ def test_synthesize_as_json(fmaq):
     assert {"area", "delay", "energy", "cells", "front"} <= set(result)
 
 
+def read_csv(text):
+    return list(csv.DictReader(io.StringIO(text)))
+
+
+SMALL = ("-w", "M1E2", "-x", "M1E2")
+
+
+@pytest.mark.parametrize(
+    ("command", "heads"),
+    [
+        (("estimate", "M3E3b4 product=M3E3b6", *SMALL), 1),
+        (("synthesize", "M3E3b4 product=M3E3b6", *SMALL), 1),
+        (("synthesize", "M3E3b4 product=M3E3b6", *SMALL, "--part", "mac"), 1),
+        (("table", "M3E3b4 product=M3E3b6", *SMALL, "-l", "unit", "--wide", "M5E3b4", "--half", "M4E3b4"), 1),
+        (("prove", "M3E3b4 product=M3E3b6", *SMALL), 2),
+    ],
+    ids=lambda value: value[0] if isinstance(value, tuple) else "",
+)
+def test_every_table_shows_bits_and_products(fmaq, command, heads):
+    code, out, _ = fmaq(*command)
+    assert code == 0
+    head = next(line for line in out.splitlines() if "accumulator" in line)
+    assert head.split()[heads : heads + 4] == ["bits", "product", "its", "bits"]
+    row = next(line for line in out.splitlines() if line.strip().startswith("M3E3b4"))
+    assert "  7  " in row and "M3E3b6" in row
+
+
+def test_formats_says_that_products_are_exact(fmaq):
+    _, out, _ = fmaq("formats", "M5E4b10", "--json")
+    assert [(row["role"], row["format"], row["bits"]) for row in json.loads(out)] == [
+        ("sums", "M5E4b10", 10),
+        ("products", "exact", None),
+    ]
+    assert "exact" in fmaq("formats", "M5E4b10")[1]
+
+
+def test_integer_operands_are_synthesized(fmaq):
+    code, out, err = fmaq("synthesize", "paper12", "-w", "int8", "-x", "int8", "--csv")
+    rows = read_csv(out)
+    assert code == 0 and err == ""
+    assert {row["recipe"] for row in rows} >= {"smallest"}
+    assert all(row["weight"] == row["activation"] == "int8" and row["bits"] == "12" for row in rows)
+    areas = [float(row["area"]) for row in rows]
+    assert areas == sorted(areas) and areas[0] > 900
+    assert float(rows[0]["energy"]) > 100 and rows[-1]["energy"] == ""
+
+
+def test_an_unlike_comparison_is_warned_of(fmaq):
+    for command in ("estimate", "synthesize"):
+        _, _, err = fmaq(command, "M3E3b4 product=M3E3b6", "M2E2b2", *SMALL)
+        assert 'write "M2E2b2 product=M2E2b4"' in " ".join(err.split())
+        assert fmaq(command, "M2E2b2", *SMALL)[2] == ""
+    code, out, err = fmaq("table", "M3E3b4 product=M3E3b6", "M2E2b2", *SMALL, "-l", "unit", "--csv")
+    assert code == 0 and "unlike comparison" in err and "unlike" not in out
+
+
+def test_a_multiply_accumulate_has_a_front(fmaq):
+    _, out, _ = fmaq("synthesize", "M3E3b4", *SMALL, "--part", "mac", "--json")
+    (result,) = json.loads(out)
+    assert len(result["front"]) > 1
+    assert result["energy"] > 0 and result["levels"] > 0 and result["flip_flops"] == 32
+    rows = read_csv(fmaq("synthesize", "M3E3b4", *SMALL, "--part", "mac", "--csv")[1])
+    assert [float(row["area"]) for row in rows] == [point["area"] for point in result["front"]]
+    assert {row["flip_flops"] for row in rows} == {"32"}
+
+
+def test_a_table_of_ones_own_list(fmaq, tmp_path):
+    arguments = ("table", "I10f0", "I14f0w", "-w", "int4", "-x", "int2", "-l", "unit")
+    code, out, _ = fmaq(*arguments, "--csv", "-o", str(tmp_path))
+    rows = read_csv(out)
+    assert code == 0
+    assert [row["accumulator"] for row in rows] == ["I10f0", "I14f0w", "I16f0", "I32f0"]
+    assert float(rows[-1]["area_to_wide"]) == 1 == float(rows[-2]["area_to_half"])
+    assert (tmp_path / "hardware.png").read_bytes()[:4] == b"\x89PNG"
+    code, out, _ = fmaq(*arguments, "--part", "mac", "--markdown")
+    assert "chunked multiply-accumulate" in out
+    assert out.splitlines()[4].startswith("| I10f0 | 10 | exact | 6 |")
+
+
+def test_cells_that_cannot_be_read_are_named(fmaq, tmp_path):
+    from fmaq.hardware import cells
+
+    file = tmp_path / "odd.lib"
+    file.write_text(cells.liberty().replace("library(unit)", "library(odd)").replace('"A^B"', '"A == B"'))
+    code, _, err = fmaq("synthesize", "M2E2b2", *SMALL, "-l", str(file), "--json")
+    assert code == 0
+    assert "library odd: 2 cells are left out (XOR2X1:" in " ".join(err.split())
+
+
+def test_a_testbench_to_take_away(fmaq, tmp_path):
+    code, out, _ = fmaq(
+        "testbench", "M3E3b4", *SMALL, "--part", "mac", "--name", "core", "--vectors", "7", "-o", str(tmp_path)
+    )
+    assert code == 0
+    files = {"core.v", "core_tb.v", "core_tb.hex", "core_tb_totals.hex"}
+    assert {path.name for path in tmp_path.iterdir()} == files
+    assert all(file in out for file in files)
+    assert "iverilog -g2012 -o core_tb core_tb.v core.v" in out
+    assert "module core(" in (tmp_path / "core.v").read_text()
+    assert len((tmp_path / "core_tb_totals.hex").read_text().split()) == 7
+
+
+def test_a_multiply_accumulate_is_proven(fmaq):
+    code, out, _ = fmaq("prove", "M3E3b4", *SMALL, "--part", "mac", "--vectors", "5000", "--json")
+    (found,) = json.loads(out)
+    assert code == 0
+    assert set(found["mismatches"]) > {"rtl"} and not any(found["mismatches"].values())
+
+
+def test_help_of_every_command_has_examples(fmaq):
+    for command in ("estimate", "synthesize", "rtl", "testbench", "prove", "table", "model", "formats"):
+        code, out, _ = fmaq(command, "--help")
+        assert code == 0
+        assert f"fmaq hardware {command} " in out
+
+
 def test_rtl_writes_verilog(fmaq, tmp_path):
     file = tmp_path / "out" / "mac.v"
     code, out, _ = fmaq("rtl", "paper12", "--part", "mac", "-o", str(file))
     assert code == 0
     assert str(file) in out
     assert "module fmaq(" in file.read_text()
+    fmaq("rtl", "paper12", "--part", "mac", "--name", "core", "-o", str(file))
+    assert "module core_merge(" in file.read_text() and "module fmaq" not in file.read_text()
 
 
 def test_prove_counts_mismatches(fmaq):
@@ -70,7 +196,17 @@ def test_prove_counts_mismatches(fmaq):
         (("synthesize", "paper12", "--liberty", "nothing.lib"), "there is no Liberty file nothing.lib"),
         (("estimate", "paper12", "-w", "M12E3"), "weight format 'M12E3' does not fit the unit"),
         (("rtl", "M7E4"), "hardware needs a bias"),
-        (("table", "--operands", "int5"), "operands must be one of M4E3, int8, got 'int5'"),
+        (
+            ("table", "--operands", "int5"),
+            "operands must be one of M4E3, int8, got 'int5'; for others give accumulators",
+        ),
+        (("table", "paper12", "-w", "int99"), "weight format 'int99' does not fit the unit"),
+        (("rtl", "paper12", "--name", "module"), "'module' is no name of a Verilog module"),
+        (("rtl", "paper12", "--part", "core"), "part must be one of unit, mac, got 'core'"),
+        (("synthesize", "paper12", "--part", "core"), "part must be one of unit, mac, got 'core'"),
+        (("synthesize", "ieee32", "--part", "mac"), "has a unit, and no chunked"),
+        (("testbench", "ieee32", "--part", "mac"), "has a unit, and no chunked"),
+        (("estimate", "paper12", "--csv", "--json"), "give one of --json and --csv"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(fmaq, arguments, message):

@@ -1,4 +1,4 @@
-"""Liberty files, netlists, synthesis, energy and the analytic count: figures, caching and errors."""
+"""Netlists, synthesis, energy, the analytic count and tables: figures, caching and errors."""
 
 import importlib.util
 import json
@@ -11,12 +11,13 @@ pytest.importorskip("amaranth", reason="needs the extra fmaq[hardware]")
 pytest.importorskip("pyosys", reason="needs the extra fmaq[hardware]")
 
 from fmaq import hardware
-from fmaq.hardware import cells, streams, synthesis
+from fmaq.hardware import streams, synthesis
+from fmaq.hardware.comparison import unlike
 from fmaq.hardware.cost import design
 from fmaq.hardware.layers import Layer, energy_by_layer
-from fmaq.hardware.liberty import LibertyError, compile_function, find_library
+from fmaq.hardware.liberty import find_library
 from fmaq.hardware.netlist import Gate, Netlist, energy, pack, unpack
-from fmaq.hardware.table import Study, markdown, run_study
+from fmaq.hardware.table import FLOAT, INTEGER, Study, columns, label, markdown, record, run_study, study_of
 from fmaq.hardware.unit import Unit
 from fmaq.numerics import Accumulator
 
@@ -26,79 +27,6 @@ def _cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FMAQ_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
-
-
-# --- Liberty ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("(!(A B))", lambda a, b, c: 1 - (a & b)),
-        ("A*B+C", lambda a, b, c: (a & b) | c),
-        ("A' + B^C", lambda a, b, c: (1 - a) | (b ^ c)),
-        ("!A & (B | C)'", lambda a, b, c: (1 - a) & (1 - (b | c))),
-        ("A !B", lambda a, b, c: a & (1 - b)),
-        ("(((A B)+(B C))+(C A))", lambda a, b, c: int(a + b + c >= 2)),
-        ("1", lambda a, b, c: 1),
-    ],
-)
-def test_functions_of_cells(text, expected):
-    function = compile_function(text)
-    for index in range(8):
-        pins = dict(zip("ABC", (index >> 2, index >> 1 & 1, index & 1), strict=True))
-        assert function(pins) & 1 == expected(*pins.values())
-
-
-def test_our_own_library_counts_transistors():
-    library = find_library()
-    assert library.name == "unit"
-    assert library.nand2 == 1
-    assert library.cells["INVX1"].area == 0.5
-    assert library.cells["INVX4"].area == 2
-    assert library.cells["DFFX1"].is_sequential
-    assert library.cells["NOR2X2"].inputs == {
-        "A": pytest.approx(10 / 3, abs=1e-3),
-        "B": pytest.approx(10 / 3, abs=1e-3),
-    }
-    assert library.delay(cells.FO4) == 1
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("", "not a whole Liberty file"),
-        ("library(x) { cell(A) {", "not a whole Liberty file"),
-        ("module x(); endmodule", "not a whole Liberty file"),
-        ("cell(x) { area : 1; }", "it starts with 'cell'"),
-        ("library(x) { cell(INV) { area : 1; pin(A) { direction : input; } } }", "no two-input NAND"),
-        ("library(x) { cell(INV) { area : big; } }", "area of INV is 'big', not a number"),
-    ],
-)
-def test_a_broken_library_is_refused(tmp_path, text, message):
-    file = tmp_path / "cells.lib"
-    file.write_text(text)
-    with pytest.raises(LibertyError, match=message):
-        find_library(file)
-
-
-def test_a_missing_library_is_refused(tmp_path, monkeypatch):
-    with pytest.raises(
-        LibertyError, match=r"there is no Liberty file .*nothing\.lib; give a file, or one of: unit, osu018"
-    ):
-        find_library(tmp_path / "nothing.lib")
-    monkeypatch.setattr("fmaq.hardware.liberty.DEBIAN", tmp_path)
-    with pytest.raises(LibertyError, match="apt-get install qflow-tech-osu018"):
-        find_library("osu018")
-    assert hardware.installed_libraries() == ["unit"]
-
-
-def test_any_liberty_file_can_be_given(tmp_path):
-    file = tmp_path / "mine.lib"
-    file.write_text(cells.liberty().replace("library(unit)", "library(mine)"))
-    result = hardware.synthesize("M2E2b2", "M1E2", "M1E2", library=file)
-    assert result.library == "mine"
-    assert result.delay_unit == "ns"
 
 
 # --- Netlists ---------------------------------------------------------------------------------------------------------
@@ -161,6 +89,33 @@ def test_a_multiply_accumulate_has_registers():
     assert mac.flip_flops == 3 * 8 + 4 + 4
     assert mac.flip_flop_area == 6 * mac.flip_flops
     assert mac.area > unit.area + mac.flip_flop_area
+    assert mac.levels > 20
+    # The clock pins alone take C·V²/2 twice a cycle: 2 for each flip-flop's C = 2.
+    assert mac.energy > unit.energy + 2 * mac.flip_flops
+    assert mac.area == mac.front[0].area and mac.fastest.delay < mac.delay
+    assert mac.area_within(mac.fastest.delay) == mac.fastest.area
+
+
+@pytest.mark.parametrize(
+    ("accumulator", "operands", "bits", "product", "product_bits"),
+    [
+        ("paper12", ("M4E3", "M4E3"), 12, "M7E4b12", 12),
+        ("M5E4b10", ("M4E3", "M4E3"), 10, "exact", 1 + 4 + 10),  # exponents of products span 13 values
+        ("I16f0", ("int8", "int8"), 16, "exact", 16),
+        ("I20f0w", ("int8", "int4"), 20, "exact", 12),
+        ("M7E4b10", ("int8", "M4E3"), 12, "exact", 1 + 3 + 13),
+        ("ieee32", ("M4E3", "M4E3"), 32, "exact", 15),
+    ],
+)
+def test_every_figure_says_bits_and_product(accumulator, operands, bits, product, product_bits):
+    result = hardware.estimate(accumulator, *operands)
+    assert (result.bits, result.product, result.product_bits) == (bits, product, product_bits)
+
+
+def test_a_design_that_is_nothing_but_wires_costs_nothing():
+    # Nine fraction bits of a four-bit accumulator: every product is a multiple of what it wraps at.
+    result = hardware.synthesize("I4f9w", "int4", "int8")
+    assert (result.area, result.delay, result.energy, result.cells) == (0, 0, 0, {})
 
 
 def test_the_second_time_comes_from_the_cache(monkeypatch):
@@ -197,22 +152,6 @@ def test_without_pyosys_the_error_says_how_to_get_it(monkeypatch):
 def test_what_yosys_says_is_passed_on(tmp_path):
     with pytest.raises(hardware.SynthesisError, match="No such command: nonsense"):
         synthesis.run_yosys(["nonsense"], tmp_path)
-
-
-def test_verilog_names_its_signals_and_its_formats():
-    from fmaq.hardware.verilog import verilog
-
-    unit = Unit.of("paper12")
-    text = verilog(unit)
-    assert "// y = FMAq(x, w, s): accumulator M7E4b10 product=M7E4b12 chunk=16" in text
-    assert "zero flag, sign, 4 exponent, 7 mantissa" in text
-    assert "assign multiply_significand = { x_normal, x[3:0] } * { w_normal, w[3:0] };" in text
-    assert "\\src" not in text and "attribute" not in text
-    assert "input clk;" in verilog(unit, "mac")
-    with pytest.raises(ValueError, match="part must be one of unit, mac, got 'core'"):
-        verilog(unit, "core")
-    with pytest.raises(ValueError, match="has a unit, and no chunked"):
-        verilog(Unit.of("ieee32"), "mac")
 
 
 # --- Estimates, streams, tables ---------------------------------------------------------------------------------------
@@ -280,8 +219,46 @@ def test_energy_by_layer_is_operations_times_energy():
     assert head.total == head.baseline_total
 
 
+@pytest.mark.parametrize(
+    ("layer", "baseline"),
+    [
+        (Layer("engine", 1, "I16f0", "int8", "int8"), "I32f0"),
+        (Layer("float of integers", 1, "M7E4b2", "int8", "int8"), "M23E8b127"),
+        (Layer("mixed", 1, "M7E4b10", "int8", "M4E3"), "M23E8b127"),
+        (Layer("left alone", 1, "fp32", "int4", "int4"), "M23E8b127"),
+        (Layer("scaled", 1, "I16f4", "int8", "int8"), "M23E8b127"),
+    ],
+    ids=lambda value: getattr(value, "name", value),
+)
+def test_integer_layers_have_an_energy_and_a_baseline(layer, baseline):
+    (cost,) = energy_by_layer([layer], find_library())
+    assert cost.baseline_accumulator == baseline
+    assert 50 < cost.operation <= cost.baseline
+    assert (cost.operation == cost.baseline) == (layer.accumulator == "fp32")
+
+
+def test_a_bias_in_a_format_is_a_constant_of_the_layers_unit():
+    drawn = hardware.of_layer("fc", np.full((4, 8), 0.25), np.full((4, 8), 0.25))
+    fixed, flexible = energy_by_layer(
+        [
+            Layer("fc", 1, "M3E3b4", "M1E2b5", "M1E2b5", drawn),
+            Layer("fc", 1, "M3E3b4", "M1E2", "M1E2", drawn),
+        ],
+        find_library(),
+    )
+    assert str(fixed.unit.weight) == "M1E2b5"
+    assert str(flexible.unit.weight) == "M1E2b5".replace("5", str(2**2 + 1))  # 0.25 = 2^(3 − b)
+    codes = streams.trace(fixed.unit, drawn, rescale=False)
+    assert np.all(fixed.unit.weight.decode(codes["w"]) == 0.25)
+    small = replace(fixed.unit, weight=replace(fixed.unit.weight, bias=7))
+    assert np.all(small.weight.decode(streams.trace(small, drawn, rescale=False)["w"]) == small.weight.decode(7).max())
+
+
+# --- Tables -----------------------------------------------------------------------------------------------------------
+
+
 def test_a_table_compares_with_its_baselines():
-    study = Study("M1E2", ("M2E2b2", "M3E3b4", "M5E3b4"), wide="M5E3b4", half="M3E3b4")
+    study = Study("M1E2", "M1E2", ("M2E2b2", "M3E3b4", "M5E3b4"), wide="M5E3b4", half="M3E3b4")
     done = []
     rows = run_study(study, find_library(), progress=done.append)
     assert sorted(done) == sorted(study.accumulators)
@@ -291,4 +268,81 @@ def test_a_table_compares_with_its_baselines():
     text = markdown(study, find_library(), rows)
     assert text.splitlines()[0].startswith("**M1E2 operands, library unit**")
     assert len(text.splitlines()) == 7
+    heads = [cell.strip() for cell in text.splitlines()[2].strip("|").split("|")]
+    assert heads == list(columns())
+    assert heads[:4] == ["accumulator", "bits", "product", "its bits"]
+    assert [cell.strip() for cell in text.splitlines()[4].strip("|").split("|")][:4] == ["M2E2b2", "5", "exact", "8"]
     assert json.dumps([row.estimate.cells for row in rows])
+    assert record(study, rows[0])["area_to_wide"] == rows[0].area_to_wide
+
+
+def test_a_table_of_multiply_accumulates():
+    study = study_of(["M2E2b2", "ieee16"], "M1E2", "M1E2", wide="M5E3b4", half="M3E3b4")
+    rows = run_study(study, find_library(), part="mac")
+    assert [row.accumulator for row in rows] == ["M2E2b2", "M3E3b4", "M5E3b4"]  # the IEEE unit has no chunks
+    mac = hardware.synthesize_mac("M2E2b2", "M1E2", "M1E2")
+    assert rows[0].synthesis == mac
+    assert rows[0].area_to_wide == mac.area / hardware.synthesize_mac("M5E3b4", "M1E2", "M1E2").area
+    assert "gates" not in columns("mac")
+    assert len(markdown(study, find_library(), rows, "mac").splitlines()[4].split("|")) == len(columns("mac")) + 2
+    with pytest.raises(ValueError, match="part must be one of unit, mac, got 'core'"):
+        run_study(study, find_library(), part="core")
+
+
+@pytest.mark.parametrize(
+    ("accumulators", "operands", "wide", "half"),
+    [
+        (["paper12"], ("M4E3", "M4E3"), "M23E8b127", "M10E5b16 product=M10E5b18"),
+        (["I14f0", "I18f0w"], ("int8", "int4"), "I32f0", "I16f0"),
+        (["I14f0", "M7E4b2"], ("int8", "int8"), "M23E8b127", "M10E5b16 product=M10E5b18"),
+        (["I14f0"], ("int8", "M4E3"), "M23E8b127", "M10E5b16 product=M10E5b18"),
+    ],
+)
+def test_a_list_of_ones_own_has_baselines_of_its_kind(accumulators, operands, wide, half):
+    study = study_of(accumulators, *operands)
+    assert (study.wide, study.half) == (wide, half)
+    assert study.accumulators == (*accumulators, half, wide)
+
+
+def test_a_baseline_that_is_in_the_list_is_not_there_twice():
+    study = study_of(["M7E4b10 product=M7E4b12 chunk=16", "M23E8b127 chunk=16", "paper12"])
+    assert study.wide == "M23E8b127 chunk=16"
+    assert study.accumulators == (
+        "M7E4b10 product=M7E4b12 chunk=16",
+        "M23E8b127 chunk=16",
+        "M10E5b16 product=M10E5b18",
+    )
+
+
+def test_labels_tell_accumulators_apart():
+    assert label("M5E4b10 product=M5E4b12") == "M5E4b10"
+    assert label("M5E4b10 product=M5E4b12 rounding=nearest_even") == "M5E4b10 rounding=nearest_even"
+
+
+@pytest.mark.parametrize(
+    ("accumulators", "operands", "advice"),
+    [
+        (["paper12", "M5E4b10"], "M4E3", "M5E4b10 product=M5E4b12"),
+        (["M5E4b10 chunk=64", "paper12"], "M4E3", "M5E4b10 product=M5E4b13"),
+        (["paper12", "M5E4b10z"], "M4E3", "M5E4b10z product=M5E4b12z"),
+        (["paper12", "M7E4b10"], "int8", "M7E4b10 product=M7E4b12"),
+        (["paper12", "M23E8b127"], "int16", "M23E8b127 product=M23E8b129"),
+        (["paper12", "M23E8b127", "I16f10", "ieee32"], "M4E3", None),
+        (["M5E4b10", "M7E4b10"], "M4E3", None),
+        (["M5E4b10", "I16f10"], "M4E3", None),
+        (["paper12", "M9E5b16"], "M4E3", None),  # an exact product has ten bits, and so has it
+        (["paper12", "M8E5b16"], "M4E3", "M8E5b16 product=M8E5b18"),
+    ],
+)
+def test_an_exact_product_beside_a_rounded_one_is_an_unlike_comparison(accumulators, operands, advice):
+    message = unlike([Unit.of(text, operands, operands) for text in accumulators])
+    if advice is None:
+        assert message is None
+    else:
+        assert f'write "{advice}"' in message
+        Accumulator(advice)
+
+
+def test_the_tables_of_the_documentation_compare_like_with_like():
+    assert FLOAT.warning is None
+    assert INTEGER.warning is None

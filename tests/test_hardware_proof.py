@@ -10,16 +10,17 @@ pytest.importorskip("pyosys", reason="needs the extra fmaq[hardware]")
 
 from amaranth.sim import Simulator
 
-from fmaq.hardware import proof, synthesis
-from fmaq.hardware.cost import design
+from fmaq.hardware import proof, synthesis, testbench
+from fmaq.hardware.cost import design, mac_design
+from fmaq.hardware.lfsr import lfsr_sequence
 from fmaq.hardware.liberty import find_library
-from fmaq.hardware.rtl import FmaqUnit, Mac, lfsr_sequence
+from fmaq.hardware.rtl import FmaqUnit, Mac
 from fmaq.hardware.unit import Unit
 from fmaq.hardware.vectors import is_exhaustive, vectors_for
 from fmaq.numerics import reference
 
 needs_iverilog = pytest.mark.skipif(
-    proof.find_iverilog() is None, reason="Icarus Verilog is not installed (Debian: apt-get install iverilog)"
+    not testbench.has_iverilog(), reason="Icarus Verilog is not installed (Debian: apt-get install iverilog)"
 )
 
 
@@ -39,6 +40,9 @@ SMALL = [
     ("I8f4 rounding=nearest_even", "M2E2", "M2E2"),
     ("I6f2w rounding=stochastic random_bits=3", "M2E2", "M2E2"),
     ("I7f-1 product=I5f-2w", "int4", "int4"),
+    # Products that are always far below a step of their format.
+    ("M2E3b-4 product=I6f-3 rounding=nearest_even", "M2E1b1", "M0E2b3"),
+    ("I8f-3 product=I6f-4 rounding=stochastic random_bits=2", "M1E1b1", "M0E1b3"),
 ]
 LARGE = [
     ("paper12", "M4E3", "M4E3"),
@@ -191,24 +195,116 @@ def test_a_stochastic_dot_product_rounds_by_its_shift_register():
 
 
 @needs_iverilog
-@pytest.mark.parametrize("description", [LARGE[0], LARGE[9]], ids=lambda d: d[0].replace(" ", ","))
+@pytest.mark.parametrize("description", [LARGE[0], LARGE[9], LARGE[5]], ids=lambda d: d[0].replace(" ", ","))
 def test_the_verilog_in_an_independent_simulator(description):
-    unit = Unit.of(*description)
-    vectors = vectors_for(unit, 100_000 if description is LARGE[0] else 20_000)
-    assert proof.mismatches(unit, proof.simulate_verilog(unit, vectors), unit.golden(vectors)) == 0
+    count = 100_000 if description is LARGE[0] else 20_000
+    found = proof.prove(Unit.of(*description), [], count, iverilog=True)
+    assert found.mismatches == {"rtl": 0, "iverilog": 0}
 
 
-@needs_iverilog
-@pytest.mark.parametrize("accumulator", ["paper12", "M5E4b10 product=M5E4b12 chunk=7 rounding=nearest_even"])
-def test_dot_products_in_an_independent_simulator(accumulator):
-    unit = Unit.of(accumulator)
-    x, w = operands(unit, 300, 37)
-    expected = [reference.dot(a, b, unit.accumulator) for a, b in zip(x, w, strict=True)]
-    assert np.array_equal(unit.format.decode(proof.simulate_mac(unit, x, w)), expected)
+# --- Integer operands -------------------------------------------------------------------------------------------------
+
+INTEGERS = [
+    ("paper12", "int8", "int8"),
+    ("M23E8b127", "int8", "int8"),
+    ("paper12", "int8", "M4E3"),
+    ("M5E4b10 rounding=nearest_even", "M4E3", "int8"),
+    ("M10E5b8z", "int4", "int4"),
+    ("M7E4b-2 product=M7E4b0", "int16", "int16"),
+    ("M4E3b1 rounding=stochastic random_bits=4", "int2", "int12"),
+    ("I16f4", "int8", "M4E3"),
+    ("I20f2 product=M7E4b4", "int8", "int5"),
+]
 
 
-def test_without_iverilog_the_error_says_how_to_get_it(monkeypatch):
-    monkeypatch.setattr(proof, "find_iverilog", lambda: None)
-    unit = Unit.of("I8f2")
-    with pytest.raises(FileNotFoundError, match="apt-get install iverilog"):
-        proof.simulate_verilog(unit, vectors_for(unit, 10))
+@pytest.mark.parametrize("description", INTEGERS, ids=lambda d: ",".join(d).replace(" ", ","))
+def test_netlists_of_integer_operands(description):
+    found = proof.prove(Unit.of(*description), [find_library()], 50_000)
+    assert set(found.mismatches) == {"rtl", *(f"unit/{recipe.name}" for recipe in synthesis.RECIPES)}
+    assert found.holds
+
+
+@pytest.mark.parametrize("name", ["osu018", "osu035"])
+def test_netlists_of_integer_operands_in_debians_libraries(name):
+    try:
+        library = find_library(name)
+    except ValueError as error:
+        pytest.skip(str(error))
+    assert proof.prove(Unit.of("M5E4b4 product=M5E4b6", "int8", "int4"), [library], 50_000).holds
+
+
+@pytest.mark.parametrize("accumulator", ["I16f0", "I16f0w", "I24f0w", "I12f0"])
+def test_an_integer_engine_adds_integer_products_of_codes(accumulator):
+    # Python's whole numbers, nothing of fmaq: a product of codes, added, saturated or wrapped.
+    bits, wraps = int(accumulator[1:3]), accumulator.endswith("w")
+    rng = np.random.default_rng(0)
+    x, w = rng.integers(-128, 128, (2, 20_000))
+    s = rng.integers(-(1 << (bits - 1)), 1 << (bits - 1), 20_000)
+    s[:2000] = (1 << (bits - 1)) - 1 - rng.integers(0, 20_000, 2000) % (1 << (bits - 2))
+    exact = [int(a) * int(b) + int(c) for a, b, c in zip(x, w, s, strict=True)]
+    low, span = -(1 << (bits - 1)), 1 << bits
+    expected = [(v - low) % span + low if wraps else min(max(v, low), low + span - 1) for v in exact]
+    assert sum(v != e for v, e in zip(exact, expected, strict=True)) > 10
+    unit = Unit.of(accumulator, "int8", "int8")
+    vectors = {"x": x & 255, "w": w & 255, "s": s & (span - 1)}
+    assert np.array_equal(unit.golden(vectors), expected)
+    for mapped in synthesis.map_to_cells(design(unit), find_library()):
+        codes = mapped.netlist(find_library()).simulate(vectors)["y"]
+        assert np.array_equal(codes, np.array(expected) & (span - 1))
+
+
+@pytest.mark.parametrize(
+    ("accumulator", "chunk"), [("I12f0 chunk=None", 50), ("I14f0w chunk=None", 50), ("I12f0 chunk=8", 8)]
+)
+def test_an_integer_engines_dot_products(accumulator, chunk):
+    bits, wraps = int(accumulator[1:3]), "w" in accumulator
+    low, span = -(1 << (bits - 1)), 1 << bits
+
+    def kept(value):
+        return (value - low) % span + low if wraps else min(max(value, low), low + span - 1)
+
+    rng = np.random.default_rng(1)
+    x, w = rng.integers(-128, 128, (2, 2, 50, 64))
+    expected = np.zeros((2, 64), int)
+    for product, lane in np.ndindex(2, 64):
+        total = 0
+        for start in range(0, 50, chunk):
+            s = 0
+            for k in range(start, min(start + chunk, 50)):
+                s = kept(s + int(x[product, k, lane]) * int(w[product, k, lane]))
+            total = kept(total + s)
+        expected[product, lane] = total
+    unit = Unit.of(accumulator, "int8", "int8")
+    for mapped in synthesis.map_to_cells(mac_design(unit), find_library(), synthesis.RECIPES[::3]):
+        codes = proof.simulate_mac(mapped.netlist(find_library()), x & 255, w & 255)
+        assert np.array_equal(codes, expected & (span - 1))
+
+
+# --- The multiply-accumulate ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "description",
+    [
+        ("paper12", "M4E3", "M4E3"),
+        ("M3E3b4 chunk=5 rounding=stochastic random_bits=3", "M1E2", "M1E2"),
+        ("M5E4b10z chunk=None", "int4", "int4"),
+        ("I16f0", "int8", "int8"),
+    ],
+    ids=lambda d: ",".join(d).replace(" ", ","),
+)
+def test_netlists_of_the_multiply_accumulate(description):
+    found = proof.prove(Unit.of(*description), [find_library()], 20_000, part="mac", iverilog=testbench.has_iverilog())
+    assert {"rtl", *(f"unit/{recipe.name}" for recipe in synthesis.RECIPES)} <= set(found.mismatches)
+    assert found.holds and found.vectors > 19_000
+
+
+def test_a_wrong_multiply_accumulate_is_found(monkeypatch):
+    unit, other = (Unit.of(text, "M1E2", "M1E2") for text in ("M3E3b4 chunk=4", "M3E3b4 chunk=5"))
+    monkeypatch.setitem(proof.DESIGNS, "mac", lambda _: mac_design(other))
+    assert not proof.prove(unit, [], 5_000, part="mac").holds
+
+
+def test_there_is_no_other_part():
+    with pytest.raises(ValueError, match="part must be one of unit, mac, got 'adder'"):
+        proof.prove(Unit.of("M3E3b4", "M1E2", "M1E2"), part="adder")

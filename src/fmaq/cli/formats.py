@@ -41,11 +41,13 @@ def hardware(
 
 
 def _rows(acc: Accumulator) -> list[dict[str, Any]]:
-    roles = (("sums", acc.format), ("products", acc.product))
-    return [_row(acc, role, format) for role, format in roles if format is not None]
+    return [_row(acc, "sums", acc.format), _row(acc, "products", acc.product)]
 
 
-def _row(acc: Accumulator, role: str, format: Format) -> dict[str, Any]:
+def _row(acc: Accumulator, role: str, format: Format | None) -> dict[str, Any]:
+    if format is None:
+        unknown = dict.fromkeys(("bits", "register", "smallest", "largest"))
+        return {"accumulator": str(acc), "role": role, "format": "exact", **unknown}
     known = not format.is_template
     # zero="flag" keeps zero apart from the codes: one more bit in the register.
     flag = int(getattr(format, "zero", "exponent") == "flag")

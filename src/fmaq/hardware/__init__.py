@@ -1,6 +1,7 @@
 """The hardware of an accumulator: RTL of its FMAq unit, proven, synthesized and costed. Stands on `numerics` alone.
 
-`estimate` is instant and analytic; `synthesize` makes a netlist, in seconds.
+`estimate` is instant and analytic; `synthesize` makes a netlist, in seconds. The energy of a whole model, which needs
+torch, is `fmaq.analysis.model_energy`.
 """
 
 from __future__ import annotations

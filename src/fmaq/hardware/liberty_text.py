@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 
 TOKEN = re.compile(
     r"""(?P<skip> \s+ | /\*.*?\*/ | //[^\n]* | \\\r?\n )
-      | (?P<string> "(?:\\.|[^"\\])*" )
+      | (?P<string> "[^"\\]*(?:\\.[^"\\]*)*" )
       | (?P<mark> [{}();:,] )
-      | (?P<word> (?: \[[^\]\s]*\] | (?!/[*/]|\\\r?\n)[^\s{}();:,"] )+ )""",
+      | (?P<word> (?: [^\s{}();:,"/\\\[]+ | \[[^\]\s]*\] | (?!/[*/]|\\\r?\n)[/\\\[] )+ )""",
     re.DOTALL | re.VERBOSE,
 )
 NAME = re.compile(r"[A-Za-z_]\w*")

@@ -1,0 +1,137 @@
+"""Energy of a model by layer: what is counted, what is drawn, and what is said."""
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("amaranth", reason="needs the extra fmaq[hardware]")
+pytest.importorskip("pyosys", reason="needs the extra fmaq[hardware]")
+
+import fmaq
+from fmaq.analysis import model_energy
+from fmaq.hardware.layers import Layer, energy_by_layer
+from fmaq.hardware.liberty import find_library
+from fmaq.hardware.streams import of_layer
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FMAQ_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+SMALL = fmaq.Policy("M3E3b4 product=M3E3b6", weight="M1E2", activation="M1E2")
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5))
+
+
+def test_a_model_costs_operations_times_the_energy_of_one():
+    x = torch.randn(3, 1, 8, 8)
+    found = model_energy(network(), SMALL, x)
+    conv, head = found.to_dicts()
+    assert (conv["layer"], head["layer"]) == ("0", "4")
+    assert conv["operations"] == 4 * 36 * 9 and head["operations"] == 144 * 5
+    assert conv["operands"] == head["operands"] == "recorded"
+    for row in (conv, head):
+        assert row["energy"] == pytest.approx(row["operations"] * row["operation"])
+        assert row["bits"] == 7 and row["product"] == "M3E3b6" and row["product_bits"] == 7
+        assert 0 < row["to_32_bit"] < 1
+    assert found.total == pytest.approx(conv["energy"] + head["energy"])
+    assert found.examples == 3 and found.unit == "C_inv V^2" and found.library == "unit"
+    assert found.ratio == pytest.approx(
+        found.total / sum(row["energy"] / row["to_32_bit"] for row in (conv, head)), rel=1e-9
+    )
+
+
+def test_the_energy_is_that_of_the_layers_own_operands():
+    layer, x = nn.Linear(16, 6, bias=False), torch.randn(10, 16)
+    (row,) = model_energy(nn.Sequential(layer), SMALL, x).to_dicts()
+    a, w = fmaq.quantize(x, "M1E2").double().numpy(), fmaq.quantize(layer.weight.detach(), "M1E2").double().numpy()
+    streams = of_layer("0", a, w)
+    (cost,) = energy_by_layer([Layer("0", 960, str(SMALL.accumulator), "M1E2", "M1E2", streams)], find_library())
+    assert row["operation"] == cost.operation
+    assert model_energy(nn.Sequential(layer), SMALL, torch.zeros(10, 16)).to_dicts()[0]["operation"] < cost.operation
+
+
+def test_the_model_is_afterwards_as_it_was():
+    model, x = network(), torch.randn(2, 1, 8, 8)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    random = torch.random.get_rng_state()
+    model_energy(model, SMALL, x)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert torch.equal(torch.random.get_rng_state(), random)
+    with pytest.raises(ValueError, match="attached to no policy"):
+        model_energy(model, None, x)
+    fmaq.attach(model, SMALL)
+    attached = model_energy(model, None, x)
+    assert attached.to_dicts() == model_energy(model, SMALL, x).to_dicts()
+    assert len(fmaq.coverage(model, x)) == 2  # still attached
+
+
+@pytest.mark.parametrize(
+    ("policy", "baseline"),
+    [
+        ({"accumulator": "I16f0", "weight": "int8", "activation": "int8"}, "I32f0"),
+        ({"accumulator": "M7E4b2", "weight": "int8", "activation": "int8"}, "M23E8b127"),
+        ({"accumulator": "paper12", "weight": "int8", "activation": "M4E3"}, "M23E8b127"),
+    ],
+)
+def test_policies_of_integers_have_an_energy(policy, baseline):
+    (row,) = model_energy(nn.Sequential(nn.Linear(16, 6)), policy, torch.randn(4, 16)).to_dicts()
+    assert (row["weight"], row["activation"]) == (policy["weight"], policy["activation"])
+    assert row["baseline"] == baseline
+    assert 0 < row["to_32_bit"] < 1
+
+
+def test_formats_are_the_policys_then_the_callers_then_fp8():
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), torch.randn(4, 8)
+    policy = fmaq.Policy("M3E3b4", weight="M1E2", layers={"1": {"weight": None}})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        rows = model_energy(model, policy, x).to_dicts()
+    assert [(row["weight"], row["activation"]) for row in rows] == [("M1E2", "M4E3"), ("M4E3", "M4E3")]
+    with pytest.warns(UserWarning, match=r"weight int4 is for operands .*: 1 of 2 layers \(0\) keep the policy's M1E2"):
+        rows = model_energy(model, policy, x, weight="int4", activation="M1E2").to_dicts()
+    assert [(row["weight"], row["activation"]) for row in rows] == [("M1E2", "M1E2"), ("int4", "M1E2")]
+
+
+def test_layers_in_float32_cost_what_32_bits_do():
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), torch.randn(4, 8)
+    found = model_energy(model, fmaq.Policy(SMALL.accumulator, layers={"1": None}), x, weight="M1E2", activation="M1E2")
+    rows = found.to_dicts()
+    assert rows[1]["accumulator"] == "fp32" and rows[1]["to_32_bit"] == 1 and rows[1]["bits"] == 32
+    assert rows[0]["to_32_bit"] < found.ratio < 1
+    with pytest.raises(ValueError, match="the policy emulates nothing here"):
+        model_energy(model, "fp32", x)
+
+
+def test_attention_and_repeated_layers_are_counted():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(8, 8)
+
+        def forward(self, x):
+            y = self.fc(self.fc(x))
+            return torch.nn.functional.scaled_dot_product_attention(y, y, y)
+
+    rows = model_energy(Twice(), SMALL, torch.randn(2, 5, 8)).to_dicts()
+    assert rows[0]["layer"] == "fc" and rows[0]["operations"] == 2 * 5 * 64
+    assert sum(row["operations"] for row in rows[1:]) == 2 * 5 * 5 * 8
+
+
+def test_it_prints_itself():
+    pd = pytest.importorskip("pandas")
+    found = model_energy(nn.Sequential(nn.Linear(8, 8)), SMALL, torch.randn(4, 8))
+    title, heads, rule, row, total = str(found).splitlines()
+    assert title.startswith("Energy of one example in C_inv V^2, library unit")
+    assert heads.split()[:4] == ["layer", "accumulator", "bits", "product"] and set(rule) <= {"-", " "}
+    assert row.split()[:7] == ["0", "M3E3b4", "7", "M3E3b6", "7", "M1E2", "M1E2"]
+    assert total.split()[0] == "all" and len(total.split()) == 3
+    assert isinstance(found.to_dataframe(), pd.DataFrame) and len(found) == 1

@@ -1,0 +1,153 @@
+"""Verilog to take away: names, notes, and test benches that check themselves."""
+
+import re
+import subprocess
+
+import numpy as np
+import pytest
+
+pytest.importorskip("amaranth", reason="needs the extra fmaq[hardware]")
+pytest.importorskip("pyosys", reason="needs the extra fmaq[hardware]")
+
+from fmaq.hardware import testbench as bench
+from fmaq.hardware.unit import Unit, dot_products
+from fmaq.hardware.vectors import random, vectors_for
+from fmaq.hardware.verilog import verilog
+from fmaq.numerics import reference
+
+needs_iverilog = pytest.mark.skipif(
+    not bench.has_iverilog(), reason="Icarus Verilog is not installed (Debian: apt-get install iverilog)"
+)
+
+
+def test_verilog_names_its_signals_and_its_formats():
+    unit = Unit.of("paper12")
+    text = verilog(unit)
+    assert "// y = FMAq(x, w, s): accumulator M7E4b10 product=M7E4b12 chunk=16" in text
+    assert "zero flag, sign, 4 exponent, 7 mantissa" in text
+    assert "assign multiply_significand = { x_normal, x[3:0] } * { w_normal, w[3:0] };" in text
+    assert "\\src" not in text and "attribute" not in text
+    assert "input clk;" in verilog(unit, "mac")
+    with pytest.raises(ValueError, match="part must be one of unit, mac, got 'core'"):
+        verilog(unit, "core")
+    with pytest.raises(ValueError, match="has a unit, and no chunked"):
+        verilog(Unit.of("ieee32"), "mac")
+
+
+@pytest.mark.parametrize("part", ["unit", "mac"])
+def test_two_designs_have_no_module_name_in_common(part):
+    unit = Unit.of("M3E3b4 rounding=stochastic random_bits=3", "M1E2", "M1E2")
+    names = [set(re.findall(r"^module (\S+?)\(", verilog(unit, part, name), re.MULTILINE)) for name in ("one", "two")]
+    assert not names[0] & names[1]
+    assert len(names[0]) == (1 if part == "unit" else 5)  # the top, the unit, the merge and two shift registers
+    assert all(module == "one" or module.startswith("one_") for module in names[0])
+
+
+@pytest.mark.parametrize("name", ["", "2fast", "a b", "wire", "module", "a.b", "a-b"])
+def test_names_that_verilog_does_not_take_are_refused(name):
+    with pytest.raises(ValueError, match="is no name of a Verilog module"):
+        verilog(Unit.of("M3E3b4", "M1E2", "M1E2"), "unit", name)
+    with pytest.raises(ValueError, match="is no name of a Verilog module"):
+        bench.testbench(Unit.of("M3E3b4", "M1E2", "M1E2"), "unit", name)
+
+
+@needs_iverilog
+def test_two_multiply_accumulates_in_one_simulation(tmp_path):
+    for name, accumulator in (("short", "M3E3b4"), ("long", "M5E4b10")):
+        unit = Unit.of(accumulator, "M1E2", "M1E2")
+        for file, text in bench.testbench(unit, "mac", name, 5).items():
+            (tmp_path / file).write_text(text)
+    sources = ["short.v", "long.v", "short_tb.v", "long_tb.v"]
+    subprocess.run(["iverilog", "-g2012", "-Wall", "-o", "both", *sources], cwd=tmp_path, check=True)
+    # The first to finish ends the simulation; the other has the same number of cycles.
+    done = subprocess.run(["vvp", "-n", "both"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert "PASS: 5 dot products" in done.stdout and "FAIL" not in done.stdout
+
+
+DESCRIPTIONS = [
+    ("paper12", "M4E3", "M4E3"),
+    ("M5E4b10z product=M5E4b12", "int8", "M4E3"),
+    ("I12f2 rounding=nearest_even", "M4E3", "int4"),
+    ("I16f0", "int8", "int8"),
+    ("M4E4b10 product=M3E4b12 chunk=4 rounding=stochastic random_bits=5", "M4E3", "M4E3"),
+]
+
+
+@needs_iverilog
+@pytest.mark.parametrize("description", [*DESCRIPTIONS, ("ieee16", "M4E3", "M4E3b9")], ids=lambda d: d[0])
+def test_the_bench_of_a_unit_passes(description):
+    assert bench.mismatches(bench.testbench(Unit.of(*description), count=3000, name="dut")) == 0
+
+
+@needs_iverilog
+@pytest.mark.parametrize("description", DESCRIPTIONS, ids=lambda d: d[0])
+def test_the_bench_of_a_multiply_accumulate_passes(description):
+    assert bench.mismatches(bench.testbench(Unit.of(*description), "mac", count=40, name="dut")) == 0
+
+
+@needs_iverilog
+@pytest.mark.parametrize("part", ["unit", "mac"])
+def test_a_bench_finds_another_design(part):
+    unit, other = Unit.of("M3E3b4", "M1E2", "M1E2"), Unit.of("M3E3b4 rounding=nearest_even", "M1E2", "M1E2")
+    files = bench.testbench(unit, part, count=200) | {"fmaq.v": verilog(other, part)}
+    assert bench.mismatches(files) > 5
+
+
+@needs_iverilog
+def test_a_bench_without_its_stimulus_fails():
+    files = bench.testbench(Unit.of("I8f2", "int4", "int4"), count=50)
+    files["fmaq_tb.hex"] = ""
+    assert bench.mismatches(files) > 0
+
+
+@needs_iverilog
+def test_a_multiply_accumulate_that_is_never_done_fails():
+    files = bench.testbench(Unit.of("M3E3b4", "M1E2", "M1E2"), "mac", count=5)
+    files["fmaq.v"] = (
+        files["fmaq.v"].replace("assign done = ", "assign done = 1'b0 & ").replace("done <=", "done <= 0 &")
+    )
+    assert bench.mismatches(files) > 0
+
+
+def test_without_iverilog_the_error_says_how_to_get_it(monkeypatch):
+    monkeypatch.setattr(bench, "has_iverilog", lambda: False)
+    with pytest.raises(FileNotFoundError, match="apt-get install iverilog"):
+        bench.mismatches({})
+
+
+@pytest.mark.parametrize("accumulator", ["M5E4b10", "M5E4b10z", "I8f2", "ieee16"])
+def test_expected_codes_and_their_masks_hold_for_every_code_of_a_value(accumulator):
+    unit = Unit.of(accumulator, "M1E2", "M1E2")
+    codes = np.arange(1 << unit.register_bits)
+    values = unit.format.decode(codes)
+    expected, care = bench.expected_codes(unit, values, codes)
+    assert np.all((codes ^ expected) & care == 0)
+    # And for no code of another value.
+    for shift in (1, 2, 7, 31):
+        other = np.roll(codes, shift)
+        differs = values != np.roll(values, shift)
+        both_nan = np.isnan(values) & np.isnan(np.roll(values, shift))
+        assert np.all(((other ^ expected) & care != 0)[differs & ~both_nan])
+
+
+def test_dot_products_are_the_references():
+    unit = Unit.of("M5E4b10 product=M5E4b12 chunk=5")
+    drawn = random(unit, 3 * 13 * 2)
+    x, w = drawn["x"].reshape(3, 13, 2), drawn["w"].reshape(3, 13, 2)
+    totals = dot_products(unit, x, w)
+    for product in range(3):
+        for lane in range(2):
+            a, b = unit.activation.decode(x[product, :, lane]), unit.weight.decode(w[product, :, lane])
+            assert totals[product, lane] == reference.dot(a, b, unit.accumulator)
+    with pytest.raises(ValueError, match="no chunked multiply-accumulate"):
+        dot_products(Unit.of("ieee32"), x, w)
+
+
+def test_a_bench_has_as_many_vectors_as_asked():
+    files = bench.testbench(Unit.of("paper12"), count=123)
+    assert set(files) == {"fmaq.v", "fmaq_tb.v", "fmaq_tb.hex"}
+    assert len(files["fmaq_tb.hex"].split()) == 123
+    assert "localparam COUNT = 123;" in files["fmaq_tb.v"]
+    every = bench.testbench(Unit.of("M2E2b2", "M1E1", "M1E1"), count=10)  # few inputs: all of them
+    assert len(every["fmaq_tb.hex"].split()) == 1 << 12
+    assert len(vectors_for(Unit.of("M2E2b2", "M1E1", "M1E1"))["x"]) == 1 << 12
