@@ -12,10 +12,12 @@ from fmaq.analysis.fit import MOST_OFFSET, Trial
 from fmaq.analysis.fitted import is_template
 from fmaq.analysis.met import Met, own_weights
 from fmaq.emulation.policy import FP32, Policy, speaks_for
-from fmaq.emulation.products import Place
+from fmaq.emulation.products import RECURRENT, Place
 from fmaq.emulation.unmet import names_of, unmet_products
 
 SHOWN = 12
+WITHOUT_PRODUCTS = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.RMSNorm, *RECURRENT)
+"""Modules whose weights, of two dimensions perhaps, are in no product that could be emulated."""
 STAYS = "what the policy says of them stays as written, and a bias that is missing is the one usual among the others"
 
 
@@ -51,9 +53,10 @@ def warn(model: nn.Module, policy: Policy, trials: Mapping[Place, Trial], empty:
 
 def _is_unmet(module: nn.Module, aliases: Iterable[str], policy: Policy, met: Met) -> bool:
     """It has weights that the policy wants emulated, and neither it nor they took part."""
+    if isinstance(module, WITHOUT_PRODUCTS) or not own_weights(module) or met.has_met(module):
+        return False
     rule = policy.for_layer(*aliases)
-    is_wanted = rule is not None and any(one.accumulator != FP32 for one in (rule, *rule.of_products()))
-    return is_wanted and bool(own_weights(module)) and not met.has_met(module)
+    return rule is not None and any(one.accumulator != FP32 for one in (rule, *rule.of_products()))
 
 
 def _unmet_templates(policy: Policy, names: Mapping[str, list[str]], layers: Iterable[str]) -> list[str]:
