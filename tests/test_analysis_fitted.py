@@ -214,6 +214,40 @@ def test_an_expert_without_tokens_is_named():
         fmaq.calibrate(Experts(), TEMPLATE, [torch.randn(32, 8)])
 
 
+class LoopedExperts(nn.Module):
+    """The matrices of one stack, each for the rows that are its: a loop over those that have any."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.weight = nn.Parameter(torch.randn(6, 8, 8))
+
+    def forward(self, x, experts):
+        assert self.weight.shape[0] == 6
+        y = torch.zeros_like(x)
+        for expert in experts.unique():
+            y[experts == expert] = nn.functional.linear(x[experts == expert], self.weight[expert])
+        return y
+
+
+def test_matrices_of_a_stack_that_no_batch_reached_are_named():
+    """An index is that of a product in a call, not of an expert: other experts in other calls are named, too."""
+    x = torch.randn(32, 8)
+    alike, other = torch.arange(32) % 2 * 3, torch.arange(32) % 2 * 2 + 1  # experts 0 and 3, then 1 and 3
+    with pytest.warns(CalibrationWarning) as caught:
+        fmaq.calibrate(LoopedExperts(), TEMPLATE, [(x, alike), (x, alike)])
+    assert [str(warning.message) for warning in caught] == [
+        "calibrate: no batch reached 1, 2, 4, 5 of the 6 matrices of weight; what was chosen for others will serve them"
+    ]
+    with pytest.warns(CalibrationWarning) as caught:
+        fmaq.calibrate(LoopedExperts(), TEMPLATE, [(x, alike), (x, other)])
+    assert [str(warning.message) for warning in caught] == [
+        "calibrate: no batch reached 2, 4, 5 of the 6 matrices of weight; what was chosen for others will serve them",
+        "calibrate: linear 0 of the model itself multiplies by other weights from call to call (those of experts, say), "
+        "and has one choice for all of them",
+    ]
+
+
 def test_products_that_a_layer_does_not_have_are_named():
     """An index out of range, and a kind that no call has; known only when the model runs."""
     products = {7: {"gain": 1.5}, "matmul": {"accumulator": "fp32"}, 1: {"accumulator": "fp32"}}
@@ -335,8 +369,10 @@ def test_an_interrupt_leaves_nothing_behind():
     ],
 )
 def test_bad_input_is_named(batches, options, error, message):
+    model = nn.Sequential(nn.Linear(8, 4))
+    nn.init.ones_(model[0].weight)
     with pytest.raises(error, match=message):
-        fmaq.calibrate(nn.Sequential(nn.Linear(8, 4)), TEMPLATE, batches, **options)
+        fmaq.calibrate(model, TEMPLATE, batches, **options)
 
 
 def test_integers_at_a_scale_and_a_whole_number_accumulator():

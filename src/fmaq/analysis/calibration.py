@@ -12,9 +12,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
+import torch
 from rich.console import Console
 from rich.progress import track
-from torch import nn
+from torch import Tensor, nn
 
 from fmaq.analysis import ranks, warned
 from fmaq.analysis.batches import call, inputs_of
@@ -31,6 +32,7 @@ from fmaq.numerics import Accumulator, FloatFormat
 Per = Literal["model", "layer", "channel", "token"]
 ROWS = 48  # outputs of a channel that are sampled of a product, a batch
 ENOUGH = 24  # to choose ranges by; of fewer, ranges are chosen anew with each batch
+COMPARED = 64  # elements of a weight, to see whether it is the same one in another call
 STEPS = 1 << 22  # or as many as have so many steps, where that is more
 
 
@@ -97,7 +99,7 @@ def calibrate(
         _run(model, policy, inputs, fits, "calibrating")
     if not fits.trials:
         raise ValueError("calibrate met no product that the policy emulates; does its accumulator say fp32?")
-    warned.warn(model, given, fits.trials, fits.empty, met)
+    warned.warn(model, given, fits.trials, fits.empty, fits.various, met)
     if per == "model":
         fits.share()
         _run(model, policy, inputs, fits, "fitting gains")
@@ -138,6 +140,8 @@ class _Fits:
         samples: of all products, what one bias for all is chosen on.
         few: of products that have not shown `ENOUGH` sums of each channel yet.
         empty: products that were given no rows, once at least.
+        weights: some elements of what each product was given as a weight first.
+        various: products that were given other weights later.
         shifted: those that may have shifts.
         shared: by template, what all products keep.
     """
@@ -151,6 +155,8 @@ class _Fits:
     samples: dict[Place, Sample] = field(default_factory=dict)
     few: dict[Place, Sample] = field(default_factory=dict)
     empty: set[Place] = field(default_factory=set)
+    weights: dict[Place, Tensor] = field(default_factory=dict)
+    various: set[Place] = field(default_factory=set)
     shifted: set[Place] = field(default_factory=set)
     shared: dict[Accumulator, Accumulator] = field(default_factory=dict)
 
@@ -165,6 +171,8 @@ class _Fits:
         if any(not operand.numel() for operand in request.operands):
             self.empty.add(place)
             return replace(rule, accumulator=placed(acc, 0, 0))
+        if has_channels:
+            self._compare_weight(place, request.operands[1])
         options = request.options or {}
         found = sample(request.kind, request.operands, options, request.steps, ROWS, STEPS, rule.per_token, True)
         if not is_finite(found.exact()):
@@ -192,6 +200,12 @@ class _Fits:
         if together is not None and not is_matrix_of_activations and together.outputs < ENOUGH * together.channels:
             self.few[place] = together
         return None if before is None else together
+
+    def _compare_weight(self, place: Place, weight: Tensor) -> None:
+        flat = weight.detach().flatten()
+        some = flat[:: -(-flat.numel() // COMPARED)].clone()
+        if not torch.equal(self.weights.setdefault(place, some), some):
+            self.various.add(place)
 
     def _refuse_another_kind(self, place: Place) -> None:
         """A policy knows a layer's products by their index."""
