@@ -243,8 +243,8 @@ def test_matrices_of_a_stack_that_no_batch_reached_are_named():
         fmaq.calibrate(LoopedExperts(), TEMPLATE, [(x, alike), (x, other)])
     assert [str(warning.message) for warning in caught] == [
         "calibrate: no batch reached 2, 4, 5 of the 6 matrices of weight; what was chosen for others will serve them",
-        "calibrate: linear 0 of the model itself multiplies by other weights from call to call (those of experts, say), "
-        "and has one choice for all of them",
+        "calibrate: linear 0 of the model itself has other weights from call to call (those of experts, say), and one "
+        "choice for all of them",
     ]
 
 

@@ -52,8 +52,8 @@ def warn(
         layers and f"no batch reached {_listed(layers)}: {STAYS}",
         slices and f"no batch reached {_listed(slices)}; what was chosen for others will serve them",
         various
-        and f"{_listed([_product(place) for place in trials if place in various])} multiplies by other weights from call "
-        "to call (those of experts, say), and has one choice for all of them",
+        and f"{_listed([_product(place) for place in trials if place in various])} has other weights from call to call "
+        "(those of experts, say), and one choice for all of them",
         rows and f"no batch gave {_listed(rows)} any rows: {STAYS}",
         entries and f"no batch reached a product that layers: {_listed(entries)} speak for: {STAYS}",
         *(f"no batch reached {entry}" for entry in unmet_products(policy, names, met.products)),
