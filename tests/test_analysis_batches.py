@@ -26,6 +26,13 @@ class Masked(nn.Module):
         return x
 
 
+class Optional(nn.Module):
+    """As in transformers, where nothing is required."""
+
+    def forward(self, input_ids=None, attention_mask=None, labels=None):
+        return input_ids
+
+
 class Two(nn.Module):
     def forward(self, x, t, y=None):
         return x
@@ -83,6 +90,9 @@ def test_what_is_meant_is_passed_on():
         found = silently(Masked(), given)
         assert found == given, "the very tensors"
     assert [len(batch) for batch in silently(Two(), loader(X, Y))] == [2, 2], "t is no option"
+    assert [len(batch) for batch in silently(Optional(), loader(Y))] == [1, 1]
+    with pytest.raises(ValueError, match="a part for 'attention_mask', which is optional"):
+        inputs_of(Optional(), loader(X, MASK, Y))
     (positional, named) = silently(Any(), [[X, Y, MASK], {"labels": Y}])
     assert len(positional) == 3 and list(named) == ["labels"]
     with pytest.raises(ValueError, match="a part for 'y', which is optional"):

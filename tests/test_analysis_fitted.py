@@ -45,7 +45,9 @@ def inputs(seed: int = 1) -> torch.Tensor:
 def accumulators_of(model: nn.Module, policy, *x: torch.Tensor) -> dict[tuple[str, str], str]:
     """The accumulator of every product, "fp32" where torch computes it."""
     fmaq.attach(model, policy)
-    rows = {(row.layer, row.product): row.accumulator for row in fmaq.coverage(model, *x)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # of products that no call had, say
+        rows = {(row.layer, row.product): row.accumulator for row in fmaq.coverage(model, *x)}
     fmaq.detach(model)
     return rows
 
@@ -165,7 +167,8 @@ def test_what_is_written_of_layers_that_no_batch_met_stays(per, entry, key):
     policy = fmaq.calibrate(model, given, [x], per=per)
     assert policy.for_layer("b") == given.for_layer("b")
     assert policy.for_layer("a").accumulator != given.for_layer("a").accumulator
-    with torch.no_grad():
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "I16f8 sums operands in int8 at their scale")
         wanted = fmaq.attach(model, given).b(x)
         assert torch.equal(fmaq.attach(model, policy).b(x), wanted)
 
@@ -211,6 +214,40 @@ def test_an_expert_without_tokens_is_named():
         fmaq.calibrate(Experts(), TEMPLATE, [torch.randn(32, 8)])
 
 
+class LoopedExperts(nn.Module):
+    """The matrices of one stack, each for the rows that are its: a loop over those that have any."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.weight = nn.Parameter(torch.randn(6, 8, 8))
+
+    def forward(self, x, experts):
+        assert self.weight.shape[0] == 6
+        y = torch.zeros_like(x)
+        for expert in experts.unique():
+            y[experts == expert] = nn.functional.linear(x[experts == expert], self.weight[expert])
+        return y
+
+
+def test_matrices_of_a_stack_that_no_batch_reached_are_named():
+    """An index is that of a product in a call, not of an expert: other experts in other calls are named, too."""
+    x = torch.randn(32, 8)
+    alike, other = torch.arange(32) % 2 * 3, torch.arange(32) % 2 * 2 + 1  # experts 0 and 3, then 1 and 3
+    with pytest.warns(CalibrationWarning) as caught:
+        fmaq.calibrate(LoopedExperts(), TEMPLATE, [(x, alike), (x, alike)])
+    assert [str(warning.message) for warning in caught] == [
+        "calibrate: no batch reached 1, 2, 4, 5 of the 6 matrices of weight; what was chosen for others will serve them"
+    ]
+    with pytest.warns(CalibrationWarning) as caught:
+        fmaq.calibrate(LoopedExperts(), TEMPLATE, [(x, alike), (x, other)])
+    assert [str(warning.message) for warning in caught] == [
+        "calibrate: no batch reached 2, 4, 5 of the 6 matrices of weight; what was chosen for others will serve them",
+        "calibrate: linear 0 of the model itself has other weights from call to call (those of experts, say), and one "
+        "choice for all of them",
+    ]
+
+
 def test_products_that_a_layer_does_not_have_are_named():
     """An index out of range, and a kind that no call has; known only when the model runs."""
     products = {7: {"gain": 1.5}, "matmul": {"accumulator": "fp32"}, 1: {"accumulator": "fp32"}}
@@ -225,12 +262,13 @@ def test_products_that_a_layer_does_not_have_are_named():
 
 
 def test_used_by_another_module_is_met():
-    """nn.MultiheadAttention never calls its out_proj; an embedding has no products; nothing is warned of."""
+    """nn.MultiheadAttention never calls its out_proj; embeddings and norms have no products; nothing is warned of."""
 
     class Words(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.words, self.attention = nn.Embedding(5, 8), nn.MultiheadAttention(8, 2, batch_first=True)
+            self.unused = nn.ModuleList([nn.Embedding(5, 8), nn.LayerNorm((4, 8)), nn.ReLU()])
 
         def forward(self, x):
             x = self.words(x)
@@ -331,8 +369,10 @@ def test_an_interrupt_leaves_nothing_behind():
     ],
 )
 def test_bad_input_is_named(batches, options, error, message):
+    model = nn.Sequential(nn.Linear(8, 4))
+    nn.init.ones_(model[0].weight)
     with pytest.raises(error, match=message):
-        fmaq.calibrate(nn.Sequential(nn.Linear(8, 4)), TEMPLATE, batches, **options)
+        fmaq.calibrate(model, TEMPLATE, batches, **options)
 
 
 def test_integers_at_a_scale_and_an_accumulator_with_a_fraction():

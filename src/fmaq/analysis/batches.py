@@ -90,7 +90,7 @@ def _arguments(
     if len(batch) > len(positional):
         left_out.add(f"the last of the {len(batch)} parts of each batch, since {takes}")
         batch = batch[:-1]
-    for parameter, part in zip(positional, batch, strict=False):
+    for parameter, part in list(zip(positional, batch, strict=False))[1:]:  # the first is the input, optional or not
         if parameter.default is not Parameter.empty and (is_from_loader or _is_like_labels(part)):
             raise ValueError(
                 f"{takes}, and a batch has a part for {parameter.name!r}, which is optional: this may be labels. "

@@ -34,6 +34,7 @@ Per = Literal["model", "layer", "channel", "token"]
 Ranges = Literal["static", "dynamic", "given"]
 ROWS = 48  # outputs of a channel that are sampled of a product, a batch
 ENOUGH = 24  # to choose ranges by; of fewer, ranges are chosen anew with each batch
+COMPARED = 64  # elements of a weight, to see whether it is the same one in another call
 STEPS = 1 << 22  # or as many as have so many steps, where that is more
 
 
@@ -107,7 +108,7 @@ def calibrate(
         _run(model, policy, inputs, fits, "calibrating")
     if not (fits.trials or fits.ranged_places):
         raise ValueError("calibrate met no product that the policy emulates; does its accumulator say fp32?")
-    warned.warn(model, given, fits.trials, fits.empty, met)
+    warned.warn(model, given, fits.trials, fits.empty, fits.various, met)
     if per == "model" and fits.trials:
         fits.share()
         _run(model, policy, inputs, fits, "fitting gains")
@@ -153,6 +154,8 @@ class _Fits:
         samples: of all products, what one bias for all is chosen on.
         few: of products that have not shown `ENOUGH` sums of each channel yet.
         empty: products that were given no rows, once at least.
+        weights: some elements of what each product was given as a weight first.
+        various: products that were given other weights later.
         shifted: those that may have shifts.
         shared: by template, what all products keep.
     """
@@ -169,6 +172,8 @@ class _Fits:
     samples: dict[Place, Sample] = field(default_factory=dict)
     few: dict[Place, Sample] = field(default_factory=dict)
     empty: set[Place] = field(default_factory=set)
+    weights: dict[Place, Tensor] = field(default_factory=dict)
+    various: set[Place] = field(default_factory=set)
     shifted: set[Place] = field(default_factory=set)
     shared: dict[Accumulator, Accumulator] = field(default_factory=dict)
 
@@ -206,6 +211,8 @@ class _Fits:
             return replace(rule, accumulator=placed(acc, 0, 0))
         if sums_codes(acc, formats_of(rule, request.is_weight)):
             self.engines.add(place)
+        if has_channels:
+            self._compare_weight(place, request.operands[1])
         options = request.options or {}
         found = sample(request.kind, request.operands, options, request.steps, ROWS, STEPS, rule.per_token, True)
         if not is_finite(found.exact()):
@@ -233,6 +240,12 @@ class _Fits:
         if together is not None and not is_matrix_of_activations and together.outputs < ENOUGH * together.channels:
             self.few[place] = together
         return None if before is None else together
+
+    def _compare_weight(self, place: Place, weight: Tensor) -> None:
+        flat = weight.detach().flatten()
+        some = flat[:: -(-flat.numel() // COMPARED)].clone()
+        if not torch.equal(self.weights.setdefault(place, some), some):
+            self.various.add(place)
 
     def _refuse_another_kind(self, place: Place) -> None:
         """A policy knows a layer's products by their index."""

@@ -7,7 +7,7 @@ afterwards, too, as written; only formats that lack a bias are given one, that u
 from __future__ import annotations
 
 from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -46,10 +46,11 @@ def fitted(
     own = writer.completed({"accumulator": given.accumulator, "products": given.products})
     new = replace(given, **(own or {}), layers=entries)
     for layer, aliases in names.items():  # outer modules before inner ones, which inherit
+        if layer in by_layer:
+            continue
         rule = given.for_layer(*aliases)
         wanted = None if rule is None else writer.unmet(rule)
-        is_called = model.get_submodule(layer) in called
-        if layer not in by_layer and not _is_alike(wanted, new.for_layer(*aliases), is_called):
+        if not _is_alike(wanted, new.for_layer(*aliases), but_for_biases=model.get_submodule(layer) in called):
             new = replace(new, layers={**new.layers, layer: None if wanted is None else writer.entry(wanted)})
     return new
 
@@ -100,10 +101,12 @@ class _Writer:
     Attributes:
         policy: that the model was run with.
         fits: of the products that were met.
+        usual: what stands in for each template that has been asked for.
     """
 
     policy: Policy
     fits: Mapping[Place, Fit]
+    usual: dict[Accumulator, Accumulator] = field(default_factory=dict)
 
     def met(self, given: Rule, run: Rule, places: list[Place]) -> dict[str, Any]:
         """Of a layer with one product: what that has is the layer's. With several: each by its index."""
@@ -157,8 +160,13 @@ class _Writer:
         )
 
     def _filled(self, template: Accumulator | str) -> Accumulator:
-        """A template with the biases usual among products of its format; if there is none, among the others."""
         template = Accumulator.parse(template)
+        if template not in self.usual:
+            self.usual[template] = self._usual(template)
+        return self.usual[template]
+
+    def _usual(self, template: Accumulator) -> Accumulator:
+        """A template with the biases usual among products of its format; if there is none, among the others."""
         chosen = (fit.accumulator for fit in self.fits.values())
         found = sorted((one for one in chosen if isinstance(one, Accumulator)), key=lambda one: bias_of(one.format))
         alike = [one for one in found if template_of(one) == template_of(template)]

@@ -175,8 +175,8 @@ class Policy:
             weight of a linear layer or convolution) are made for; of a weight by channel, one a channel. None: the
             tensors' own at run time, so that a sample's result depends on its batch. See `fmaq.quantize`.
         products: for layers with several products: index of a product in a call of the layer (0, 1 ...), or kind
-            (one of `KINDS`: "linear", "attention_scores" ...) → a mapping of any of the fields above, laid over them.
-            An index may be text, as JSON has it.
+            ("linear", "attention_scores" ..., as `fmaq.coverage` names them) → a mapping of any of the fields above,
+            laid over them. An index may be text, as JSON has it.
         layers: module name or glob → a mapping of any of the fields above, laid over them, or None: torch's own
             product on operands as they are. A name such as "0" may be a whole number, as YAML has it.
 
