@@ -3,6 +3,7 @@
 PYTHON ?= python3
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+DEMO_ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -10,7 +11,7 @@ PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo fetch test quality style bench hardware
+.PHONY: help setup demo fetch test readme quality style bench hardware
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -28,13 +29,16 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 demo: setup ## Train, quantize and fine-tune a small CNN on scikit-learn's digits, and print the table
-	@$(BIN)/fmaq demo
+	@$(BIN)/fmaq demo $(DEMO_ARGS)
 
 fetch: setup ## Download the pretrained networks and data that examples/ needs (200 MB)
 	@$(BIN)/python examples/fetch.py
 
 test: setup ## Run the tests (PYTEST_ARGS="-k formats" picks some)
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+readme: setup ## Run README's commands one after the other, in quick form, in a copy as a fresh clone has it
+	@$(BIN)/python .ci/readme.py
 
 quality: setup ## Check lint, formatting and types
 	@$(BIN)/ruff check .

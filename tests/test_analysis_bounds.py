@@ -257,8 +257,7 @@ def test_a_range_of_codes_is_that_of_integer_weights() -> None:
         ValueError, match=r"range of integer codes, and the weight of the model itself.*weight=\"int8\""
     ):
         overflow_bounds(model, x, accumulator="I16f0 chunk=none", input_max="int8")
-    with pytest.warns(UserWarning, match="I16f0 sums operands in int8 at their scale, not their codes"):
-        attach(model, {"accumulator": "I16f0", "weight": "int8", "activation": "int8"})
+    attach(model, {"accumulator": "fp32", "weight": "int8", "activation": "int8"})
     row = overflow_bounds(model, x, accumulator="I16f0 chunk=none", input_max="int8").rows[0]
     weight = model.weight.detach()
     codes = (weight / weight.abs().max() * 127).round()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -10,6 +12,8 @@ import torch
 from torch import nn
 
 import fmaq
+from fmaq.analysis import Observed
+from fmaq.analysis.events_shown import draw, short_names
 from fmaq.kernels import Geometry
 from fmaq.numerics import Accumulator, reference
 from test_kernels_conv import unfolded
@@ -83,11 +87,141 @@ def test_noise_is_against_float32_under_autocast_too():
     assert autocast["0"].snr == pytest.approx(plain["0"].snr) and plain["0"].snr > 90
 
 
-def test_what_was_observed_prints_its_table():
-    model = attached(nn.Sequential(nn.Linear(8, 4)))
+def deep_model() -> nn.Module:
+    """23 blocks of two linear layers under a long name, and products of attention: 93 in all."""
+    block = nn.ModuleDict({"attention": Attention(), "gate_projection": nn.Linear(4, 4), "down": nn.Linear(4, 4)})
+
+    class Deep(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = nn.ModuleDict({"layers": nn.ModuleList(copy.deepcopy(block) for _ in range(23))})
+            self.head = nn.Linear(4, 3)
+
+        def forward(self, x):
+            for block in self.model["layers"]:
+                x = block["attention"](x, x, x) + block["down"](torch.tanh(block["gate_projection"](x)))
+            return self.head(x)
+
+    return attached(Deep())
+
+
+@pytest.fixture(scope="module")
+def deep() -> Observed:
+    model = deep_model()
     with torch.no_grad(), fmaq.observe(model) as events:
+        model(torch.randn(1, 5, 4, generator=torch.Generator().manual_seed(1)))
+    return events
+
+
+def test_what_was_observed_prints_its_table(monkeypatch):
+    model = attached(nn.Sequential(nn.Linear(8, 4)))
+    with torch.no_grad(), fmaq.observe(model, steps=8 * 8) as events:
         model(torch.randn(3, 8))
-    assert "full swamping" in str(events) and "looked at" in str(events) and "M3E3b4" in str(events)
+    text = str(events)
+    for part in ("M3E3b4", "looked", "swamp", "per cent of the steps", f"{100 * events['0'].sampled:.3g} %"):
+        assert part in text
+    assert f" {100 * events['0'].rate('partial_swamping'):.1f} " in text
+
+
+def test_the_repr_is_short(deep):
+    assert repr(deep).startswith("Observed of 93 products: 'model.layers.0.attention:attention_scores', ")
+    assert repr(deep).endswith(" and 87 more")
+    with pytest.raises(KeyError, match=r"did you mean 'model.layers.3.down'\? There are .* and 87 more"):
+        deep["layers.3.down"]
+
+
+@pytest.mark.parametrize("columns", [80, 100, 150])
+def test_the_table_has_a_line_for_each_product_and_fits_the_terminal(deep, monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    lines = str(deep).splitlines()
+    rows = [line.split() for line in lines[4:-3]]
+    assert max(map(len, lines)) <= columns and len(rows) == len(deep) == 93
+    assert len({row[0] for row in rows}) == 93, "short names tell the products apart"
+    for row, (name, found) in zip(rows, deep.items(), strict=True):
+        assert row[0] == name or len(name) > 16
+        assert row[0][-6:] == name[-6:], "the end of a name stays"
+        assert row[-1] == f"{found.snr:.1f}"
+    if columns == 150:
+        assert [row[0] for row in rows] == list(deep)
+
+
+@pytest.mark.parametrize(
+    ("names", "longest", "short"),
+    [
+        (["model.layers.17.mlp.down", "model.layers.18.mlp.down"], 24, None),
+        (["model.layers.17.mlp.down", "model.layers.18.mlp.down"], 18, ["m.l.17.mlp.down", "m.l.18.mlp.down"]),
+        (["model.layers.17.mlp.down", "head"], 13, ["m.l.17.m.down", "head"]),
+        (["a.attention:attention_scores", "a.attention:attention_values"], 15, ["a.atten…_scores", "a.atten…_values"]),
+        (["abc.x", "acd.x"], 3, ["abc.x", "acd.x"]),
+    ],
+)
+def test_short_names(names, longest, short):
+    assert short_names(names, longest) == (short or names)
+
+
+def test_tables_tell_the_products_of_a_layer_apart(deep):
+    pytest.importorskip("pandas")
+    for frame in (deep.to_dataframe(), deep.histograms()):
+        keys = frame[["product", "layer", "kind", "index"]].drop_duplicates()
+        assert list(keys["product"]) == list(deep) and len(keys) == 93
+        assert not keys.duplicated(["layer", "kind", "index"]).any()
+    counts = deep.histograms().groupby(["product", "part"])["count"].sum()
+    for name, found in deep.items():
+        assert counts[name, "output"] == sum(found.exponents["output"].values())
+
+
+def test_the_plot_shows_the_worst_and_says_so(deep, tmp_path):
+    """Its height is bounded; nothing lies over the bars, and no label is cut off."""
+    pytest.importorskip("matplotlib")
+    from PIL import Image
+
+    with Image.open(deep.plot(tmp_path / "events.png")) as image:
+        assert image.size[1] <= 1210
+    figure = draw(deep)
+    figure.draw_without_rendering()
+    ratios = {name: found.snr for name, found in deep.items()}
+    lowest = sorted(ratios.values())[:40]
+    labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert figure.get_suptitle() == "40 of 93 products, those with the lowest signal-to-noise ratio"
+    assert labels == short_names([name for name in deep if ratios[name] <= lowest[-1]], 40)
+    legend = figure.axes[2].get_legend().get_window_extent()
+    assert legend.y0 >= figure.axes[2].get_window_extent().y1
+    for label in figure.axes[0].get_yticklabels():
+        assert label.get_window_extent().x0 >= 0
+    shown = [text.get_text() for text in figure.axes[0].texts]
+    first = deep[next(name for name in deep if ratios[name] <= lowest[-1])]
+    rates = [100 * first.rate(event) for event in reference.EVENTS if first.rate(event)]
+    wanted = ["<.001" if rate < 1e-3 else f"{rate:.1f}" if rate >= 10 else f"{rate:.2g}" for rate in rates]
+    assert shown[: len(wanted)] == wanted, "each in a cell of its own, however small"
+
+
+def test_a_small_model_is_shown_whole():
+    pytest.importorskip("matplotlib")
+    model = attached(nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 3)))
+    with torch.no_grad(), fmaq.observe(model) as events:
+        model(torch.zeros(4, 8))
+    figure = draw(events)
+    assert figure.get_suptitle() == "" and figure.axes[1].texts[0].get_text().strip() == "exact"
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["0", "1"]
+
+
+def test_products_that_no_call_had_are_named():
+    entry = {"products": {1: {"accumulator": "fp32"}, 7: {"gain": 1.5}, "linear": {"gain": 1.5}}}
+    model, (q, k, v) = (
+        attached(nn.Sequential(Attention()), fmaq.Policy(ACC, layers={"0": entry})),
+        torch.randn(3, 1, 1, 5, 8),
+    )
+    text = "layers: '0': products: {}; there are 0 (attention_scores), 1 (attention_values)"
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with fmaq.observe(model):
+            model[0](q, k, v)
+        fmaq.coverage(model[0], q, k, v)
+    assert [str(warning.message) for warning in caught] == [
+        f"{begins} {text.format(key)}"
+        for begins in ("observe: no call had", "coverage: no call had")
+        for key in ("7", "'linear'")
+    ]
 
 
 class Attention(nn.Module):

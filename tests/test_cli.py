@@ -1,6 +1,7 @@
 """The command line: its commands from start to end, and one red line with exit code 2 for bad input."""
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -82,6 +83,47 @@ def test_finetune_twice_then_fresh(
     assert Record.load(Path("runs/small/finetune.json")).rows[0].accumulator.startswith("M5E4b10")
 
 
+def test_a_refused_run_leaves_the_record_of_the_finished_one(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, "finetune", recipe) == 0
+    before = Path("runs/small/finetune.json").read_bytes()
+    assert run(monkeypatch, "finetune", recipe, "-a", "M5E4b10") == 2
+    assert "another policy" in capsys.readouterr().err
+    assert Path("runs/small/finetune.json").read_bytes() == before
+
+
+def test_policy_and_weights_of_the_command_line(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("given.yaml").write_text("accumulator: M5E4b10 product=M5E4b12\nweight: int8\nlayers: {stem: null}\n")
+    assert run(monkeypatch, "finetune", recipe, "--policy", "given.yaml") == 0
+    tuned = Record.load(Path("runs/small/finetune.json"))
+    assert [(row.operands, row.accumulator.split()[0]) for row in tuned.rows] == [("int8/float32", "M5E4b10")]
+    command = shlex.split(capsys.readouterr().out.splitlines()[-1].removeprefix("next:"))
+    assert command == [
+        *("fmaq", "evaluate", str(recipe)),
+        *("--policy", "runs/small/policy.yaml", "--weights", "runs/small/model.safetensors"),
+    ]
+    assert run(monkeypatch, *command[1:]) == 0
+    (measured,) = Record.load(Path("runs/small/evaluate.json")).rows
+    assert measured.metrics == {name: tuned.rows[0].after(1, name) for name in measured.metrics}
+    assert measured.operands == "int8/float32"
+    capsys.readouterr()
+    assert run(monkeypatch, "evaluate", recipe, "--policy", "given.yaml", "-a", "paper12", "--json") == 0
+    (replaced,) = json.loads(capsys.readouterr().out)["rows"]
+    assert (replaced["operands"], replaced["accumulator"].split()[0]) == ("int8/float32", "M7E4b10")
+
+
+def test_recorded_commands_can_be_pasted_into_a_shell(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["evaluate", "small.yaml", "-a", "M5E4b10 product=M5E4b12", "-o", "a folder"]
+    assert run(monkeypatch, *arguments) == 0
+    command = Record.load(Path("a folder/evaluate.json")).provenance["command"]
+    assert shlex.split(command) == ["fmaq", *arguments]
+
+
 def test_report_shows_a_record_again(
     recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -152,6 +194,15 @@ def test_observing_nothing_says_so(
         (["report", "small.yaml"], "small.yaml is no record of a run"),
         (["evaluate", "small.yaml", "-a", "M7"], "'M7' is not a format"),
         (["finetune", "plain.yaml"], "give it the key finetune"),
+        (
+            ["evaluate", "small.yaml", "--policy", "smal.yaml"],
+            "--policy: there is no file smal.yaml; did you mean small",
+        ),
+        (["evaluate", "small.yaml", "--policy", "small.yaml"], "small.yaml: a policy has no 'name'"),
+        (["evaluate", "small.yaml", "--weights", "none.safetensors"], "--weights: there is no file none.safetensors"),
+        (["finetune", "small.yaml", "--policy", "a/b.yaml"], "--policy: there is no file a/b.yaml"),
+        (["observe", "small.yaml", "--weights", "small.yaml"], "weights must be a .safetensors file, got small.yaml"),
+        (["evaluate", "small.yaml", "-a", "M5E4"], "the accumulator 'M5E4 chunk=16' lacks a bias"),
         (["hardware", "formats", "M7X"], "'M7X' is not a format"),
     ],
 )
@@ -186,6 +237,18 @@ def test_interruption_is_exit_code_130(
     monkeypatch.setattr(runs, "finetune", interrupted)
     assert run(monkeypatch, "finetune", recipe) == 130
     assert "run the same again" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["evaluate", "finetune", "calibrate", "observe", "analyze", "hardware model"])
+def test_commands_on_recipes_show_how_to_give_a_policy_and_weights(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    assert run(monkeypatch, *command.split(), "--help") == 0
+    text = capsys.readouterr().out
+    options, _, examples = text.partition("Examples")
+    assert "--policy" in options and "--weights" in options
+    assert "--policy" in examples and "--weights" in examples
 
 
 @pytest.mark.parametrize("command", ["demo", "evaluate", "finetune", "hardware", "bench"])

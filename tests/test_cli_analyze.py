@@ -54,10 +54,33 @@ def test_a_fixed_accumulator_of_the_policy_has_bounds_alone(run) -> None:
     assert all(row["width"] >= 2 and (row["low"], row["high"]) == (0, 16) for row in found["overflow"])
 
 
+def test_an_accumulator_of_the_list_is_analysed_like_that_of_the_policy(run) -> None:
+    Path("listed.yaml").write_text(RECIPE + "accumulators: [fp32, paper12, I16f8]\n")
+    Path("own.yaml").write_text(RECIPE + "policy: {accumulator: paper12}\n")
+    found = []
+    for arguments in (["listed.yaml"], ["own.yaml"], ["small.yaml", "-a", "paper12"]):
+        code, out, _ = run(*arguments, "--json")
+        found.append({**json.loads(out), "recipe": code})
+    assert found[0] == found[1] == found[2] and found[0]["mantissa"]
+
+
+def test_layers_that_a_policy_leaves_alone_are_not_analysed(run) -> None:
+    Path("policy.yaml").write_text("accumulator: paper12\nlayers: {'blocks.*': null}\n")
+    code, out, _ = run("small.yaml", "--policy", "policy.yaml", "--json")
+    assert code == 0 and [row["layer"] for row in json.loads(out)["overflow"]] == ["stem", "classifier"]
+
+
+def test_data_that_the_model_cannot_take(run) -> None:
+    Path("data.py").write_text("import torch\ndef two(): return None, (torch.zeros(4, 2, 8, 8), torch.zeros(4))\n")
+    Path("two.yaml").write_text(RECIPE.replace("kind: digits", "kind: callable, callable: data.py:two"))
+    code, _, err = run("two.yaml", "-a", "paper12")
+    assert code == 2 and "cannot take this batch of the data: float32 of shape (4, 2, 8, 8)" in " ".join(err.split())
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["small.yaml"], "the policy of small.yaml leaves every sum in float32; name an accumulator, like -a paper12"),
+        (["small.yaml"], "the recipe small leaves every sum in float32; name an accumulator, like -a paper12"),
         (["small.yaml", "-a", "M7"], "'M7' is not a format"),
         (["small.yaml", "-a", "paper12", "--input-max", "M4E3"], "its bias fits them. Give a bias"),
         (["small.yaml", "-a", "paper12", "--input-max", "1,2,3"], "--input-max takes one number or LOW,HIGH"),

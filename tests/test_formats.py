@@ -10,7 +10,7 @@ from gfloat.formats import format_info_ocp_e4m3, format_info_ocp_e5m2
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fmaq.numerics import FixedFormat, FloatFormat, parse_format
+from fmaq.numerics import Accumulator, FixedFormat, FloatFormat, parse_format
 
 floats = st.builds(
     FloatFormat,
@@ -320,3 +320,25 @@ def test_normal_values_have_the_codes_of_gfloat(name, info, normal):
             assert format.encode(theirs.fval) == code
             compared += 1
     assert compared == normal
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("E4M3", "M3E4"),
+        ("E5M2b15", "M2E5b15"),
+        ("float8_e4m3fn", "M3E4"),
+        ("fp8_e5m2", "M2E5"),
+        ("m7e4B10", "M7E4b10"),
+        ("i16F4w", "I16f4w"),
+        ("bfloat16", "M7E8"),
+    ],
+)
+def test_the_name_that_was_meant_is_named(given, meant):
+    with pytest.raises(ValueError, match=f'{given}.*; did you mean "{meant}"'):
+        parse_format(given)
+    with pytest.raises(ValueError, match=f'; did you mean "{meant}"'):
+        (FixedFormat if meant.startswith("I") else FloatFormat).parse(given)
+    with pytest.raises(ValueError, match=f'; did you mean "{meant}"'):
+        Accumulator(f"M7E4b10 product={given}")
+    assert parse_format(meant)

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fmaq
+from fmaq import ops
 from fmaq.numerics import FloatFormat, reference
 from ops_cases import same, values
 
@@ -43,6 +44,75 @@ def tensors(draw):
 @given(tensors(), st.one_of(formats(), st.sampled_from(["M4E3", "M3E4", "M7E8", "int8", "int4", "int2", "int16"])))
 def test_equals_the_reference(x, format):
     same(fmaq.quantize(torch.from_numpy(x), format), expected(x, format))
+
+
+@settings(max_examples=200)
+@given(
+    tensors(),
+    st.one_of(formats().filter(lambda format: format.bias is None), st.sampled_from(["M4E3", "int8", "int4", "int16"])),
+    st.floats(2.0**-100, 2.0**100, width=32),
+)
+def test_a_static_range_is_in_place_of_the_largest(x, format, amax):
+    found = fmaq.quantize(torch.from_numpy(x), format, amax=amax)
+    if isinstance(format, str) and format.startswith("int"):
+        same(found, reference.quantize_integer(x, int(format[3:]), amax))
+        codes, scale = ops.integer_codes(torch.from_numpy(x), format, amax=amax)
+        expected_codes, expected_scale = reference.integer_codes(x, int(format[3:]), amax)
+        same(codes, expected_codes)
+        assert scale.item() == expected_scale
+    else:
+        same(
+            found, reference.quantize_tensor(x, FloatFormat.parse(format) if isinstance(format, str) else format, amax)
+        )
+
+
+@pytest.mark.parametrize("format", ["M4E3", "int8"])
+def test_a_static_range_by_channel(format):
+    x = values(np.random.default_rng(3), (3, 4, 5)) * 10
+    amax = torch.tensor([0.5, 3.0, 100.0, 7.0])
+    found = fmaq.quantize(x, format, 1, amax)
+    for i in range(4):
+        assert torch.equal(found[:, i], fmaq.quantize(x[:, i], format, amax=float(amax[i])))
+    assert torch.equal(fmaq.quantize(x, format, 1, 3.0), fmaq.quantize(x, format, amax=3.0))
+
+
+@pytest.mark.parametrize("channel", [None, 0, -1])
+@pytest.mark.parametrize("is_static", [False, True])
+def test_vmap_of_codes_and_of_static_ranges(channel, is_static):
+    x = values(np.random.default_rng(2), (3, 4, 5)) * torch.tensor([1e-3, 1.0, 50.0])[:, None, None]
+    amax = None
+    if is_static:
+        amax = 2.0 if channel is None else torch.arange(1.0, 1.0 + x.shape[1:][channel])
+    codes, scale = torch.vmap(lambda one: ops.integer_codes(one, "int8", channel, amax))(x)
+    static = torch.vmap(lambda one: fmaq.quantize(one, "M4E3", channel, amax))(x)
+    for i, one in enumerate(x):
+        expected_codes, expected_scale = ops.integer_codes(one, "int8", channel, amax)
+        assert torch.equal(codes[i], expected_codes) and torch.equal(scale[i], expected_scale)
+        assert torch.equal(static[i], fmaq.quantize(one, "M4E3", channel, amax))
+
+
+def test_the_gradient_of_codes_is_that_of_their_value():
+    x = values(np.random.default_rng(2), (4, 3)).requires_grad_()
+    codes, scale = ops.integer_codes(x, "int8", 1)
+    grad = torch.arange(12.0).reshape(4, 3)
+    (codes * scale.float()).backward(grad)
+    torch.testing.assert_close(x.grad, grad)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda x: fmaq.quantize(x, "int8", amax=[1.0, 2.0]), r"amax must be a number, got \(2,\)"),
+        (lambda x: fmaq.quantize(x, "int8", 1, [1.0]), r"amax must be a number, or \(3,\), one a slice, got \(1,\)"),
+        (lambda x: fmaq.quantize(x, "int8", amax=-1.0), "amax must be finite and at least 0, got -1"),
+        (lambda x: fmaq.quantize(x, "int8", amax=float("nan")), "amax must be finite and at least 0, got nan"),
+        (lambda x: fmaq.quantize(x, "M4E3b7", amax=1.0), "M4E3b7 has a bias, .* amax must be None"),
+        (lambda x: ops.integer_codes(x, "M4E3"), "codes are integers, and 'M4E3' is a float"),
+    ],
+)
+def test_messages_about_ranges(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(torch.ones(2, 3))
 
 
 @pytest.mark.parametrize("mantissa", [0, 1, 4, 22])
@@ -137,3 +207,20 @@ def test_messages(format, channel, error, message):
 def test_double_precision_is_refused():
     with pytest.raises(TypeError, match=r"x has dtype torch\.float64"):
         fmaq.quantize(torch.ones(2).double(), "M4E3")
+
+
+def test_the_gradient_passes_where_values_saturate():
+    """So weights beyond the largest value, 2 · (2 − 2^−2) here, go on moving though the product stays what it is."""
+    x = torch.tensor([1.0, 3.5, 4.0, -1e4]).requires_grad_()
+    y = fmaq.quantize(x, "M2E2b2")
+    y.sum().backward()
+    assert y.tolist() == [1.0, 3.5, 3.5, -3.5] and x.grad.tolist() == [1.0, 1.0, 1.0, 1.0]
+    x.grad = None
+    fmaq.quantize(x.clamp(-3.5, 3.5), "M2E2b2").sum().backward()
+    assert x.grad.tolist() == [1.0, 1.0, 0.0, 0.0]
+
+
+def test_the_format_that_was_meant_is_named():
+    for name, meant in {"E4M3": "M3E4", "float8_e5m2": "M2E5", "INT8": "int8", "m4e3": "M4E3"}.items():
+        with pytest.raises(ValueError, match=f"'{name}' is not a tensor format.*did you mean \"{meant}\""):
+            fmaq.quantize(torch.ones(3), name)

@@ -1,6 +1,7 @@
 """Policies: parsing, printing, choosing a layer's rule, and what a wrong one says."""
 
 import copy
+import json
 import os
 import pickle
 
@@ -8,6 +9,8 @@ import pytest
 import torch
 
 from fmaq.emulation import Policy, Rule
+from fmaq.emulation.handlers import ATEN, NOT_COVERED
+from fmaq.emulation.policy import KINDS
 from fmaq.numerics import Accumulator
 
 PAPER = Accumulator.paper12
@@ -109,12 +112,88 @@ def test_offsets_gains_and_shifts_are_those_of_the_matched_module_alone() -> Non
     assert policy.for_layer("x.fc").offset == own.offset
 
 
-def test_empty_file_is_the_default_policy(tmp_path) -> None:
+@pytest.mark.parametrize("text", ["", "# to be written\n", "---\n", "null\n"])
+def test_a_file_that_says_nothing_is_refused(tmp_path, text) -> None:
     path = tmp_path / "policy.yaml"
-    path.write_text("layers:\n")
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r'policy.yaml: the file says nothing; .* is written "accumulator: fp32"'):
+        Policy.load(path)
+
+
+def test_a_policy_that_emulates_nothing_can_be_written(tmp_path) -> None:
+    path = tmp_path / "policy.yaml"
+    for text in ("layers:\n", "accumulator: fp32\n", "{}\n"):
+        path.write_text(text)
+        assert Policy.load(path) == Policy()
+    Policy().save(path)
     assert Policy.load(path) == Policy()
-    path.write_text("")
-    assert Policy.load(path) == Policy()
+
+
+def test_files_mean_what_is_written_in_them(tmp_path) -> None:
+    """Numbers without a point, and layers with names that YAML 1.1 takes for numbers and truth values."""
+    names = ("0", "2.10", "on", "yes", "no", "null", "true", "1e3", "010")
+    path = tmp_path / "policy.yaml"
+    entries = "".join(f"  {name}: {{weight: M{i + 1}E3}}\n" for i, name in enumerate(names))
+    path.write_text(f"accumulator: paper12\ngain: 1e-3\nshift: [1E2, -2.5e+1]\nlayers:\n{entries}")
+    layers = {name: {"weight": f"M{i + 1}E3"} for i, name in enumerate(names)}
+    expected = Policy("paper12", gain=0.001, shift=[100.0, -25.0], layers=layers)
+    assert Policy.load(path) == expected
+    expected.save(path)
+    assert Policy.load(path) == expected
+    path.write_text("accumulator: paper12\nlayers: {fc: null,\n  'fc': null}\n")
+    with pytest.raises(ValueError, match=r"the key 'fc' is given twice(.|\n)*line 3"):
+        Policy.load(path)
+
+
+def test_json_round_trips() -> None:
+    """JSON has only text as keys: a product's index comes back as such."""
+    given = {"products": {1: {"accumulator": OTHER}, "linear": {"gain": 1.5}}, "layers": {"0": {"products": {0: {}}}}}
+    policy = Policy(accumulator=PAPER, **given)
+    read = Policy.parse(json.loads(json.dumps(policy.to_mapping())))
+    assert read == policy and read.to_mapping() == policy.to_mapping()
+    assert read.for_layer("a").for_product("matmul", 1).accumulator == OTHER
+    assert Policy.parse(CALIBRATED) == Policy.parse(json.loads(json.dumps(Policy.parse(CALIBRATED).to_mapping())))
+
+
+def test_kinds_are_those_that_are_emulated() -> None:
+    """Every function with a handler gives a product of a known kind, but for those that stay torch's own."""
+    by_another_name = {
+        *("mm", "bmm", "mv", "dot", "vdot", "linalg_vecdot", "_grouped_mm", "scaled_dot_product_attention"),
+        *(f"{name}{ending}" for name in ("addmm", "addmv", "baddbmm", "addbmm") for ending in ("", "_")),
+        *("multi_head_attention_forward", "convolution"),
+    }
+    uncovered = {name for names in NOT_COVERED.values() for name in names}
+    kinds = set(ATEN) - uncovered - by_another_name | {"attention_scores", "attention_values"}
+    assert kinds == set(KINDS)
+
+
+@pytest.mark.parametrize("per_layer", [40, 271])
+def test_a_long_policy_prints_in_short(per_layer) -> None:
+    entries = {
+        f"model.layers.{i}.mlp": {
+            "accumulator": f"M7E4b{5 + i % 2} product=M7E4b12",
+            "offset": list(range(50)),
+            "gain": [1.25] * 50,
+        }
+        for i in range(per_layer)
+    }
+    policy = Policy(PAPER, weight="M4E3", layers={**entries, "lm_head": None})
+    text = repr(policy)
+    assert len(text) < 1200 and len(repr(policy.for_layer("model.layers.0.mlp"))) < 250
+    for part in (
+        "accumulator='M7E4b10 product=M7E4b12 chunk=16'",
+        "weight='M4E3'",
+        "'model.layers.0.mlp': {'accumulator': 'M7E4b5 product=M7E4b12 chunk=16', 'offset': <50 numbers, 0 … 49>",
+        f"and {per_layer - 3} more; of all {per_layer + 1}: {-(-per_layer // 2)} M7E4b5, {per_layer // 2} M7E4b6, "
+        "1 left alone",
+    ):
+        assert part in text
+
+
+def test_a_short_policy_prints_as_it_is_written() -> None:
+    policy = Policy(PAPER, gain=[1.5, 2.0], layers={"conv1": None, "fc": {"accumulator": "fp32"}})
+    assert eval(repr(policy), {"Policy": Policy}) == policy
+    assert repr(Policy()) == "Policy()" and repr(Rule()) == "Rule()"
 
 
 def test_failed_save_keeps_the_old_file(tmp_path, monkeypatch) -> None:
@@ -198,7 +277,12 @@ def test_replace_changes_every_accumulator_but_fp32() -> None:
         ({"acumulator": "fp32"}, r"no 'acumulator'; did you mean 'accumulator'\?"),
         ({"layers": {"fc": {"wieght": "M4E3"}}}, r"layers: 'fc' has no 'wieght'; did you mean 'weight'\?"),
         ({"layers": {"fc": "fp32"}}, r"'fc' must have a mapping like \{accumulator: fp32\}, or null; got 'fp32'"),
-        ({"layers": {3: None}}, "3 is not a module name"),
+        ({"layers": {2.10: None}}, '2.1 is not a module name.*quote it, like "2.10"'),
+        ({"layers": {True: None}}, "True is not a module name"),
+        ({"layers": {3: None, "3": None}}, "layers: '3' is given twice, as a number and as text"),
+        ({"weight": "E4M3"}, "got 'E4M3'; did you mean \"M3E4\""),
+        ({"activation": "INT8"}, "got 'INT8'; did you mean \"int8\""),
+        ({"accumulator": "E4M7b10 product=E4M7b12"}, "'E4M7b10' is not a format.*did you mean \"M7E4b10\""),
         ({"layers": ["fc"]}, r"layers must map module names.*\['fc'\]"),
         ({"weight": "M4"}, r'weight must be a float format like "M4E3".*got \'M4\''),
         ({"activation": "int1"}, "activation must be .*int8.*got 'int1'"),
@@ -327,6 +411,9 @@ def test_vectors_that_are_missing_or_others_are_named(tmp_path) -> None:
     vectors.unlink()
     with pytest.raises(ValueError, match=r"policy.yaml: vectors: cannot read .*beside this file"):
         Policy.load(path)
+    path.write_text("layers: {fc: {offset: fc.offset}}\n")
+    with pytest.raises(ValueError, match=r"offset: 'fc.offset' names a vector, and no key vectors says in which file"):
+        Policy.load(path)
     with pytest.raises(TypeError, match=r"layers: 'fc': offset 'fc.offset' names a vector in a file.*Policy.load"):
         Policy.parse({"layers": {"fc": {"offset": "fc.offset"}}})
 
@@ -363,10 +450,16 @@ def test_replacing_the_accumulator_drops_what_was_chosen_for_the_old_one() -> No
     [
         ({"offset": 1.5}, "offset: expected integers, got 1.5"),
         ({"gain": "big"}, "gain 'big' names a vector in a file"),
+        ({"gain": "1e-3"}, "gain '1e-3' is text; write the number without quotes"),
         ({"gain": [1.0, float("nan")]}, "gain: every number must be finite"),
         ({"layers": {"fc": {"shift": []}}}, r"layers: 'fc': shift: expected numbers, got \[\]"),
         ({"products": {"matmul": {"products": {}}}}, r"products: 'matmul' has no 'products'"),
         ({"products": {1.5: {}}}, "products: 1.5 is neither an index, like 0, nor a kind"),
+        ({"products": {-1: {}}}, "products: -1 is no index: they count a layer's products from 0"),
+        ({"layers": {"fc": {"products": {"-2": {}}}}}, "layers: 'fc': products: '-2' is no index"),
+        ({"products": {"atention_scores": {}}}, "no kind 'atention_scores'; did you mean 'attention_scores'"),
+        ({"products": {True: {}}}, "products: True is neither an index"),
+        ({"products": {"1": {}, 1: {}}}, "products: 1 is given twice, as a number and as text"),
         ({"products": ["matmul"]}, "products must map a product's index or kind"),
         ({"layers": {"fc": {"products": {"linear": {"ofset": 1}}}}}, r"products: 'linear' has no 'ofset'; did you"),
     ],

@@ -1,18 +1,25 @@
 """Recipes: what they accept, and the errors that name the file, the line, the key and the fix."""
 
+import os
+import re
 from pathlib import Path
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 import torch
+import yaml
+from pydantic import BaseModel
 
 from fmaq.training.data import load_data
 from fmaq.training.examples import Examples, Windows
 from fmaq.training.explain import RecipeError
 from fmaq.training.models import build_model
-from fmaq.training.recipe import Recipe, expand
-from fmaq.training.run import prepare, variants
+from fmaq.training.policies import all_policies
+from fmaq.training.recipe import DigitsData, Recipe, expand
+from fmaq.training.run import prepare
 
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 MODEL = """
 from torch import nn
 
@@ -32,6 +39,23 @@ def examples():
 
 def metric(model, data, device):
     return {"half": 0.5}
+
+def broken_metric(model, data, device):
+    return {"half": data["none"]}
+
+def number(model, data, device):
+    return 0.5
+
+def raising():
+    return {}["pretrained"]
+
+def given(x, y):
+    import torch
+    return None, (torch.tensor(x), torch.tensor(y))
+
+def array():
+    import numpy as np, torch
+    return None, (np.zeros((4, 64)), torch.zeros(4))
 """
 
 BASE = """\
@@ -150,7 +174,7 @@ def test_policy_file_is_relative_to_the_recipe(folder: Path) -> None:
 
 def test_every_pair_of_operands_and_accumulators(folder: Path) -> None:
     recipe = parse(folder, BASE + "operands: [float32, M4E3]\naccumulators: [fp32, paper12]\n")
-    made = [(p.weight, str(p.accumulator).split()[0]) for p in variants(recipe, recipe.load_policy())]
+    made = [(p.weight, str(p.accumulator).split()[0]) for p in all_policies(recipe)]
     assert made == [(None, "fp32"), (None, "M7E4b10"), ("M4E3", "fp32"), ("M4E3", "M7E4b10")]
 
 
@@ -282,6 +306,186 @@ def test_local_text_through_datasets(folder: Path, monkeypatch: pytest.MonkeyPat
     "path", sorted((Path(__file__).parent.parent / "examples" / "resnet20").glob("*.yaml")), ids=lambda p: p.stem
 )
 def test_shipped_recipes_are_valid(path: Path) -> None:
-    if not (path.parent / "../../../shared/data/cifar10-resnet").exists():
-        pytest.skip("the CIFAR-10 sample is not beside the repository")
+    data = Path(os.environ.get("FMAQ_DATA") or path.parent / "../../../shared/data")
+    if not (data / "cifar10-resnet").exists():
+        pytest.skip("the CIFAR-10 sample is neither in FMAQ_DATA nor beside the repository")
     assert Recipe.load(path).name.startswith("resnet20")
+
+
+def test_numbers_without_a_point_are_numbers(folder: Path) -> None:
+    recipe = parse(folder, BASE.replace("{features: 64}", "{features: 64, classes: 1e1}") + "policy: {gain: 1e-3}\n")
+    assert recipe.model.arguments == {"features": 64, "classes": 10.0} and recipe.load_policy().gain.array == 0.001
+
+
+def with_data(folder: Path, x: list, y: list) -> Recipe:
+    """A recipe whose test data are these, by a function of its own."""
+    data = f"kind: callable\n  callable: model.py:given\n  arguments: {{x: {x}, y: {y}}}"
+    return parse(folder, BASE.replace("kind: digits", data).replace("features: 64", "features: 3"))
+
+
+def test_a_missing_file_names_the_variable_that_says_where_it_is(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FMAQ_TEST_DATA", raising=False)
+    text = BASE.replace("kind: digits", "kind: npz\n  test: ${FMAQ_TEST_DATA:-no/data}/sample/a.npz")
+    expected = (
+        "no/data/sample/a.npz does not exist; set the environment variable FMAQ_TEST_DATA, which is not set (its "
+        "default here is no/data), to the folder that has sample/a.npz"
+    )
+    assert expected in complaint(folder, text)
+    monkeypatch.setenv("FMAQ_TEST_DATA", "/elsewhere")
+    assert "FMAQ_TEST_DATA, now /elsewhere, to the folder that has sample/a.npz" in complaint(folder, text)
+
+
+@pytest.mark.parametrize("example", ["minilm", "smollm2"])
+def test_an_example_that_is_not_fetched_says_how(example: str, tmp_path: Path) -> None:
+    recipe = EXAMPLES / example / "12bit.yaml"
+    text = recipe.read_text().replace("data.py:", f"{recipe.parent / 'data.py'}:")
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "a" / "b" / "copy.yaml").write_text(text)
+    with pytest.raises(RecipeError, match="`make fetch` downloads it"):
+        Recipe.load(tmp_path / "a" / "b" / "copy.yaml")
+
+
+@pytest.mark.parametrize("example", ["resnet20/evaluate.yaml", "resnet20/finetune-12bit.yaml"])
+def test_an_example_without_its_data_names_fmaq_data(example: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FMAQ_DATA", "/nowhere")
+    with pytest.raises(RecipeError) as caught:
+        Recipe.load(EXAMPLES / example)
+    named = "set the environment variable FMAQ_DATA, now /nowhere, to the folder that has cifar10-"
+    assert str(caught.value).count(named) >= 2  # the weights, and the images
+
+
+def test_a_function_of_a_recipe_that_raises_is_named_with_its_key(folder: Path) -> None:
+    model = parse(folder, BASE.replace("model.py:linear\n  arguments: {features: 64}", "model.py:raising"))
+    with pytest.raises(ValueError, match=r"model.callable: .*model.py:raising raised KeyError: 'pretrained'"):
+        build_model(model.model)
+    data = parse(folder, BASE.replace("kind: digits", "kind: callable\n  callable: model.py:raising"))
+    with pytest.raises(ValueError, match=r"data.callable: .*model.py:raising raised KeyError: 'pretrained'"):
+        load_data(data.data)
+    for task, message in (("broken_metric", "the task broken_metric raised TypeError"), ("number", "returned 0.5")):
+        with pytest.raises((TypeError, ValueError), match=message):
+            prepare(parse(folder, BASE + f"task: model.py:{task}\n")).measure(None)
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "message"),
+    [
+        (
+            [[1.0, 2.0]],
+            [0],
+            r"Sequential cannot take this batch of the data: float32 of shape \(1, 2\); Runtime",
+        ),
+        ([[1.0, 2.0, 3.0]], [10], r"the class 10 is not one of the model's 10, 0 to 9"),
+        ([[1.0, 2.0, 3.0]], [-1], r"the class -1 is not one of the model's 10, 0 to 9"),
+        ([[1, 2, 3]], [0], r"int64 of shape \(1, 3\) from 1 to 3"),
+        ([[1.0, 2.0, 3.0]], [[0, 1, 0]], r"3 classes do not fit the model's outputs, \(1, 10\).*y.argmax\(1\)"),
+        ([[1.0, 2.0, 3.0]], [-100], "no example has a class"),
+    ],
+)
+def test_data_that_do_not_fit_the_model_are_described(folder: Path, x: list, y: list, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        prepare(with_data(folder, x, y)).measure(None)
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "message"),
+    [
+        ([], [], "data: there are no test examples; .*model.py:given returned none"),
+        ([[1.0, 2.0, 3.0]], [0.5], "data.callable: .*model.py:given: targets must be whole numbers, got 0.5"),
+        ([[1.0, 2.0, 3.0]], [0, 1], "1 inputs but 2 targets"),
+    ],
+)
+def test_data_that_are_none_are_refused(folder: Path, x: list, y: list, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        load_data(with_data(folder, x, y).data)
+
+
+def test_arrays_are_no_tensors(folder: Path) -> None:
+    recipe = parse(folder, BASE.replace("kind: digits", "kind: callable\n  callable: model.py:array"))
+    with pytest.raises(RecipeError, match=r"inputs must be tensors, got a ndarray; torch\.as_tensor"):
+        load_data(recipe.data)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"x": np.zeros((0, 3)), "y": np.zeros(0)}, r"there are no test examples; .*images.npz is empty"),
+        ({"x": np.zeros((2, 3)), "y": np.array(["cat", "dog"])}, r"y in .*images.npz is an array of <U3; numbers"),
+        ({"x": np.zeros((2, 3)), "y": np.array([0, 0.5])}, r"images.npz: targets must be whole numbers, got 0.5"),
+        ({"x": np.zeros((2, 3)), "y": np.zeros(3)}, r"images.npz: 2 inputs but 3 targets"),
+        ({"x": np.zeros((2, 3), complex), "y": np.zeros(2)}, r"x in .*images.npz is an array of complex128; numbers"),
+    ],
+)
+def test_arrays_that_cannot_be_examples(folder: Path, arrays: dict[str, np.ndarray], message: str) -> None:
+    np.savez(folder / "images.npz", **arrays)
+    recipe = parse(folder, BASE.replace("kind: digits", "kind: npz\n  test: images.npz\n  layout: NC"))
+    with pytest.raises(RecipeError, match=message):
+        load_data(recipe.data)
+
+
+def test_float64_arrays_and_those_of_another_byte_order_are_read(folder: Path) -> None:
+    np.savez(folder / "images.npz", x=np.arange(6.0).reshape(2, 3).astype(">f8"), y=np.array([0.0, 1.0]))
+    recipe = parse(folder, BASE.replace("kind: digits", "kind: npz\n  test: images.npz\n  layout: NC"))
+    _, test = load_data(recipe.data)
+    assert test.inputs.dtype == torch.float32 and test.inputs.tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert test.targets.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize(("fraction", "split"), [(1e-6, "test"), (1 - 1e-6, "training")])
+def test_a_split_of_the_digits_that_leaves_one_side_empty(folder: Path, fraction: float, split: str) -> None:
+    with pytest.raises(RecipeError, match=f"there are no {split} examples; test_fraction .* of 1,797 leaves none"):
+        load_data(parse(folder, BASE + f"  test_fraction: {fraction}\n").data)
+
+
+def keys_shown(cls: type[BaseModel], value: Any, found: dict[type[BaseModel], set[str]]) -> None:
+    """Note the keys of a mapping in YAML, and of those inside, by the class that checks them."""
+    found.setdefault(cls, set()).update(value)
+    assert not set(value) - set(cls.model_fields), cls
+    for name, inner in value.items():
+        part = class_of(cls.model_fields[name].annotation, inner)
+        for one in inner if isinstance(inner, list) else [inner]:
+            if part is not None:
+                keys_shown(part, one, found)
+
+
+def class_of(annotation: Any, value: Any) -> type[BaseModel] | None:
+    """Which class of recipes an annotation has for a value; that of its kind for data."""
+    if isinstance(annotation, type):
+        return annotation if issubclass(annotation, BaseModel) else None
+    parts = [part for part in (class_of(inner, value) for inner in get_args(annotation)) if part is not None]
+    if len(parts) > 1:
+        parts = [part for part in parts if value["kind"] in get_args(part.model_fields["kind"].annotation)]
+    return parts[0] if parts else None
+
+
+def classes_of(cls: type[BaseModel]) -> set[type[BaseModel]]:
+    """A class of recipes, and all inside it."""
+
+    def inside(annotation: Any) -> set[type[BaseModel]]:
+        if isinstance(annotation, type):
+            return classes_of(annotation) if issubclass(annotation, BaseModel) else set()
+        return set().union(*(inside(part) for part in get_args(annotation)))
+
+    return {cls}.union(*(inside(field.annotation) for field in cls.model_fields.values()))
+
+
+def test_the_docs_show_every_key_of_a_recipe_and_no_other() -> None:
+    text = (EXAMPLES.parent / "docs" / "training.md").read_text(encoding="utf-8")
+    found: dict[type[BaseModel], set[str]] = {}
+    for block in re.findall(r"^```yaml\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
+        values = yaml.safe_load(block)
+        for one in [{"data": data} for data in values] if isinstance(values, list) else [values]:
+            keys_shown(Recipe, one, found)
+    assert found[DigitsData] == set(DigitsData.model_fields)  # where those of every kind are shown, too
+    for cls, shown in found.items():
+        shown |= {"batch_size", "limit"} if "kind" in cls.model_fields else set()
+    assert {cls: set(cls.model_fields) for cls in classes_of(Recipe)} == found
+
+
+def test_the_experiments_text_shows_every_key() -> None:
+    from fmaq.reproduce import experiment
+
+    text = str(experiment.__doc__)
+    own = {experiment.TrainingExperiment, experiment.CostExperiment, experiment.Block, experiment.Network}
+    for cls in own:
+        for name in cls.model_fields:
+            assert re.search(rf"\b{name}\b(:|,)", text), name

@@ -110,3 +110,85 @@ def test_columns_of_the_plot_are_told_apart() -> None:
         made.rows = rows[:count]
         labels = [label.get_text() for label in draw(made).axes[0].get_xticklabels()]
         assert labels[1] == expected and len(set(labels)) == count
+
+
+@pytest.fixture
+def calibrated() -> Record:
+    def rows(operands: str, acc: str, *values: float) -> list[Row]:
+        chosen = (None, "per layer", "per channel")
+        files = (None, "layer.yaml", "channel.yaml")
+        return [
+            Row(operands, acc, {"accuracy": value}, 1.0, chosen=how, policy=file)
+            for value, how, file in zip(values, chosen, files, strict=True)
+        ]
+
+    baseline = Row("float32", "fp32", {"accuracy": 0.98}, 1.0)
+    made = [
+        *rows("float32", "M7E4b10", 0.5, 0.8, 0.9),
+        *rows("M4E3", "M7E4b10", 0.4, 0.7, 0.85),
+        Row("M4E3", "M5E4", {"accuracy": 0.8}, 1.0, chosen="per channel", policy="template.yaml"),
+    ]
+    return Record("calibrate", "n", "t", 0, baseline, made)
+
+
+def test_a_calibrated_accumulator_has_one_place_and_its_ranges_their_own_words(calibrated: Record) -> None:
+    axes = draw(calibrated).axes[0]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["M7E4\n12 bits", "M5E4\n10 bits"]
+    names = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert names[0] == "float32 weights and activations, as given"
+    assert names[-1] == "M4E3 weights and activations, per channel" and len(names) == 6
+    lines = [line for line in axes.get_lines() if line.get_label() in names]
+    assert len({(line.get_color(), line.get_marker()) for line in lines}) == 6
+    places = {round(float(x)) for line in lines for x in line.get_xdata()}
+    assert places == {0, 1}
+
+
+def test_the_calibrated_tables_tell_ranges_from_operands(calibrated: Record, tmp_path: Path) -> None:
+    place = headings(calibrated).index("ranges")
+    assert headings(calibrated)[place + 1 :] == ["accuracy"]
+    assert cells(calibrated, calibrated.rows[0])[place] == "as given"
+    assert cells(calibrated, calibrated.rows[2])[place:] == ["per channel", "90.00 %"]
+    assert cells(calibrated, calibrated.baseline)[place] == "–"
+    calibrated.save_csv(tmp_path / "r.csv")
+    rows = list(csv.DictReader((tmp_path / "r.csv").open()))
+    assert [row["ranges"] for row in rows[:4]] == ["as given", "as given", "per layer", "per channel"]
+
+
+def test_the_calibrated_page_shows_the_value_before(calibrated: Record, tmp_path: Path) -> None:
+    page = write_report(calibrated, tmp_path, "page").page.read_text(encoding="utf-8")
+    assert "50.00 % → 90.00 %" in page and "12 bits, float32, calibrated per channel" in page
+    assert "Calibration: ranges chosen on training examples" in page and "Ranges “per …”" in page
+    assert calibrated.before(calibrated.rows[-1]) is None  # a template cannot be measured before
+    calibrated.rows = calibrated.rows[-1:]
+    page = write_report(calibrated, tmp_path, "page").page.read_text(encoding="utf-8")
+    assert "<dd>80.00 %</dd>" in page
+
+
+def test_the_best_is_the_highest_accuracy_and_the_lowest_perplexity(calibrated: Record) -> None:
+    assert calibrated.best is calibrated.rows[2]
+    for row in [calibrated.baseline, *calibrated.rows]:
+        row.metrics = {"perplexity": 100 * row.metrics["accuracy"]}
+    assert calibrated.best is calibrated.rows[4]  # of those with a file
+    calibrated.rows = calibrated.rows[:1]
+    assert calibrated.best is None
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_markers_stand_in_the_middle_of_their_columns(record: Record, count: int) -> None:
+    record.rows = record.rows[1 : 1 + count] if count == 1 else record.rows
+    axes = draw(record).axes[0]
+    low, high = axes.get_xlim()
+    assert (low, high) == (-0.5, len(axes.get_xticks()) - 0.5)
+    places = [float(x) for line in axes.get_lines() for x in line.get_xdata() if line.get_marker() in "o^Ds"]
+    assert places and all(abs(x - round(x)) <= 0.25 for x in places)
+
+
+def test_a_page_calls_dual_stages_what_they_are(record: Record, tmp_path: Path) -> None:
+    def page() -> str:
+        return " ".join(write_report(record, tmp_path, "page").page.read_text(encoding="utf-8").split())
+
+    words = "Without underflow, sums below the accumulator's smallest magnitude are kept."
+    assert words.replace("'", "&#39;") in page() or words in page()
+    for one in record.rows[1].tuned["stages"]:
+        one["stage"]["underflow"] = True
+    assert "Without underflow, sums" not in page()

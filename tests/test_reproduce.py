@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from typer.testing import CliRunner
 
 from fmaq.cli.app import app
@@ -78,22 +79,53 @@ def test_every_experiment_can_be_read(name: str, quick: bool) -> None:
         if "does not exist" in str(error):
             pytest.skip(f"data are missing: {error}")
         raise
-    assert experiment.name == name
+    assert experiment.name == (f"{name}-quick" if quick else name)
     assert experiment.cells()
+
+
+@pytest.mark.parametrize("name", sorted(available()))
+def test_a_quick_form_names_no_data_that_it_does_not_run_on(name: str) -> None:
+    values = yaml.safe_load(find(name).read_text(encoding="utf-8"))
+    quick = values["quick"]
+    said = " ".join([quick["title"], *quick["notes"]])
+    assert said.startswith(f"Quick form of {name}: ") and "Not the experiment" in said
+    ran = str(quick.get("data") or quick["networks"])
+    for data, words in {
+        "images.py:fashion": "Fashion-MNIST",
+        "images.py:digits": "MNIST digits",
+        "brown": "Brown",
+    }.items():
+        assert data in ran or words not in said
+    assert ("kind': 'digits'" in ran) == ("scikit-learn's digits" in said or name == "cost")
+
+
+@pytest.mark.parametrize("key", ["title", "notes"])
+def test_a_quick_form_says_for_itself_what_it_ran(tmp_path: Path, key: str) -> None:
+    path = changed(tmp_path, "quick:\n  title", "quick:\n  title")
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    path.write_text("".join(line for line in lines if not line.startswith(f"  {key}:")), encoding="utf-8")
+    with pytest.raises(RecipeError, match=rf"quick: give it its own {key}, which say what it runs"):
+        load(path, quick=True)
 
 
 def test_quick_end_to_end(tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["reproduce", "mlp-fashion", "--quick", "--seed", "0", "-o", str(tmp_path)])
     assert done.exit_code == 0, done.output
     for ending in ("json", "csv", "md", "png", "html"):
-        assert (tmp_path / f"mlp-fashion.{ending}").stat().st_size > 0
-    assert (tmp_path / "mlp-fashion.png").read_bytes().startswith(b"\x89PNG")
-    with (tmp_path / "mlp-fashion.csv").open(encoding="utf-8") as file:
+        assert (tmp_path / f"mlp-fashion-quick.{ending}").stat().st_size > 0
+    assert (tmp_path / "mlp-fashion-quick.png").read_bytes().startswith(b"\x89PNG")
+    with (tmp_path / "mlp-fashion-quick.csv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert {row["estimator"] for row in rows} == set(ESTIMATORS)
     assert all(0 <= float(row["accuracy"]) <= 1 for row in rows)
-    table = (tmp_path / "mlp-fashion.md").read_text(encoding="utf-8")
+    table = (tmp_path / "mlp-fashion-quick.md").read_text(encoding="utf-8")
     assert all(name in table for name in (*ESTIMATORS, "M4E3b5", "M2E3b4", "float32"))
+    page = (tmp_path / "mlp-fashion-quick.html").read_text(encoding="utf-8")
+    shown = page[: page.index("<summary>The recipe</summary>")]
+    for text in (done.output, table, shown):
+        assert "Fashion-MNIST" not in text
+    assert "mlp-fashion-quick: accuracy" in done.output
+    assert all("Quick form of mlp-fashion: a small MLP on scikit-learn" in text for text in (table, shown))
 
 
 def test_going_on_gives_the_same_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

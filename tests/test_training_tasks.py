@@ -1,15 +1,17 @@
 """What tasks measure, against the definitions."""
 
 import math
+from collections.abc import Callable
 from itertools import pairwise
 
 import pytest
 import torch
 from torch import nn
 
-from fmaq.training import Examples, Pairs, Windows, evaluate
+from fmaq.emulation import Policy
+from fmaq.training import Examples, Pairs, Schedule, Stage, Windows, evaluate, finetune
 from fmaq.training.examples import IGNORED, as_examples
-from fmaq.training.tasks import forward, loss
+from fmaq.training.tasks import BatchError, forward, loss
 
 
 class Table(nn.Module):
@@ -105,3 +107,122 @@ def test_outputs_without_logits() -> None:
 
     with pytest.raises(TypeError, match="the model returned a str; expected a tensor, or an output with logits"):
         forward(Strange(), torch.zeros(1))
+
+
+@pytest.mark.parametrize(
+    ("data", "task"),
+    [
+        (Examples(torch.zeros(0, 3), torch.zeros(0)), "classification"),
+        (Windows(torch.zeros(0, 4)), "perplexity"),
+        (Pairs({}, torch.zeros(0).long(), torch.zeros(0).long(), torch.zeros(0)), "similarity"),
+    ],
+)
+def test_empty_data_are_refused_by_every_task(data: Examples | Windows | Pairs, task: str) -> None:
+    with pytest.raises(ValueError, match="there is nothing to measure on: the test data are empty"):
+        evaluate(nn.Linear(3, 2), data, task, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (
+            lambda: Windows(torch.zeros(3)),
+            ValueError,
+            r"tokens must be \(windows, at least 2 tokens\), got the shape \(3,\)",
+        ),
+        (lambda: Windows(torch.zeros(3, 1)), ValueError, r"at least 2 tokens\), got the shape \(3, 1\)"),
+        (lambda: Windows(torch.full((1, 3), 0.5)), ValueError, "tokens must be whole numbers, got 0.5"),
+        (
+            lambda: Examples(torch.zeros(2), torch.tensor([0.0, 1.5])),
+            ValueError,
+            "targets must be whole numbers, got 1.5",
+        ),
+        (lambda: Examples([1, 2], torch.zeros(2)), TypeError, "inputs must be tensors, got a list"),
+        (lambda: Examples(torch.zeros(2), [0, 1]), TypeError, "targets must be tensors, got a list"),
+        (lambda: pairs([], [], []), ValueError, "there are no pairs of the 3 texts"),
+        (lambda: pairs([0], [1, 2], [0.5]), ValueError, "1 first texts, 2 second and 1 scores"),
+        (
+            lambda: pairs([0, 1], [1, 2], [0.5, 0.5]),
+            ValueError,
+            "the scores of 2 pairs are all 0.5: nothing correlates",
+        ),
+        (lambda: pairs([0, 1], [1, 3], [0.5, 1.0]), ValueError, "second names the text 3, but the texts are 0 to 2"),
+        (lambda: pairs([0, -1], [1, 2], [0.5, 1.0]), ValueError, "first names the text -1"),
+    ],
+)
+def test_data_in_no_form_of_theirs(make: Callable[[], object], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        make()
+
+
+def pairs(first: list[int], second: list[int], scores: list[float]) -> Pairs:
+    """Of three texts."""
+    return Pairs({"ids": torch.zeros(3, 2)}, torch.tensor(first), torch.tensor(second), torch.tensor(scores))
+
+
+def test_what_a_model_raises_is_told_with_the_batch() -> None:
+    model = nn.Linear(3, 2)
+    with pytest.raises(BatchError, match=r"Linear cannot take .*: float32 of shape \(1, 4\); RuntimeError: ") as caught:
+        evaluate(model, (torch.zeros(5, 4), torch.zeros(5)), batch_size=1, progress=False)
+    assert isinstance(caught.value.__cause__, RuntimeError)
+    with pytest.raises(BatchError, match=r"data are float64 and the model's weights float32: .*x.to\(torch.float32\)"):
+        evaluate(model, (torch.zeros(5, 3).double(), torch.zeros(5)), progress=False)
+    with pytest.raises(BatchError, match=r"data are float16 and .* float32"):
+        loss(model, Examples(torch.zeros(1, 3), torch.zeros(1)), torch.zeros(1, 3).half(), torch.zeros(1).long())
+    with pytest.raises(BatchError, match=r"input_ids int64 of shape \(1, 3\) from 0 to 5; IndexError"):
+        evaluate(Table(), Windows(torch.tensor([[0, 5, 1]])), "perplexity", progress=False)
+    assert evaluate(model.double(), (torch.zeros(5, 3).double(), torch.zeros(5)), progress=False)["loss"] > 0
+
+
+def test_a_diverged_sum_and_a_lack_of_memory_are_not_the_datas() -> None:
+    class Raising(nn.Module):
+        def __init__(self, error: Exception) -> None:
+            super().__init__()
+            self.error = error
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            raise self.error
+
+    for error in (FloatingPointError("diverged"), torch.OutOfMemoryError("full")):
+        with pytest.raises(type(error)) as caught:
+            evaluate(Raising(error), (torch.zeros(1, 3), torch.zeros(1)), progress=False)
+        assert caught.value is error
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        (torch.tensor([0, 2]), "the class 2 is not one of the model's 2, 0 to 1"),
+        (torch.tensor([-3, 0]), "the class -3 is not one of"),
+        (torch.eye(2), r"4 classes do not fit the model's outputs, \(2, 2\)"),
+        (torch.tensor([IGNORED, IGNORED]), f"all targets are {IGNORED}"),
+    ],
+)
+def test_classes_that_the_model_has_not(targets: torch.Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        evaluate(nn.Linear(3, 2), (torch.zeros(2, 3), targets), progress=False)
+
+
+def test_training_checks_classes_too() -> None:
+    model, data = nn.Linear(3, 2), Examples(torch.zeros(2, 3), torch.tensor([0, 2]))
+    with pytest.raises(ValueError, match="the class 2 is not one of the model's 2"):
+        finetune(model, Policy(), data, None, Schedule((Stage(1, 0.1),)), progress=False)
+    table = Table()
+    with pytest.raises(BatchError, match="from 0 to 7"):
+        finetune(table, Policy(), Windows(torch.tensor([[0, 7]])), None, Schedule((Stage(1, 0.1),)), progress=False)
+
+
+def test_an_output_without_classes() -> None:
+    with pytest.raises(ValueError, match=r"do not fit the model's outputs, \(3,\): classification needs an output"):
+        evaluate(nn.Flatten(0), (torch.zeros(3, 1), torch.zeros(3)), progress=False)
+
+
+@pytest.mark.parametrize(("found", "message"), [(None, "returned None"), ({}, "returned {}"), (0.5, "returned 0.5")])
+def test_a_task_of_ones_own_that_returns_no_metrics(found: object, message: str) -> None:
+    with pytest.raises(TypeError, match=f"the task <lambda> {message}; expected metrics by name"):
+        evaluate(nn.Identity(), "anything", lambda model, data, device: found, progress=False)
+
+
+def test_a_task_of_ones_own_that_raises_is_named() -> None:
+    with pytest.raises(ValueError, match="the task <lambda> raised KeyError: 'none'"):
+        evaluate(nn.Identity(), "anything", lambda model, data, device: {}["none"], progress=False)

@@ -6,7 +6,9 @@ import importlib
 from typing import Any
 
 _HOME = {
+    "CalibrationWarning": "batches",
     "MantissaTable": "mantissa",
+    "ModelEnergy": "energy",
     "Observed": "observation",
     "OverflowTable": "overflow",
     "ProductEvents": "observation",
@@ -20,6 +22,7 @@ _HOME = {
     "is_suitable": "retention",
     "least_mantissa": "retention",
     "mantissa_needed": "mantissa",
+    "model_energy": "energy",
     "observe": "observation",
     "overflow_bounds": "overflow",
     "reorder": "order",

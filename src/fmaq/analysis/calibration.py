@@ -12,20 +12,26 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
+import torch
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
 
+from fmaq.analysis import ranks, warned
+from fmaq.analysis.batches import call, inputs_of
 from fmaq.analysis.fit import SHIFTS, Fit, Trial, placed, relative_error, some_channels
-from fmaq.analysis.fitted import fitted, ruled, template_of
+from fmaq.analysis.fitted import as_vector, fitted, ruled, template_of
+from fmaq.analysis.met import Met
 from fmaq.analysis.samples import MatrixSample, Sample, is_finite, joined, sample
 from fmaq.emulation.attach import attached
 from fmaq.emulation.coverage import undisturbed
-from fmaq.emulation.policy import Policy, Rule
+from fmaq.emulation.operands import by_channel, channel_ranges, formats_of, needs_range, sums_codes
+from fmaq.emulation.policy import FP32, Policy, Rule
 from fmaq.emulation.products import Place, Request, choosing
 from fmaq.numerics import Accumulator, FloatFormat
 
 Per = Literal["model", "layer", "channel", "token"]
+Ranges = Literal["static", "dynamic", "given"]
 ROWS = 48  # outputs of a channel that are sampled of a product, a batch
 ENOUGH = 24  # to choose ranges by; of fewer, ranges are chosen anew with each batch
 STEPS = 1 << 22  # or as many as have so many steps, where that is more
@@ -41,18 +47,27 @@ def calibrate(
     gain: bool = True,
     shift: bool = True,
     chunks: Sequence[int | None] = (),
+    ranges: Ranges = "static",
+    together: bool = True,
 ) -> Policy:
     """A policy whose accumulators fit the sums of a model: biases, and by channel offsets, gains and shifts.
 
     The biases of the policy's accumulators, if they have any, are chosen anew; `"M7E4 product=M7E4"` does without. Of
-    fixed-point accumulators only offsets and gains are chosen. Layers that the policy leaves alone stay alone. The
-    model is run without gradients, in the mode (train or eval) that it is in, and afterwards is attached, or not, as it
-    was before, with its buffers and torch's random state.
+    fixed-point accumulators only offsets and gains are chosen, and of integer engines (`"I16f0"` with integer operands)
+    none: their sums are those of codes. The operands' formats get static ranges: what is beyond the largest magnitude
+    that the batches show saturates, and no result depends on what else is in its batch. Layers that the policy leaves
+    alone stay alone. The model is run without gradients, in the mode (train or eval) that it is in, and afterwards is
+    attached, or not, as it was before, with its buffers and torch's random state.
+
+    What the policy says of layers and products that no batch reaches stays as written; formats of theirs that lack a
+    bias are given the one usual among the others, and a `CalibrationWarning` names them.
 
     Args:
         model: any module.
         policy: a `Policy`, or what `Policy.parse` takes.
         batches: of inputs: a tensor, a tuple of arguments, or a mapping of keyword arguments each. One pass is made.
+            Of a data loader's (inputs, labels), the labels are left out where forward has no parameter for them, with a
+            warning; where they would be given to an optional one, it is an error.
         per: what has a bias of its own. "model": one for all products. "layer": each product. "channel": each output
             channel (an offset of the weights' exponents, free in hardware), and each head in attention's products.
             "token": each channel, and each token besides (see `per_token` of `fmaq.matmul`): the hardware has to find a
@@ -62,33 +77,45 @@ def calibrate(
         gain: with gains, by channel or layer, which undo the mean shrinkage of truncation.
         shift: with shifts of the mean of channels, where they pay.
         chunks: try these chunks for every product, and keep the best; none: the accumulator's own.
+        ranges: of the operands' formats that have no bias of their own. "static": chosen anew, of each operand, and of
+            each output channel of a weight if the policy says `weight_per_channel`; constants of the hardware.
+            "dynamic": those of each tensor at run time, which the hardware has to find before it can quantize; a
+            sample's result then depends on its batch and its padding. "given": as the policy has them.
+        together: where torch.distributed runs several processes, each of them calls this, is given the batches of all,
+            and returns the policy of rank 0. False: this process alone, by its own batches.
 
     Returns:
         A policy for `attach`, and for `Policy.save`, with an entry for every layer whose products were met.
 
     Raises:
         TypeError: `model` is no module.
-        ValueError: no batch, `per` or `rule` unknown, the policy emulates nothing that was met, or an operand is not
-            finite.
+        ValueError: no batch, or one that forward does not take, `per`, `rule` or `ranges` unknown, the policy emulates
+            and quantizes nothing that was met, or an operand is not finite.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"calibrate takes a torch.nn.Module, got {type(model).__name__}")
-    check_choices(per, rule, chunks)
-    policy = Policy.parse(policy)
-    if per == "token":
-        policy = replace(policy, per_token=True)
-    fits = _Fits(per, rule == "maximum", gain, shift, tuple(chunks))
-    inputs = _listed(batches)
-    _run(model, policy, inputs, fits, "calibrating")
-    if not fits.trials:
+    check_choices(per, rule, chunks, ranges)
+    given = Policy.parse(policy)
+    policy = replace(given, per_token=True) if per == "token" else given
+    fits = _Fits(per, rule == "maximum", gain, shift, tuple(chunks), ranges)
+    has_others = together and ranks.are_several()
+    inputs = ranks.everyones(lambda: inputs_of(model, batches)) if has_others else inputs_of(model, batches)
+    if not inputs:
+        raise ValueError("calibrate needs at least one batch of inputs; batches is empty")
+    met = Met()
+    with met.running():
+        _run(model, policy, inputs, fits, "calibrating")
+    if not (fits.trials or fits.ranged_places):
         raise ValueError("calibrate met no product that the policy emulates; does its accumulator say fp32?")
-    if per == "model":
+    warned.warn(model, given, fits.trials, fits.empty, met)
+    if per == "model" and fits.trials:
         fits.share()
         _run(model, policy, inputs, fits, "fitting gains")
-    return fitted(model, policy, {place: fits.fit(place) for place in fits.trials})
+    new = fitted(model, given, policy, fits.all(), met.modules)
+    return ranks.the_first_ones(new) if has_others else new
 
 
-def check_choices(per: str, rule: str = "trial", chunks: Sequence[int | None] = ()) -> None:
+def check_choices(per: str, rule: str = "trial", chunks: Sequence[int | None] = (), ranges: str = "static") -> None:
     """Refuse what `calibrate` would.
 
     Raises:
@@ -100,33 +127,17 @@ def check_choices(per: str, rule: str = "trial", chunks: Sequence[int | None] = 
         raise ValueError(f'per must be "model", "layer", "channel" or "token", got {per!r}')
     if rule not in ("trial", "maximum"):
         raise ValueError(f'rule must be "trial" or "maximum", got {rule!r}')
-
-
-def _listed(batches: Iterable[Any]) -> list[Any]:
-    """The batches, of which there has to be one."""
-    is_iterable = isinstance(batches, Iterable) or hasattr(batches, "__getitem__")  # a data set has the latter alone
-    if isinstance(batches, (Tensor, Mapping, str)) or not is_iterable:
-        raise TypeError(f"batches must be an iterable of batches, such as [x], got {type(batches).__name__}")
-    listed = list(batches)
-    if not listed:
-        raise ValueError("calibrate needs at least one batch of inputs; batches is empty")
-    return listed
+    if ranges not in get_args(Ranges):
+        raise ValueError(f'ranges must be "static", "dynamic" or "given", got {ranges!r}')
 
 
 def _run(model: nn.Module, policy: Policy, batches: Sequence[Any], fits: _Fits, what: str) -> None:
     """One emulated pass over the batches, each product by what has been chosen for it when it is met."""
     console = Console(stderr=True)
     shown = track(batches, what, console=console, transient=True, disable=not console.is_terminal)
-    with undisturbed(model), attached(model, policy, may_be_template=True), choosing(fits.choose):
+    with undisturbed(model), attached(model, policy, may_be_template=True), choosing(fits):
         for batch in shown:
             call(model, batch)
-
-
-def call(model: nn.Module, batch: Any) -> Any:
-    """The model of a batch: a tensor, a tuple or list of arguments, or a mapping of keyword arguments."""
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
 
 
 @dataclass
@@ -134,10 +145,14 @@ class _Fits:
     """The trials of all products, and the rules that follow.
 
     Attributes:
-        per, by_maximum, has_gain, has_shift, chunks: see `calibrate`.
+        per, by_maximum, has_gain, has_shift, chunks, ranges: see `calibrate`.
         trials: of the products met so far.
+        largest: the largest magnitudes of both operands of the products met so far, where their formats need one; by
+            output channel where the rule says so.
+        engines: products whose sums are of integer codes.
         samples: of all products, what one bias for all is chosen on.
         few: of products that have not shown `ENOUGH` sums of each channel yet.
+        empty: products that were given no rows, once at least.
         shifted: those that may have shifts.
         shared: by template, what all products keep.
     """
@@ -147,11 +162,36 @@ class _Fits:
     has_gain: bool
     has_shift: bool
     chunks: tuple[int | None, ...]
+    ranges: Ranges
     trials: dict[Place, Trial] = field(default_factory=dict)
+    largest: dict[Place, tuple[Tensor | None, Tensor | None]] = field(default_factory=dict)
+    engines: set[Place] = field(default_factory=set)
     samples: dict[Place, Sample] = field(default_factory=dict)
     few: dict[Place, Sample] = field(default_factory=dict)
+    empty: set[Place] = field(default_factory=set)
     shifted: set[Place] = field(default_factory=set)
     shared: dict[Accumulator, Accumulator] = field(default_factory=dict)
+
+    def ranged(self, place: Place, request: Request, rule: Rule) -> Rule:
+        """The rule with the ranges of the operands of this and all earlier calls."""
+        if self.ranges == "given":
+            a_max, b_max = (None if given is None else given.tensor for given in (rule.a_max, rule.b_max))
+            self.largest[place] = (a_max, b_max)
+            return rule
+        rule = replace(rule, a_max=None, b_max=None)
+        if self.ranges == "dynamic":
+            return rule
+        found = self.largest[place] = _larger(self.largest.get(place), largest_of_operands(request, rule))
+        return replace(rule, a_max=as_vector(found[0]), b_max=as_vector(found[1]))
+
+    @property
+    def ranged_places(self) -> list[Place]:
+        """Products of which an operand has a range."""
+        return [place for place, found in self.largest.items() if found != (None, None)]
+
+    def all(self) -> dict[Place, Fit]:
+        """What is best for every product that was met."""
+        return {place: self.fit(place) for place in dict.fromkeys((*self.trials, *self.ranged_places))}
 
     def choose(self, place: Place, request: Request, rule: Rule) -> Rule:
         """The rule of a product that is met, from this and all earlier samples of it."""
@@ -162,7 +202,10 @@ class _Fits:
                 raise ValueError(f"{where} has operands that are not finite")
         acc, has_channels = Accumulator.parse(rule.accumulator), request.is_weight[1]
         if any(not operand.numel() for operand in request.operands):
+            self.empty.add(place)
             return replace(rule, accumulator=placed(acc, 0, 0))
+        if sums_codes(acc, formats_of(rule, request.is_weight)):
+            self.engines.add(place)
         options = request.options or {}
         found = sample(request.kind, request.operands, options, request.steps, ROWS, STEPS, rule.per_token, True)
         if not is_finite(found.exact()):
@@ -170,8 +213,8 @@ class _Fits:
         together = self._with_few(place, found, has_channels)
         if place not in self.trials or together is not None or self.trials[place].is_outgrown_by(found):
             found = found if together is None else together
-            self.trials[place] = self._trial(acc, found, has_channels)
-            if self.has_shift and has_channels and not rule.per_token:
+            self.trials[place] = self._trial(place, acc, found, has_channels)
+            if self.has_shift and has_channels and not rule.per_token and place not in self.engines:
                 self.shifted.add(place)
             if self.per == "model" and not self.shared:
                 self.samples[place] = some_channels(found)[0]
@@ -200,7 +243,9 @@ class _Fits:
                     f"{place.kind} in another; calibrate it with calls that are alike"
                 )
 
-    def _trial(self, acc: Accumulator, found: Sample, has_channels: bool) -> Trial:
+    def _trial(self, place: Place, acc: Accumulator, found: Sample, has_channels: bool) -> Trial:
+        if place in self.engines:
+            return Trial.of_codes(acc, found, has_channels, self.chunks)
         shared = self.shared.get(template_of(acc))
         if shared is not None:
             return Trial.of_gains(shared, found, has_channels)
@@ -208,7 +253,11 @@ class _Fits:
 
     def fit(self, place: Place) -> Fit:
         """What is best for a product so far."""
-        return self.trials[place].fit(self.has_gain, place in self.shifted)
+        a_max, b_max = self.largest.get(place, (None, None))
+        if place not in self.trials:
+            return Fit(FP32, a_max=a_max, b_max=b_max)
+        has_gain = self.has_gain and place not in self.engines
+        return replace(self.trials[place].fit(has_gain, place in self.shifted), a_max=a_max, b_max=b_max)
 
     def share(self) -> None:
         """One accumulator for all products of a template: that of the least relative error of their sums, on average.
@@ -242,3 +291,34 @@ class _Fits:
 
     def _relative_error(self, acc: Accumulator, places: list[Place]) -> float:
         return sum(relative_error(acc, self.samples[place]) for place in places)
+
+
+def largest_of_operands(request: Request, rule: Rule) -> tuple[Tensor | None, Tensor | None]:
+    """The largest finite magnitudes of a product's operands, where their formats need one; see `fmaq.Policy.a_max`."""
+    found: list[Tensor | None] = []
+    for position, (x, format) in enumerate(zip(request.operands, formats_of(rule, request.is_weight), strict=True)):
+        if format is None or not x.numel() or not needs_range(format):
+            found.append(None)
+            continue
+        x = x.detach().float()
+        x = torch.where(torch.isfinite(x), x, 0.0)
+        if position == 1 and by_channel(rule, request.is_weight, x):
+            found.append(channel_ranges(request.kind, x, request.options))
+        else:
+            found.append(x.abs().amax())
+    return found[0], found[1]
+
+
+def _larger(
+    before: tuple[Tensor | None, Tensor | None] | None, found: tuple[Tensor | None, Tensor | None]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Of each operand the larger magnitudes; another number of channels starts anew."""
+    if before is None:
+        return found
+
+    def larger(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+        if one is None or other is None or one.shape != other.shape:
+            return one if other is None else other
+        return torch.maximum(one, other)
+
+    return larger(before[0], found[0]), larger(before[1], found[1])

@@ -47,16 +47,19 @@ class Fit:
     """What was chosen for a product.
 
     Attributes:
-        accumulator: with biases.
+        accumulator: with biases; `"fp32"` where only ranges were chosen.
         offset, gain, shift: one a group; None where there is nothing to do.
         error: of the sums, as a share of their mean square.
+        a_max, b_max: of the operands, see `fmaq.Policy`; None where their formats need none.
     """
 
-    accumulator: Accumulator
-    offset: Tensor | None
-    gain: Tensor | None
-    shift: Tensor | None
-    error: float
+    accumulator: Accumulator | str
+    offset: Tensor | None = None
+    gain: Tensor | None = None
+    shift: Tensor | None = None
+    error: float = 0.0
+    a_max: Tensor | None = None
+    b_max: Tensor | None = None
 
 
 @dataclass
@@ -73,6 +76,7 @@ class Trial:
         shown: by shift.
         tail: how large the sums may become.
         largest: magnitude of an exact sum in each group.
+        beyond: how many groups have sums that no offset up to `MOST_OFFSET` fits.
         has_equal_say: each group in the gain of all; see `Shown`.
     """
 
@@ -85,6 +89,7 @@ class Trial:
     shown: dict[int, Shown] = field(default_factory=dict)
     tail: Tail | None = None
     largest: Tensor = field(default_factory=lambda: torch.zeros(()))
+    beyond: int = 0
     has_equal_say: bool = False
 
     @classmethod
@@ -118,7 +123,8 @@ class Trial:
         above = products.max() - sums.max() if is_shared else (products - sums)[largest_products > 0]
         most_above = int(above.max()) if above.numel() else 0
         top = _top_of(acc, int(sums.max()), most_above)
-        offset = (top - (sums.max().expand_as(sums) if is_shared else sums)).clamp(-MOST_OFFSET, MOST_OFFSET)
+        wanted = top - (sums.max().expand_as(sums) if is_shared else sums)
+        offset = wanted.clamp(-MOST_OFFSET, MOST_OFFSET)
         candidates = [
             placed(replace(acc, chunk=chunk), top, _distance(acc, most_above)) for chunk in chunks or (acc.chunk,)
         ]
@@ -134,6 +140,7 @@ class Trial:
             trial.acc = trial._with_best_distance(trial.acc, sample)
             trial.shifts = NEIGHBOURS if not wraps else tuple(shift for shift in NEIGHBOURS if shift <= 0)
         trial.largest = shown
+        trial.beyond = int((offset != wanted).sum())
         trial._show(sample)
         return trial
 
@@ -145,6 +152,14 @@ class Trial:
         trial = cls(acc, groups, by_channel, True, offset, (0,), has_equal_say=True)
         trial._show(sample)
         return trial
+
+    @classmethod
+    def of_codes(cls, acc: Accumulator, sample: Sample, by_channel: bool, chunks: Sequence[int | None]) -> Trial:
+        """Of an integer engine, of which nothing but the chunk can be chosen."""
+        y = sample.exact()
+        candidates = [replace(acc, chunk=chunk) for chunk in chunks or (acc.chunk,)]
+        best = _best(candidates, lambda one: float((y - sample.emulated(one)).double().square().sum()))
+        return cls.of_gains(best, sample, by_channel)
 
     @property
     def top(self) -> int:

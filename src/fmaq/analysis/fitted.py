@@ -1,12 +1,12 @@
 """From what was chosen for each product to a policy: entries of the layers that were met, and of those that were not.
 
-What a policy says of layers that were not met, and of products that are to stay in float32, it says afterwards, too;
-only formats that still lack a bias are given one.
+What a policy says of layers and products that were not met, and of products that are to stay in float32, it says
+afterwards, too, as written; only formats that lack a bias are given one, that usual among the others.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fmaq.analysis.fit import Fit, bias_of, placed
 from fmaq.emulation.policy import CHOSEN_FIELDS, FP32, PRODUCT_FIELDS, RULE_FIELDS, Policy, Rule
 from fmaq.emulation.products import Place
+from fmaq.emulation.unmet import names_of
 from fmaq.emulation.vectors import Vector
 from fmaq.numerics import Accumulator, FloatFormat
 
@@ -22,28 +23,42 @@ FITTED = ("accumulator", *CHOSEN_FIELDS)
 """What every entry of a product that was met says."""
 
 
-def fitted(model: nn.Module, policy: Policy, fits: Mapping[Place, Fit]) -> Policy:
-    """The policy with what was chosen for the products of a model."""
-    names: dict[nn.Module, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        names.setdefault(module, []).append(name)
+def fitted(
+    model: nn.Module, given: Policy, run: Policy, fits: Mapping[Place, Fit], called: Container[nn.Module]
+) -> Policy:
+    """The policy with what was chosen for the products of a model.
+
+    Args:
+        given: what was to be calibrated.
+        run: what the model was run with, which may differ in `per_token`.
+        called: modules that were. One that has no products even so may inherit other biases.
+    """
+    names = names_of(model)
     by_layer: dict[str, list[Place]] = {}
     for place in fits:
         by_layer.setdefault(place.layer, []).append(place)
-    writer = _Writer(policy, fits)
-    entries = {key: writer.completed(entry) for key, entry in policy.layers.items()}
-    for aliases in names.values():
-        layer, rule = aliases[0], policy.for_layer(*aliases)
-        if layer in by_layer and rule is not None:
-            entries = {key: entry for key, entry in entries.items() if key not in aliases}
-            entries[layer] = writer.met(rule, by_layer[layer])
-    products = {key: writer.completed(entry) or {} for key, entry in policy.products.items()}
-    new = replace(policy, accumulator=writer.filled(policy.accumulator), products=products, layers=entries)
-    for aliases in names.values():
-        wanted, found = policy.for_layer(*aliases), new.for_layer(*aliases)
-        if aliases[0] not in by_layer and not _is_alike(wanted, found):
-            entries = {**entries, aliases[0]: None if wanted is None else writer.unmet(wanted)}
-    return replace(new, layers=entries)
+    writer = _Writer(run, fits)
+    entries = {key: writer.completed(entry) for key, entry in given.layers.items()}
+    for layer, places in by_layer.items():
+        aliases = names[layer]
+        entries = {key: entry for key, entry in entries.items() if key not in aliases}
+        entries[layer] = writer.met(_rule(given, aliases), _rule(run, aliases), places)
+    own = writer.completed({"accumulator": given.accumulator, "products": given.products})
+    new = replace(given, **(own or {}), layers=entries)
+    for layer, aliases in names.items():  # outer modules before inner ones, which inherit
+        rule = given.for_layer(*aliases)
+        wanted = None if rule is None else writer.unmet(rule)
+        is_called = model.get_submodule(layer) in called
+        if layer not in by_layer and not _is_alike(wanted, new.for_layer(*aliases), is_called):
+            new = replace(new, layers={**new.layers, layer: None if wanted is None else writer.entry(wanted)})
+    return new
+
+
+def _rule(policy: Policy, aliases: Sequence[str]) -> Rule:
+    """Of a layer that was met."""
+    rule = policy.for_layer(*aliases)
+    assert rule is not None
+    return rule
 
 
 def ruled(rule: Rule, fit: Fit) -> Rule:
@@ -52,12 +67,15 @@ def ruled(rule: Rule, fit: Fit) -> Rule:
         rule,
         accumulator=fit.accumulator,
         offset=None if fit.offset is None else Vector(fit.offset, whole=True),
-        gain=_vector(fit.gain),
-        shift=_vector(fit.shift),
+        gain=as_vector(fit.gain),
+        shift=as_vector(fit.shift),
+        a_max=as_vector(fit.a_max),
+        b_max=as_vector(fit.b_max),
     )
 
 
-def _vector(x: Tensor | None) -> Vector | None:
+def as_vector(x: Tensor | None) -> Vector | None:
+    """The numbers as a policy keeps them, in float32."""
     return None if x is None else Vector(x.float(), whole=False)
 
 
@@ -70,79 +88,114 @@ def template_of(acc: Accumulator) -> Accumulator:
     return replace(acc, format=bare(acc.format), product=bare(acc.product), chunk=None)
 
 
+def is_template(accumulator: Accumulator | str) -> bool:
+    """A bias is still to be chosen."""
+    return isinstance(accumulator, Accumulator) and accumulator.is_template
+
+
 @dataclass(frozen=True)
 class _Writer:
-    """Writes entries of a policy's `layers`."""
+    """Writes entries of a policy's `layers`.
+
+    Attributes:
+        policy: that the model was run with.
+        fits: of the products that were met.
+    """
 
     policy: Policy
     fits: Mapping[Place, Fit]
 
-    def met(self, rule: Rule, places: list[Place]) -> dict[str, Any]:
+    def met(self, given: Rule, run: Rule, places: list[Place]) -> dict[str, Any]:
         """Of a layer with one product: what that has is the layer's. With several: each by its index."""
-        first = ruled(rule, self.fits[places[0]])
-        if len(places) == 1 and places[0].index == 0 and not rule.products:
-            return self._entry(first)
-        products: dict[int | str, Any] = {key: self.completed(entry) for key, entry in rule.products.items()}
+        if len(places) == 1 and places[0].index == 0 and not run.products:
+            return self.entry(ruled(run, self.fits[places[0]]))
+        unmet = self.unmet(given)
+        if is_template(given.accumulator):  # of a product that comes later: rather what the layer's others have
+            template = Accumulator.parse(given.accumulator)
+            for acc in (self.fits[place].accumulator for place in reversed(places)):
+                if isinstance(acc, Accumulator) and template_of(acc) == template_of(template):
+                    unmet = replace(unmet, accumulator=replace(acc, chunk=template.chunk))
+        products: dict[int | str, Any] = dict(unmet.products)
         for place in places:
-            of_product = ruled(rule.for_product(place.kind, place.index), self.fits[place])
-            products[place.index] = {
-                name: getattr(of_product, name)
-                for name in PRODUCT_FIELDS
-                if name in FITTED or getattr(of_product, name) != getattr(rule, name)
-            }
-        own = rule.accumulator if rule.accumulator == FP32 else first.accumulator
-        return self._entry(replace(rule, accumulator=own, products=products))
+            of_product = ruled(run.for_product(place.kind, place.index), self.fits[place])
+            products[place.index] = _differing(of_product, unmet, FITTED)
+        return self.entry(replace(unmet, products=products))
 
-    def unmet(self, rule: Rule) -> dict[str, Any]:
-        """Of a layer that was not met."""
-        products = {key: self.completed(entry) or {} for key, entry in rule.products.items()}
-        return self._entry(replace(rule, accumulator=self.filled(rule.accumulator), products=products))
+    def unmet(self, rule: Rule) -> Rule:
+        """Of a layer that was not met: as it is, with biases where they are missing."""
+        own = self._filled_rule(replace(rule, products={}))
+        products = {
+            key: _differing(self._filled_rule(replace(rule, **{"products": {}, **entry})), own, entry)
+            for key, entry in rule.products.items()
+        }
+        return replace(own, products=products)
 
-    def _entry(self, rule: Rule) -> dict[str, Any]:
+    def entry(self, rule: Rule) -> dict[str, Any]:
         """The fields in which a rule differs from the policy's own, and those that are chosen."""
         differing = [name for name in RULE_FIELDS if getattr(rule, name) != getattr(self.policy, name)]
-        return {name: getattr(rule, name) for name in dict.fromkeys((*FITTED, *differing))}
+        stated = ("per_token",) if self.policy.per_token else ()  # which the policy that was given may not say
+        return {name: getattr(rule, name) for name in dict.fromkeys((*FITTED, *stated, *differing))}
 
     def completed(self, entry: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
         """An entry without formats that still lack a bias."""
         if entry is None:
             return None
         completed = dict(entry)
-        if "accumulator" in entry:
-            completed["accumulator"] = self.filled(entry["accumulator"])
+        if is_template(entry.get("accumulator", FP32)):
+            completed["accumulator"] = self._filled(entry["accumulator"])
+            if self.policy.per_token:
+                completed.setdefault("per_token", True)
         if "products" in entry:
             completed["products"] = {key: self.completed(one) for key, one in entry["products"].items()}
         return completed
 
-    def filled(self, acc: Accumulator | str) -> Accumulator | str:
-        """An accumulator with the biases usual among products of its format; if there is none, its own or others'."""
-        if not isinstance(acc, Accumulator):
-            return acc
-        found = sorted((fit.accumulator for fit in self.fits.values()), key=lambda one: bias_of(one.format))
-        alike = [one for one in found if template_of(one) == template_of(acc)]
+    def _filled_rule(self, rule: Rule) -> Rule:
+        if not is_template(rule.accumulator):
+            return rule
+        return replace(
+            rule, accumulator=self._filled(rule.accumulator), per_token=rule.per_token or self.policy.per_token
+        )
+
+    def _filled(self, template: Accumulator | str) -> Accumulator:
+        """A template with the biases usual among products of its format; if there is none, among the others."""
+        template = Accumulator.parse(template)
+        chosen = (fit.accumulator for fit in self.fits.values())
+        found = sorted((one for one in chosen if isinstance(one, Accumulator)), key=lambda one: bias_of(one.format))
+        alike = [one for one in found if template_of(one) == template_of(template)]
         if alike:
-            return alike[len(alike) // 2]
-        if not acc.is_template:
-            return acc
+            return replace(alike[len(alike) // 2], chunk=template.chunk)
+        if not found:
+            return template
         usual = found[len(found) // 2]
         top = usual.format.emax if isinstance(usual.format, FloatFormat) else 0
-        return placed(acc, top, bias_of(usual.product) - bias_of(usual.format))
+        return placed(template, top, bias_of(usual.product) - bias_of(usual.format))
 
 
-def _is_alike(wanted: Rule | None, found: Rule | None) -> bool:
-    """A layer that was not met still has the rule that it had, but perhaps for biases and chunks."""
+def _differing(rule: Rule, other: Rule, stated: Container[str]) -> dict[str, Any]:
+    """The fields of a product's rule that differ from another's, and those that are to be stated anyway."""
+    return {
+        name: getattr(rule, name)
+        for name in PRODUCT_FIELDS
+        if name in stated or getattr(rule, name) != getattr(other, name)
+    }
+
+
+def _is_alike(wanted: Rule | None, found: Rule | None, but_for_biases: bool) -> bool:
+    """Two rules say the same of every product."""
     if wanted is None or found is None:
         return wanted is found
-    return _without_biases(wanted) == _without_biases(found)
+    return _by_product(wanted, but_for_biases) == _by_product(found, but_for_biases)
 
 
-def _without_biases(rule: Rule) -> tuple[dict[str, Any], dict[int | str, dict[str, Any]]]:
-    """A rule's fields, and those of its products that differ, with templates of accumulators."""
+def _by_product(rule: Rule, but_for_biases: bool) -> tuple[Rule, dict[int | str, Rule]]:
+    """A rule without its products, and the rules of those that differ from it."""
 
-    def bare(values: Mapping[str, Any]) -> dict[str, Any]:
-        acc = values["accumulator"]
-        return {**values, "accumulator": template_of(acc) if isinstance(acc, Accumulator) else acc}
+    def compared(rule: Rule) -> Rule:
+        acc = rule.accumulator
+        if not (but_for_biases and isinstance(acc, Accumulator)):
+            return rule
+        return replace(rule, accumulator=template_of(acc), per_token=False)
 
-    own = bare({name: getattr(rule, name) for name in PRODUCT_FIELDS})
-    products = {key: bare({**own, **entry}) for key, entry in rule.products.items()}
-    return own, {key: values for key, values in products.items() if values != own}
+    own = compared(replace(rule, products={}))
+    products = {key: compared(replace(rule, **{"products": {}, **entry})) for key, entry in rule.products.items()}
+    return own, {key: one for key, one in products.items() if one != own}

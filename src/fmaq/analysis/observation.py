@@ -8,23 +8,27 @@ Events are counted in all of a small product, and in an even sample of the outpu
 
 from __future__ import annotations
 
+import difflib
+import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fmaq import kernels
+from fmaq.analysis import events_shown
 from fmaq.analysis.samples import Sample, is_finite, sample, unscaled
 from fmaq.emulation.attach import policy_of
 from fmaq.emulation.coverage import OUTSIDE, CoverageRow, meeting_the_rest
 from fmaq.emulation.policy import FP32
 from fmaq.emulation.products import FmaqCoverageWarning, Product, listening
+from fmaq.emulation.unmet import names_of, unmet_products
 from fmaq.kernels.histograms import BINS, LOWEST
 from fmaq.numerics import Accumulator
 from fmaq.numerics.reference import EVENTS
@@ -33,12 +37,13 @@ from fmaq.ops.operands import full_precision
 
 if TYPE_CHECKING:
     import pandas as pd
+    from rich.console import Console, ConsoleOptions, RenderResult
     from rich.table import Table
 
 STEPS = 1 << 23  # that are counted of a product, unless there are fewer
 HISTOGRAM_STEPS = 1 << 17  # whose products and sums get into the histograms
 ELEMENTS = 1 << 16  # of a tensor that get into its histogram, at even distances
-TABLE_WIDTH = 150  # of the table as text
+SHOWN = 6  # names in a repr or an error
 COUNTS = (*EVENTS, *(f"merge_{event}" for event in EVENTS))
 PARTS = ("a", "b", "product", "sum", "output")
 Histogram = dict[int | None, int]
@@ -134,8 +139,10 @@ class Observed(Mapping[str, ProductEvents]):
     def __getitem__(self, name: str) -> ProductEvents:
         names = self._names()
         if name not in names:
-            known = ", ".join(names) or "nothing: call the model inside the with block"
-            raise KeyError(f"no product of {name!r} was observed; there are {known}")
+            near = difflib.get_close_matches(str(name), names, 1, 0.3)
+            known = f"; did you mean {near[0]!r}? There are" if near else "; there are"
+            known += f" {_listed(list(names)) or 'none: call the model inside the with block'}"
+            raise KeyError(f"no product of {name!r} was observed{known}")
         return names[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -145,44 +152,36 @@ class Observed(Mapping[str, ProductEvents]):
         return len(self.products)
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__} of {len(self)} products: {', '.join(self)}"
+        return f"{type(self).__name__} of {len(self)} products: {_listed(list(self))}"
 
     def __str__(self) -> str:
         from rich.console import Console
 
-        console = Console(width=TABLE_WIDTH, color_system=None)
+        shown = self.table(shutil.get_terminal_size().columns)
+        console = Console(width=Console(width=1000).measure(shown).maximum, color_system=None)
         with console.capture() as captured:
-            console.print(self.table())
+            console.print(shown)
         return captured.get()
 
-    def __rich__(self) -> Table:
-        return self.table()
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield self.table(options.max_width)
 
-    def table(self) -> Table:
-        """One line a product: rates of events in per cent of the steps, and the signal-to-noise ratio."""
-        from rich import box
-        from rich.table import Table
+    def table(self, width: int | None = None) -> Table:
+        """One line a product: rates of events in per cent of the steps, and the signal-to-noise ratio.
 
-        table = Table(box=box.SIMPLE_HEAD, caption="per cent of the steps; merges of chunks are counted apart")
-        table.add_column("product", overflow="fold")
-        for heading in ("accumulator", *(event.replace("_", " ") for event in EVENTS), "SNR, dB", "looked at"):
-            table.add_column(heading, justify="right" if heading != "accumulator" else "left")
-        for name, found in self.items():
-            rates = [f"{100 * found.rate(event):.3g}" for event in EVENTS]
-            seen = f"{100 * found.sampled:.3g} %"
-            table.add_row(name or "(the model)", str(found.accumulator.format), *rates, f"{found.snr:.1f}", seen)
-        return table
+        Args:
+            width: to be kept by shortening names, as far as these keep 16 characters; None: names are whole.
+        """
+        return events_shown.table(self, width)
 
     def to_dataframe(self) -> pd.DataFrame:
-        """A tidy table: a row for each product and event, with count, steps (or merges) and rate."""
+        """A tidy table: a row for each product (by its name here, and by layer, kind and index) and event."""
         import pandas as pd
 
         return pd.DataFrame(
             [
                 {
-                    "layer": found.layer,
-                    "kind": found.kind,
-                    "index": found.index,
+                    **_place(name, found),
                     "accumulator": str(found.accumulator),
                     "event": event,
                     "count": found.counts[event],
@@ -191,67 +190,50 @@ class Observed(Mapping[str, ProductEvents]):
                     "snr_db": found.snr,
                     "sampled": found.sampled,
                 }
-                for found in self.products.values()
+                for name, found in self.items()
                 for event in COUNTS
             ]
         )
 
     def histograms(self) -> pd.DataFrame:
-        """A tidy table: product, part (a, b, product, sum, output), exponent (empty: zeros) and count."""
+        """A tidy table: a row for each product, part (a, b, product, sum, output) and exponent (empty: zeros)."""
         import pandas as pd
 
         return pd.DataFrame(
             [
-                {"layer": found.layer, "kind": found.kind, "part": part, "exponent": exponent, "count": count}
-                for found in self.products.values()
+                {**_place(name, found), "part": part, "exponent": exponent, "count": count}
+                for name, found in self.items()
                 for part, histogram in found.exponents.items()
                 for exponent, count in histogram.items()
             ]
         )
 
     def plot(self, path: str | Path) -> Path:
-        """Rates of events by product, and the exponents of products, partial sums and outputs, as a PNG (or SVG)."""
-        from matplotlib.figure import Figure
+        """Rates of events, noise and exponents by product, as a PNG (or SVG), at most 12 by 11 inches.
 
-        names, found = list(self), list(self.values())
-        figure = Figure(figsize=(11, 2.5 + 0.22 * max(8, len(names))), layout="constrained")
-        rates, ranges = figure.subplots(1, 2, sharey=True)
-        left = np.zeros(len(names))
-        for event in EVENTS:
-            shares = np.array([100 * product.rate(event) for product in found])
-            rates.barh(names, shares, left=left, label=event.replace("_", " "))
-            left += shares
-        rates.set_xlabel("per cent of the steps")
-        rates.invert_yaxis()
-        rates.legend(fontsize="small", loc="lower right")
-        for at, product in enumerate(found):
-            for part, shift, colour in (("product", -0.25, "C0"), ("sum", 0.0, "C1"), ("output", 0.25, "C2")):
-                low, high = _span(product.exponents[part])
-                ranges.plot([low, high], [at + shift, at + shift], color=colour, lw=3, label=part if at == 0 else None)
-            format = product.accumulator.format
-            ranges.plot([format.emin, format.emax], [at, at], color="grey", lw=0.8, marker="|")
-        ranges.set_xlabel("exponents, 0.1st to 99.9th percentile; grey: what the accumulator holds")
-        ranges.legend(fontsize="small")
-        figure.savefig(path, dpi=110)
+        Of more than 40 products those with the lowest signal-to-noise ratio are shown.
+        """
+        events_shown.draw(self).savefig(path, dpi=110)
         return Path(path)
 
 
-def _span(histogram: Histogram) -> tuple[float, float]:
-    """The exponents between which all but a thousandth at either end lie; NaN where there are only zeros."""
-    pairs = sorted((e, n) for e, n in histogram.items() if e is not None)
-    if not pairs:
-        return float("nan"), float("nan")
-    exponents, counts = np.array([e for e, _ in pairs]), np.cumsum([n for _, n in pairs])
-    first, last = np.searchsorted(counts, [0.001 * counts[-1], 0.999 * counts[-1]])
-    return float(exponents[first]), float(exponents[min(int(last), len(exponents) - 1)])
+def _listed(names: list[str]) -> str:
+    more = len(names) - SHOWN
+    return ", ".join(repr(name) for name in names[:SHOWN]) + (f" and {more} more" if more > 0 else "")
+
+
+def _place(name: str, found: ProductEvents) -> dict[str, Any]:
+    """The columns by which tables know a product."""
+    return {"product": name, "layer": found.layer, "kind": found.kind, "index": found.index}
 
 
 @contextmanager
 def observe(model: nn.Module, steps: int | None = STEPS) -> Iterator[Observed]:
     """Look at every emulated product that an attached model computes inside a `with` block.
 
-    The outputs stay what they are. Looking costs about as much again as computing. Products outside of every attached
-    module's call, as in a method such as `training_step`, are named in a `FmaqCoverageWarning`.
+    The outputs stay what they are. Looking costs about as much again as computing. A warning names what the policy says
+    of products, by index or kind, that no call had, and a `FmaqCoverageWarning` products outside of every attached
+    module's call, as in a method such as `training_step`.
 
     Args:
         model: attached, see `fmaq.attach`.
@@ -275,12 +257,22 @@ def observe(model: nn.Module, steps: int | None = STEPS) -> Iterator[Observed]:
             with torch.no_grad(), full_precision(), torch._C.DisableTorchFunction():
                 _look(observed, product, steps)
 
+    met: set[tuple[str, str, int]] = set()
+
     def note(row: CoverageRow) -> None:
         if row.reason == OUTSIDE:
             observed.outside.append(row)
 
-    with listening(listener), meeting_the_rest(note):
+    with (
+        listening(listener),
+        listening(lambda product: met.add((product.layer, product.kind, product.index))),
+        meeting_the_rest(note),
+    ):
         yield observed
+    policy = policy_of(model)
+    if met and policy is not None:
+        for entry in unmet_products(policy, names_of(model), met):
+            warnings.warn(f"observe: no call had {entry}", UserWarning, stacklevel=3)
     if observed.outside:
         kinds = ", ".join(sorted({row.product for row in observed.outside}))
         warnings.warn(
@@ -304,7 +296,8 @@ def _look(observed: Observed, product: Product, steps: int | None) -> None:
     for part, operand in zip(("a", "b"), product.operands, strict=False):
         _measure(found, part, operand.detach().float())
     how = rule.how
-    columns = Columns(how.get("offset"), how.get("gain"), how.get("shift"))
+    scale = 1.0 if product.scale is None else product.scale  # of codes
+    columns = Columns(how.get("offset"), how.get("gain", 1.0) * scale, how.get("shift"))
     part_of_it = sample(
         product.kind, product.operands, product.options, product.steps, 1, steps or 1 << 62, rule.per_token
     )
@@ -313,7 +306,7 @@ def _look(observed: Observed, product: Product, steps: int | None) -> None:
     if all(is_finite(operand) for operand in product.operands):
         _count(found, scaled, acc)
         _histograms(found, scaled, acc)
-    y = unscaled(part_of_it, part_of_it.exact())
+    y = part_of_it.finished(unscaled(part_of_it, part_of_it.exact()), Columns(gain=scale))
     emulated = part_of_it.finished(unscaled(part_of_it, scaled.emulated(acc)), columns)
     _measure(found, "output", emulated)
     found.signal += float(y.double().square().sum())

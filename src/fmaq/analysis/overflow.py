@@ -130,8 +130,8 @@ def overflow_bounds(
     """Which channels of a model's products cannot overflow, and the bias or width that would prove the rest.
 
     Weights are taken as they are multiplied: quantized, if the model is attached to a policy that says so, and with the
-    policy's offsets, if its accumulators are taken. With integer codes as range ("int8"), a weight quantized to
-    integers is taken as its codes, too.
+    policy's offsets, if its accumulators are taken. Of an integer engine (an accumulator without a fraction, a policy
+    with integer operands) all is of codes. So it is with integer codes as range ("int8"), whatever the accumulator.
 
     Args:
         model: any module, attached or not.
@@ -144,7 +144,7 @@ def overflow_bounds(
     Raises:
         TypeError, ValueError: no accumulator is given, nor attached; a range is none; or a glob names no layer.
     """
-    traced = traced_products(model, *inputs, **kwargs)
+    traced = traced_products(model, *inputs, given=accumulator, **kwargs)
     if isinstance(input_max, Mapping):
         for glob in input_max:
             if not any(fnmatchcase(product.layer, glob) for product in traced):
@@ -181,7 +181,7 @@ def _as_summed(product: TracedProduct, own: Accumulator | None, limits: RangeLik
     """
     weight, rule = product.weight, product.rule
     assert weight is not None
-    if isinstance(limits, str) and (codes := INTEGER_CODES.fullmatch(limits.strip())):
+    if not product.is_codes and isinstance(limits, str) and (codes := INTEGER_CODES.fullmatch(limits.strip())):
         bits = INTEGER_CODES.fullmatch(product.weight_format or "")
         if bits is None and not torch.equal(weight, weight.round()):
             raise ValueError(

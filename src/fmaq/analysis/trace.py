@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fmaq.emulation import Policy, Product, attach, coverage, detach, listening, policy_of
+from fmaq.emulation import Policy, Product, coverage, listening, policy_of
+from fmaq.emulation.attach import attached
+from fmaq.emulation.operands import is_integer
 from fmaq.emulation.policy import Rule
 from fmaq.numerics import Accumulator
 from fmaq.ops.operands import AccumulatorLike
@@ -26,6 +29,7 @@ class TracedProduct:
         calls: how often it is computed.
         weight: (channels, K), in the order of summation, as it was multiplied; None where neither operand is a weight.
         weight_format: what the weight was quantized to; None where it was not.
+        is_codes: the operands are the codes of an integer engine.
         rule: of the product in the attached policy; None where that leaves it alone.
         low, high: the smallest and the largest value of the other operand.
         is_attached: the model was attached to a policy.
@@ -41,6 +45,7 @@ class TracedProduct:
     high: float
     rule: Rule | None
     is_attached: bool
+    is_codes: bool = False
 
     @property
     def accumulator(self) -> Accumulator | None:
@@ -49,7 +54,9 @@ class TracedProduct:
         return acc if isinstance(acc, Accumulator) else None
 
 
-def traced_products(model: nn.Module, *inputs: Any, **kwargs: Any) -> list[TracedProduct]:
+def traced_products(
+    model: nn.Module, *inputs: Any, given: AccumulatorLike | None = None, **kwargs: Any
+) -> list[TracedProduct]:
     """Run a model once, and list its products in the order of their first calls; those of one step are left out.
 
     An attached model runs as it is, its operands quantized and its sums emulated; another one runs in float32. Nothing
@@ -58,6 +65,8 @@ def traced_products(model: nn.Module, *inputs: Any, **kwargs: Any) -> list[Trace
     Args:
         model: any module.
         inputs, kwargs: of its forward.
+        given: an accumulator to be asked about in place of the attached ones. One that sums integers meets the codes of
+            operands that the attached policy quantizes to integers, and runs in the place of the policy's own.
 
     Raises:
         TypeError: `model` is no module.
@@ -66,15 +75,18 @@ def traced_products(model: nn.Module, *inputs: Any, **kwargs: Any) -> list[Trace
         raise TypeError(f"the analysis of a model takes a torch.nn.Module, got {type(model).__name__}")
     found: dict[tuple[Any, ...], TracedProduct] = {}
     is_attached = any(policy_of(module) is not None for module in model.modules())
-    if not is_attached:
-        attach(model, Policy())
-    try:
-        with listening(lambda product: _note(product, found, is_attached)):
-            coverage(model, *inputs, **kwargs)
-    finally:
-        if not is_attached:
-            detach(model)
+    with _run_as(model, given), listening(lambda product: _note(product, found, is_attached)):
+        coverage(model, *inputs, **kwargs)
     return list(found.values())
+
+
+def _run_as(model: nn.Module, given: AccumulatorLike | None) -> AbstractContextManager[None]:
+    """The model attached as it is; to nothing, where it is not; or to an accumulator that sums integers."""
+    policy = policy_of(model)
+    if given is not None and policy is not None and is_integer(Accumulator.parse(given)):
+        return attached(model, policy.replace(accumulator=given))
+    is_attached = any(policy_of(module) is not None for module in model.modules())
+    return nullcontext() if is_attached else attached(model, Policy())
 
 
 def _note(product: Product, found: dict[tuple[Any, ...], TracedProduct], is_attached: bool) -> None:
@@ -87,7 +99,9 @@ def _note(product: Product, found: dict[tuple[Any, ...], TracedProduct], is_atta
     if key not in found:
         about = (product.layer, product.kind, product.steps, 1)
         weight_format = product.formats[1] if len(product.formats) > 1 else None
-        found[key] = TracedProduct(*about, weight, weight_format, low, high, product.rule, is_attached)
+        found[key] = TracedProduct(
+            *about, weight, weight_format, low, high, product.rule, is_attached, product.scale is not None
+        )
         return
     known = found[key]
     known.calls += 1

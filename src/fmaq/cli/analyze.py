@@ -3,31 +3,30 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from fmaq.cli.console import print_table
+from fmaq.cli.recipes import Accumulator, PolicyFile, RecipePath, Weights, load_recipe, one
+
+if TYPE_CHECKING:
+    from fmaq.training.recipe import Recipe
 
 EPILOG = (
-    "[bold]Examples[/bold]\n\n  fmaq analyze examples/resnet20/evaluate.yaml -a paper12\n\n"
+    "[bold]Examples[/bold]\n\n  fmaq analyze examples/digits/recipe.yaml\n\n"
     '  fmaq analyze recipe.yaml -a "M6E4 product=M6E4 chunk=32"\n\n'
     "  fmaq analyze recipe.yaml -a I16f0 --input-max int8\n\n"
+    "  fmaq analyze recipe.yaml --policy runs/mine/policy.yaml --weights runs/mine/model.safetensors\n\n"
     "  fmaq analyze recipe.yaml -a paper12 --json | jq .overflow"
 )
 
 
 def analyze(
-    recipe: Annotated[
-        Path, typer.Argument(metavar="RECIPE", help="A recipe, a YAML file: its model and data.", show_default=False)
-    ],
-    accumulator: Annotated[
-        str | None,
-        typer.Option(
-            "--accumulator", "-a", help='Of every product, like paper12 or "M7E4 product=M7E4"; else the policy\'s.'
-        ),
-    ] = None,
+    recipe: RecipePath,
+    accumulator: Accumulator = None,
+    policy: PolicyFile = None,
+    weights: Weights = None,
     input_max: Annotated[
         str | None,
         typer.Option(
@@ -52,17 +51,15 @@ def analyze(
         import torch
 
         torch.set_num_threads(threads)
-    from fmaq.numerics import Accumulator
-
-    given = None if accumulator is None else Accumulator.parse(accumulator)
     limits = None if input_max is None else read_range(input_max)
-    found = _tables(recipe, given, limits, examples)
+    found = _tables(load_recipe(recipe, one(accumulator), policy, weights), limits, examples)
     if as_json:
         rows = {name: table.to_dicts() for name, table in found.items()}
         typer.echo(json.dumps({"recipe": str(recipe), **rows}, ensure_ascii=False))
         return
     for name, table in found.items():
-        print_table(_rich(name, table))
+        if len(table):
+            print_table(_rich(name, table))
 
 
 def read_range(text: str) -> Any:
@@ -83,25 +80,33 @@ def read_range(text: str) -> Any:
     return input_range(numbers[0] if len(numbers) == 1 else (numbers[0], numbers[1]))
 
 
-def _tables(path: Path, given: Any, limits: Any, examples: int) -> dict[str, Any]:
+def _tables(recipe: Recipe, limits: Any, examples: int) -> dict[str, Any]:
     """The tables by name. Mantissas are what floats have: an accumulator with a fixed format has the second alone."""
-    from fmaq.analysis import has_mantissas, mantissa_needed, overflow_bounds
-    from fmaq.emulation import attach
-    from fmaq.training.examples import first_inputs
-    from fmaq.training.recipe import Recipe
-    from fmaq.training.run import prepare
+    import torch
 
-    ready = prepare(Recipe.load(path))
+    from fmaq.analysis import mantissa_needed, overflow_bounds
+    from fmaq.analysis.calibration import call
+    from fmaq.emulation import attach
+    from fmaq.emulation.policy import FP32
+    from fmaq.training.examples import first_inputs
+    from fmaq.training.policies import emulating_policy, is_template
+    from fmaq.training.run import prepare
+    from fmaq.training.tasks import telling_of_the_batch
+
+    policy = emulating_policy(recipe)
+    ready = prepare(recipe)
     inputs = first_inputs(ready.test, examples)
+    with torch.no_grad(), telling_of_the_batch(ready.model, inputs):
+        call(ready.model, inputs)
     args, named = ((), inputs) if isinstance(inputs, dict) else ((inputs,), {})
-    attach(ready.model, ready.policy if given is None else ready.policy.replace(accumulator="fp32"))
-    found: dict[str, Any] = {}
-    if given is None or has_mantissas(given):
-        found["mantissa"] = mantissa_needed(ready.model, *args, accumulator=given, **named)
-    found["overflow"] = overflow_bounds(ready.model, *args, accumulator=given, input_max=limits, **named)
-    if len(found["overflow"]) == 0:
-        raise ValueError(f"the policy of {path} leaves every sum in float32; name an accumulator, like -a paper12")
-    return found
+    # No layer can be attached to an accumulator that lacks a bias, but all can be analysed for it.
+    given = policy.accumulator if is_template(policy) else None
+    attach(ready.model, policy if given is None else policy.replace(accumulator=FP32))
+    mantissas = mantissa_needed(ready.model, *args, accumulator=given, **named)
+    bounds = overflow_bounds(ready.model, *args, accumulator=given, input_max=limits, **named)
+    if len(bounds) == 0:
+        raise ValueError(f"none of the products of {type(ready.model).__name__} is emulated; see fmaq.coverage for why")
+    return {"mantissa": mantissas, "overflow": bounds}
 
 
 TITLES = {"mantissa": "Mantissa by length", "overflow": "Channels that cannot overflow"}

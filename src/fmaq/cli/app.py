@@ -11,6 +11,18 @@ import typer
 from fmaq.cli import analyze, bench, hardware, observe, reproduce
 from fmaq.cli.console import print_table
 from fmaq.cli.errors import interruptible
+from fmaq.cli.recipes import (
+    Accumulator,
+    Accumulators,
+    PolicyFile,
+    RecipePath,
+    Seed,
+    Weights,
+    in_recipe,
+    load_recipe,
+    next_command,
+    one,
+)
 
 if TYPE_CHECKING:
     from fmaq.training.recipe import Recipe
@@ -27,20 +39,12 @@ app = typer.Typer(
     epilog="Errors are one line and exit code 2 (bad input) or 1; add --debug for the traceback.",
 )
 
-RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe, a YAML file.", show_default=False)]
 Output = Annotated[
     Path | None, typer.Option("--output", "-o", help="Folder for the results, in place of the recipe's.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the record as JSON, and nothing else, on standard output.")]
 Device = Annotated[str, typer.Option(help="Where the model runs, a torch device.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads; all cores by default.")]
-Seed = Annotated[int | None, typer.Option(min=0, help="In place of the recipe's seed.")]
-Accumulators = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--accumulator", "-a", help='In place of the recipe\'s, like "M7E4b10 product=M7E4b12". May be repeated.'
-    ),
-]
 
 
 def _version(wanted: bool) -> None:
@@ -61,7 +65,8 @@ def _main(
 
 
 @app.command(
-    epilog="[bold]Examples[/bold]\n\n  fmaq demo\n\n  fmaq demo --seed 1 -o demo-1\n\n  fmaq demo --json | jq .rows"
+    epilog="[bold]Examples[/bold]\n\n  fmaq demo\n\n"
+    "  fmaq demo --quick\n\n  fmaq demo --seed 1 -o demo-1\n\n  fmaq demo --json | jq .rows"
 )
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")] = Path("runs/demo"),
@@ -69,6 +74,7 @@ def demo(
     threads: Annotated[
         int, typer.Option(min=1, help="Threads; the network is so small that more than one gain little.")
     ] = 1,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer epochs: seconds, to see that everything runs.")] = False,
     as_json: Json = False,
 ) -> None:
     """Train a small CNN on digits, try ever smaller accumulators, fine-tune the two that suffer.
@@ -80,24 +86,27 @@ def demo(
     from fmaq.training.progress import Bars
 
     with interruptible("interrupted; the demo starts over when it is run again"):
-        record = run_demo(output, seed, Bars(), _say(as_json))
+        record = run_demo(output, seed, Bars(), _say(as_json), quick=quick)
     _finish(record, output, "demo", as_json)
 
 
 @app.command(
-    epilog="[bold]Examples[/bold]\n\n  fmaq evaluate examples/resnet20/evaluate.yaml\n\n"
-    '  fmaq evaluate recipe.yaml -a fp32 -a paper12 -a "M5E4b10 product=M5E4b12"'
+    epilog="[bold]Examples[/bold]\n\n  fmaq evaluate examples/digits/recipe.yaml\n\n"
+    '  fmaq evaluate recipe.yaml -a fp32 -a paper12 -a "M5E4b10 product=M5E4b12"\n\n'
+    "  fmaq evaluate recipe.yaml --policy runs/mine/calibrated.yaml --weights runs/mine/model.safetensors"
 )
 def evaluate(
     recipe: RecipePath,
     accumulators: Accumulators = None,
+    policy: PolicyFile = None,
+    weights: Weights = None,
     output: Output = None,
     device: Device = "cpu",
     threads: Threads = None,
     seed: Seed = None,
     as_json: Json = False,
 ) -> None:
-    """Measure a network as it is, in float32 and under each of a recipe's accumulators.
+    """Measure a network as it is, in float32, under a recipe's policy and under each of its accumulators.
 
     Writes evaluate.json, evaluate.csv, a plot and a page into the output folder, runs/<name> by default.
     """
@@ -105,20 +114,21 @@ def evaluate(
     from fmaq.training.progress import Bars
     from fmaq.training.run import run_evaluate
 
-    changes = {} if not accumulators else {"accumulators": accumulators}
-    loaded, folder = _load(recipe, output, seed, changes)
+    loaded, folder = _open(load_recipe(recipe, accumulators or (), policy, weights, seed), output)
     _finish(run_evaluate(loaded, folder, device, Bars(), _say(as_json)), folder, "evaluate", as_json)
 
 
 @app.command(
-    epilog="[bold]Examples[/bold]\n\n  fmaq finetune examples/resnet20/finetune-12bit.yaml\n\n"
-    '  fmaq finetune recipe.yaml -a "M5E4b10 product=M5E4b12" -o runs/10-bit\n\n  fmaq finetune recipe.yaml --fresh'
+    epilog="[bold]Examples[/bold]\n\n  fmaq finetune examples/digits/recipe.yaml\n\n"
+    '  fmaq finetune recipe.yaml -a "M5E4b10 product=M5E4b12" -o runs/10-bit\n\n'
+    "  fmaq finetune recipe.yaml --policy runs/mine/calibrated.yaml --weights trained.safetensors\n\n"
+    "  fmaq finetune recipe.yaml --fresh"
 )
 def finetune(
     recipe: RecipePath,
-    accumulator: Annotated[
-        str | None, typer.Option("--accumulator", "-a", help="In place of the policy's, like paper12 or M7E4b10.")
-    ] = None,
+    accumulator: Accumulator = None,
+    policy: PolicyFile = None,
+    weights: Weights = None,
     output: Output = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start over, overwriting the folder's checkpoint.")] = False,
     device: Device = "cpu",
@@ -126,7 +136,7 @@ def finetune(
     seed: Seed = None,
     as_json: Json = False,
 ) -> None:
-    """Fine-tune a network under a recipe's accumulator, by its stages.
+    """Fine-tune a network under a recipe's policy, by its stages.
 
     An interrupted run goes on from its last checkpoint when the same command is given again, to the same bits.
     The output folder, runs/<name> by default, gets the model, a log, finetune.json, a plot and a page.
@@ -135,16 +145,19 @@ def finetune(
     from fmaq.training.progress import Bars
     from fmaq.training.run import run_finetune
 
-    loaded, folder = _load(recipe, output, seed, {} if accumulator is None else {"policy.accumulator": accumulator})
+    loaded, folder = _open(load_recipe(recipe, one(accumulator), policy, weights, seed), output)
     with interruptible():
         record = run_finetune(loaded, folder, device, Bars(), _say(as_json), resume=not fresh)
     _finish(record, folder, "finetune", as_json)
+    if not as_json and (own := folder / "policy.yaml").exists():
+        typer.echo(f"next:   {next_command('evaluate', recipe, own, folder / 'model.safetensors')}")
 
 
 @app.command(
-    epilog="[bold]Examples[/bold]\n\n  fmaq calibrate examples/resnet20/calibrate.yaml\n\n"
+    epilog="[bold]Examples[/bold]\n\n  fmaq calibrate examples/digits/recipe.yaml\n\n"
     "  fmaq calibrate recipe.yaml --per layer --per channel --batches 4\n\n"
-    '  fmaq calibrate recipe.yaml -a "M7E4 product=M7E4" --chunk 16 --chunk 32'
+    '  fmaq calibrate recipe.yaml -a "M7E4 product=M7E4" --chunk 16 --chunk 32\n\n'
+    "  fmaq calibrate recipe.yaml --policy by-hand.yaml --weights runs/mine/model.safetensors"
 )
 def calibrate(
     recipe: RecipePath,
@@ -164,6 +177,8 @@ def calibrate(
     ] = "trial",
     gain: Annotated[bool, typer.Option(help="Fit gains, which undo the mean shrinkage of truncation.")] = True,
     accumulators: Accumulators = None,
+    policy: PolicyFile = None,
+    weights: Weights = None,
     output: Output = None,
     device: Device = "cpu",
     threads: Threads = None,
@@ -173,18 +188,22 @@ def calibrate(
     """Choose biases, offsets and gains for a network on its training examples, and measure what that gives.
 
     Every accumulator of the recipe is measured as given, if it has biases, and calibrated. The output folder,
-    runs/<name> by default, gets each calibrated policy as YAML (for a recipe's key policy), the record, plot and page.
+    runs/<name> by default, gets each calibrated policy as YAML (for --policy, or a recipe's key policy), the record,
+    plot and page.
     """
     _use_threads(threads)
     from fmaq.training.calibrated import run_calibrate
     from fmaq.training.progress import Bars
 
-    changes = {} if not accumulators else {"accumulators": accumulators}
-    loaded, folder = _load(recipe, output, seed, changes)
+    loaded, folder = _open(load_recipe(recipe, accumulators or (), policy, weights, seed), output)
     pers: Any = tuple(per or ["channel"])
     how: dict[str, Any] = {"rule": rule, "gain": gain, "shift": gain, "chunks": chunk or ()}
     record = run_calibrate(loaded, folder, pers, batches, device, Bars(), _say(as_json), **how)
     _finish(record, folder, "calibrate", as_json)
+    if not as_json and record.best is not None and record.best.policy is not None:
+        file = folder / record.best.policy
+        typer.echo(f"next:   {next_command('evaluate', recipe, file)}")
+        typer.echo(f"        or in {recipe}:  policy: {in_recipe(file, recipe)}")
 
 
 @app.command(
@@ -208,14 +227,10 @@ def report(
             typer.echo(f"{what + ':':<8}{file}")
 
 
-def _load(path: Path, output: Path | None, seed: int | None, changes: dict[str, Any]) -> tuple[Recipe, Path]:
-    """The checked recipe, with the command line's changes, and the folder for its results."""
+def _open(recipe: Recipe, output: Path | None) -> tuple[Recipe, Path]:
+    """The recipe, and the folder for its results, made."""
     from fmaq.training.files import made_folder
-    from fmaq.training.recipe import Recipe
 
-    if seed is not None:
-        changes["seed"] = seed
-    recipe = Recipe.load(path, changes)
     return recipe, made_folder(output or recipe.output or Path("runs") / recipe.name)
 
 

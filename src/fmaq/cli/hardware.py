@@ -10,13 +10,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fmaq.cli.formats import hardware as formats
+from fmaq.cli.hardware_output import (
+    print_csv,
+    print_rows,
+    refuse_both,
+    warn_of_library,
+    warn_of_unlike,
+    warnings_in_yellow,
+)
+from fmaq.cli.recipes import Accumulator, PolicyFile, RecipePath, Weights, load_recipe, one
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from rich.table import Table
-
-    from fmaq.hardware.cost import MacSynthesis
+    from fmaq.hardware.cost import Synthesis
+    from fmaq.hardware.table import Study
 
 app = typer.Typer(
     help="What an accumulator costs: area, delay and energy of its unit, and the RTL to take away.",
@@ -40,6 +46,11 @@ Activation = Annotated[str, typer.Option("--activation", "-x", help="Format of t
 Liberty = Annotated[
     str, typer.Option("--liberty", "--library", "-l", help="unit (our own cells), osu018, osu035, or a Liberty file.")
 ]
+Part = Annotated[str, typer.Option(help="unit: the combinational FMAq. mac: with chunks, registers and merging.")]
+ModuleName = Annotated[
+    str, typer.Option("--name", help="Of the top module; the names of those inside start with it.", show_default=True)
+]
+Csv = Annotated[bool, typer.Option("--csv", help="Print CSV, and nothing else, on standard output.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on standard output.")]
 
 app.command(
@@ -51,95 +62,124 @@ app.command(
 
 @app.command(
     epilog="[bold]Examples[/bold]\n\n  fmaq hardware estimate paper12 M10E5b16 M23E8b127\n\n"
-    "  fmaq hardware estimate I32f0 --weight int8 --activation int8 --components"
+    "  fmaq hardware estimate I32f0 --weight int8 --activation int8 --components\n\n"
+    "  fmaq hardware estimate paper12 I16f10 --csv > gates.csv"
 )
 def estimate(
     accumulators: Names,
     weight: Weight = "M4E3",
     activation: Activation = "M4E3",
     components: Annotated[bool, typer.Option("--components", help="Show each component and its formula.")] = False,
+    as_csv: Csv = False,
     as_json: Json = False,
 ) -> None:
     """Count gates by formulas: instant, and no more than that."""
     from fmaq.hardware.gatecount import estimate as count
+    from fmaq.hardware.unit import Unit
 
+    refuse_both(as_json, as_csv)
     results = [count(text, weight, activation) for text in accumulators]
+    warn_of_unlike([Unit.of(text, weight, activation) for text in accumulators])
     if as_json:
         typer.echo(json.dumps([asdict(result) for result in results]))
         return
-    rows = [[text, f"{r.area:.0f}", f"{r.delay:.1f}"] for text, r in zip(accumulators, results, strict=True)]
-    _print(["accumulator", "area (NAND2)", "delay (FO4)"], rows)
-    if components:
-        for text, result in zip(accumulators, results, strict=True):
-            parts = [[c.name, c.formula, f"{c.gates:.0f}", f"{c.depth:.1f}"] for c in result.components]
-            _print(["component", "formula", "gates", "depth (FO4)"], parts, title=text, left=2)
+    pairs = list(zip(accumulators, results, strict=True))
+    if as_csv:
+        fields = ("bits", "product", "product_bits", "area", "delay", "delay_unit")
+        operands = {"weight": weight, "activation": activation}
+        print_csv([operands | {"accumulator": text} | {name: getattr(r, name) for name in fields} for text, r in pairs])
+        return
+    rows = [[text, str(r.bits), r.product, str(r.product_bits), f"{r.area:.0f}", f"{r.delay:.1f}"] for text, r in pairs]
+    title = f"{weight} weights, {activation} activations"
+    print_rows(["accumulator", "bits", "product", "its bits", "area (NAND2)", "delay (FO4)"], rows, title)
+    for text, result in pairs if components else []:
+        parts = [[c.name, c.formula, f"{c.gates:.0f}", f"{c.depth:.1f}"] for c in result.components]
+        print_rows(["component", "formula", "gates", "depth (FO4)"], parts, title=text, words=2)
 
 
 @app.command(
     epilog="[bold]Examples[/bold]\n\n  fmaq hardware synthesize paper12 M23E8b127\n\n"
-    "  fmaq hardware synthesize paper12 --liberty osu018 --part mac"
+    "  fmaq hardware synthesize paper12 --liberty osu018 --part mac\n\n"
+    "  fmaq hardware synthesize I16f0 I32f0 -w int8 -x int8 --csv > front.csv"
 )
 def synthesize(
     accumulators: Names,
     weight: Weight = "M4E3",
     activation: Activation = "M4E3",
     liberty: Liberty = "unit",
-    part: Annotated[str, typer.Option(help="unit: the combinational FMAq. mac: with registers and merging.")] = "unit",
+    part: Part = "unit",
+    as_csv: Csv = False,
     as_json: Json = False,
 ) -> None:
     """Synthesize units: area, delay, energy, and the front from the smallest to the fastest netlist."""
     from fmaq.hardware import cost, find_library
+    from fmaq.hardware.unit import Unit
 
+    refuse_both(as_json, as_csv)
+    run = {"unit": cost.synthesize, "mac": cost.synthesize_mac}[cost.check_part(part)]
     library = find_library(liberty)
-    if part not in ("unit", "mac"):
-        raise ValueError(f"part must be unit or mac, got {part!r}")
-    if part == "mac":
-        _macs([cost.synthesize_mac(text, weight, activation, library) for text in accumulators], accumulators, as_json)
-        return
-    results = [cost.synthesize(text, weight, activation, library) for text in accumulators]
+    warn_of_library(library)
+    warn_of_unlike([Unit.of(text, weight, activation) for text in accumulators])
+    results = {text: run(text, weight, activation, library) for text in accumulators}
     if as_json:
-        typer.echo(json.dumps([asdict(result) for result in results]))
+        typer.echo(json.dumps([asdict(result) for result in results.values()]))
         return
-    rows = []
-    for text, result in zip(accumulators, results, strict=True):
-        for index, point in enumerate(result.front):
-            first = index == 0
-            energy = f"{result.energy:.0f}" if first else ""
-            rows.append(
-                [
-                    text if first else "",
-                    point.recipe,
-                    f"{point.area:.0f}",
-                    f"{point.delay:.2f}",
-                    str(point.levels),
-                    energy,
-                ]
-            )
-    units = (f"delay ({library.delay_unit})", "levels", f"energy ({library.energy_unit})")
-    title = f"{weight} weights, {activation} activations, library {library.name}"
-    _print(["accumulator", "netlist", "area (NAND2)", *units], rows, title=title, left=2)
+    if as_csv:
+        of_all = {"weight": weight, "activation": activation, "part": part}
+        print_csv([of_all | record for text, result in results.items() for record in _front(text, result)])
+        return
+    rows = [_shown(record, index) for text, r in results.items() for index, record in enumerate(_front(text, r))]
+    names = ["accumulator", "bits", "product", "its bits", "netlist", "area (NAND2)"]
+    names += [f"delay ({library.delay_unit})", "levels", f"energy ({library.energy_unit})"]
+    names += ["flip-flops", "their area"] if part == "mac" else []
+    what = "" if part == "unit" else "chunked multiply-accumulate, "
+    print_rows(names, rows, title=f"{what}{weight} weights, {activation} activations, library {library.name}")
+
+
+def _front(accumulator: str, result: Synthesis) -> list[dict[str, Any]]:
+    """A record for each netlist of the front, the smallest first, which alone has an energy."""
+    fields = ("bits", "product", "product_bits", "library", "delay_unit", "energy_unit")
+    given = {"accumulator": accumulator} | {name: getattr(result, name) for name in fields}
+    of_mac = {name: getattr(result, name) for name in ("flip_flops", "flip_flop_area") if hasattr(result, name)}
+    return [
+        given | asdict(point) | {"energy": None if index else result.energy} | of_mac
+        for index, point in enumerate(result.front)
+    ]
+
+
+def _shown(record: dict[str, Any], index: int) -> list[str]:
+    """A netlist's row; only an accumulator's first says what is the same for all of its netlists."""
+    own = [record["recipe"], f"{record['area']:.0f}", f"{record['delay']:.2f}", str(record["levels"])]
+    if index:
+        return ["", "", "", "", *own, *[""] * (3 if "flip_flops" in record else 1)]
+    whole = [record["accumulator"], str(record["bits"]), record["product"], str(record["product_bits"])]
+    of_mac = [str(record["flip_flops"]), f"{record['flip_flop_area']:.0f}"] if "flip_flops" in record else []
+    return [*whole, *own, f"{record['energy']:.0f}", *of_mac]
 
 
 @app.command(
     epilog="[bold]Examples[/bold]\n\n  fmaq hardware rtl paper12 -o fmaq.v\n\n"
-    "  fmaq hardware rtl paper12 --part mac -o mac.v"
+    "  fmaq hardware rtl paper12 --part mac -o mac.v\n\n"
+    "  fmaq hardware rtl M5E4b10 --part mac --name mac10 -o mac10.v"
 )
 def rtl(
     accumulator: Name,
     weight: Weight = "M4E3",
     activation: Activation = "M4E3",
-    part: Annotated[
-        str, typer.Option(help="unit: the combinational FMAq. mac: with chunks, registers and merging.")
-    ] = "unit",
+    part: Part = "unit",
+    name: ModuleName = "fmaq",
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Verilog file; standard output without.")
     ] = None,
 ) -> None:
-    """Write the Verilog of an accumulator's unit, or of the chunked multiply-accumulate around it."""
+    """Write the Verilog of an accumulator's unit, or of the chunked multiply-accumulate around it.
+
+    Designs of different names can be simulated together: no module of one has a name of the other's.
+    """
     from fmaq.hardware.unit import Unit
     from fmaq.hardware.verilog import verilog
 
-    text = verilog(Unit.of(accumulator, weight, activation), part)
+    text = verilog(Unit.of(accumulator, weight, activation), part, name)
     if output is None:
         typer.echo(text)
     else:
@@ -149,8 +189,42 @@ def rtl(
 
 
 @app.command(
+    epilog="[bold]Examples[/bold]\n\n  fmaq hardware testbench paper12 -o bench\n\n"
+    "  fmaq hardware testbench paper12 --part mac --name mac12 --vectors 2000 -o bench\n\n"
+    "  cd bench && iverilog -g2012 -o mac12_tb mac12_tb.v mac12.v && vvp -n mac12_tb"
+)
+def testbench(
+    accumulator: Name,
+    weight: Weight = "M4E3",
+    activation: Activation = "M4E3",
+    part: Part = "unit",
+    name: ModuleName = "fmaq",
+    vectors: Annotated[
+        int, typer.Option(min=1, help="Of a unit; dot products of 37 steps of a multiply-accumulate. Few inputs: all.")
+    ] = 1000,
+    seed: Annotated[int, typer.Option(min=0, help="Of the vectors.")] = 0,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the files.")] = Path("bench"),
+) -> None:
+    """Write the Verilog with a test bench that checks itself, for any simulator: stimulus, and what must come out.
+
+    The bench prints PASS, or ends in an error that says how many codes differ.
+    """
+    from fmaq.hardware.testbench import testbench as files_of
+    from fmaq.hardware.unit import Unit
+
+    files = files_of(Unit.of(accumulator, weight, activation), part, name, vectors, seed)
+    output.mkdir(parents=True, exist_ok=True)
+    for file, text in files.items():
+        (output / file).write_text(text, encoding="utf-8")
+        typer.echo(f"{output / file}")
+    typer.echo(f"run: iverilog -g2012 -o {name}_tb {name}_tb.v {name}.v && vvp -n {name}_tb")
+
+
+@app.command(
     epilog="[bold]Examples[/bold]\n\n  fmaq hardware prove paper12\n\n"
-    "  fmaq hardware prove paper12 M3E3b4 -l osu018 --iverilog\n\n  fmaq hardware prove -l unit -l osu018"
+    "  fmaq hardware prove paper12 M3E3b4 -l osu018 --iverilog\n\n"
+    "  fmaq hardware prove paper12 M23E8b127 -w int8 -x int8 --part mac\n\n"
+    "  fmaq hardware prove -l unit -l osu018"
 )
 def prove(
     accumulators: Annotated[
@@ -162,7 +236,10 @@ def prove(
     liberty: Annotated[
         list[str] | None, typer.Option("--liberty", "-l", help="Libraries; unit, our own cells, without.")
     ] = None,
-    vectors: Annotated[int, typer.Option(min=1, help="Where trying all inputs is too much.")] = 100_000,
+    part: Part = "unit",
+    vectors: Annotated[
+        int, typer.Option(min=1, help="Where trying all inputs is too much; steps of a multiply-accumulate.")
+    ] = 100_000,
     iverilog: Annotated[bool, typer.Option("--iverilog", help="Simulate the Verilog by Icarus Verilog too.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -170,37 +247,63 @@ def prove(
     from fmaq.hardware import find_library
     from fmaq.hardware.proof import prove as compare
     from fmaq.hardware.table import STUDIES
-    from fmaq.hardware.unit import Unit
+    from fmaq.hardware.unit import IEEE, Unit
 
     wanted = [(text, weight, activation) for text in accumulators or []]
-    wanted = wanted or [(text, s.operands, s.operands) for s in STUDIES.values() for text in s.accumulators]
+    in_tables = [(text, s.weight, s.activation) for s in STUDIES.values() for text in s.accumulators]
+    wanted = wanted or [names for names in in_tables if part == "unit" or names[0] not in IEEE]
     libraries = [find_library(name) for name in liberty or ["unit"]]
     units = [Unit.of(*names) for names in wanted]
-    proofs = [compare(unit, libraries, vectors, iverilog=iverilog) for unit in units]
+    proofs = [compare(unit, libraries, vectors, iverilog=iverilog, part=part) for unit in units]
     if as_json:
         typer.echo(json.dumps([asdict(proof) for proof in proofs]))
     else:
         rows = []
-        for (text, *operands), proof in zip(wanted, proofs, strict=True):
+        for (text, *operands), unit, proof in zip(wanted, units, proofs, strict=True):
             tried = f"{proof.vectors:,}" + (" (all)" if proof.exhaustive else "")
             wrong = ", ".join(f"{name}: {count}" for name, count in proof.mismatches.items() if count)
-            rows.append([text, " x ".join(operands), tried, str(len(proof.mismatches)), wrong or "0"])
-        _print(["accumulator", "operands", "vectors", "designs", "mismatches"], rows, left=2)
+            product = "exact" if unit.product is None else str(unit.product)
+            bits = (str(unit.format.bits), product, str(unit.product_bits))
+            rows.append([text, " x ".join(operands), *bits, tried, str(len(proof.mismatches)), wrong or "0"])
+        names = ["accumulator", "operands", "bits", "product", "its bits"]
+        print_rows([*names, "vectors" if part == "unit" else "steps", "designs", "mismatches"], rows, words=2)
     if not all(proof.holds for proof in proofs):
         raise typer.Exit(1)
 
 
 @app.command(
     epilog="[bold]Examples[/bold]\n\n  fmaq hardware table\n\n"
-    "  fmaq hardware table -l unit -l osu018 --operands int8 --markdown"
+    "  fmaq hardware table -l unit -l osu018 --operands int8 --markdown\n\n"
+    '  fmaq hardware table paper12 "M5E4b10 product=M5E4b12" I16f10 -l unit --part mac\n\n'
+    "  fmaq hardware table I14f0 I18f0 -w int8 -x int4 -l unit --csv > mine.csv"
 )
 def table(
-    operands: Annotated[str, typer.Option(help="M4E3 or int8: which accumulators are compared.")] = "M4E3",
+    accumulators: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[ACCUMULATOR...]", help="Your own list, beside baselines.", show_default=False),
+    ] = None,
+    operands: Annotated[
+        str, typer.Option(help="M4E3 or int8: which of the documentation's lists, without a list of your own.")
+    ] = "M4E3",
+    weight: Annotated[
+        str | None, typer.Option("--weight", "-w", help="Format of the weights of your list; --operands without.")
+    ] = None,
+    activation: Annotated[
+        str | None, typer.Option("--activation", "-x", help="Format of the activations; --operands without.")
+    ] = None,
+    wide: Annotated[
+        str, typer.Option(help="The 32-bit baseline; without, M23E8b127, or I32f0 for integers.", show_default=False)
+    ] = "",
+    half: Annotated[
+        str, typer.Option(help="The 16-bit baseline; without, M10E5b16, or I16f0.", show_default=False)
+    ] = "",
+    part: Part = "unit",
     liberty: Annotated[
         list[str] | None, typer.Option("--liberty", "-l", help="Libraries; all that are installed without.")
     ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for a plot and the JSON.")] = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the tables as Markdown.")] = False,
+    as_csv: Csv = False,
     as_json: Json = False,
 ) -> None:
     """Area, delay and energy by accumulator, and ratios to the 32- and 16-bit baselines: minutes the first time."""
@@ -209,132 +312,97 @@ def table(
     from fmaq.hardware import find_library, installed_libraries
     from fmaq.hardware import table as tables
 
-    if operands not in tables.STUDIES:
-        raise ValueError(f"operands must be one of {', '.join(tables.STUDIES)}, got {operands!r}")
-    study = tables.STUDIES[operands]
+    refuse_both(as_json, as_csv)
+    if accumulators or weight or activation or wide or half:
+        chosen = accumulators or list(_study(operands).accumulators)
+        study = tables.study_of(chosen, weight or operands, activation or operands, wide, half)
+    else:
+        study = _study(operands)
     libraries = [find_library(name) for name in liberty or installed_libraries()]
+    for library in libraries:
+        warn_of_library(library)
+    if study.warning:
+        warn_of_unlike([study.unit(text) for text in study.accumulators])
     found = {}
-    with Progress(transient=True, disable=as_json or markdown) as bars:
+    with Progress(transient=True, disable=as_json or as_csv or markdown) as bars:
         task = bars.add_task("synthesis", total=len(libraries) * len(study.accumulators))
         for library in libraries:
-            found[library.name] = tables.run_study(study, library, progress=lambda _: bars.advance(task))
+            found[library.name] = tables.run_study(study, library, progress=lambda _: bars.advance(task), part=part)
     record = {name: [asdict(row) for row in rows] for name, rows in found.items()}
-    for library in libraries if not as_json else []:
+    for library in libraries if not (as_json or as_csv) else []:
         rows = found[library.name]
         if markdown:
-            typer.echo(tables.markdown(study, library, rows) + "\n")
+            typer.echo(tables.markdown(study, library, rows, part) + "\n")
         else:
+            what = "" if part == "unit" else "chunked multiply-accumulate, "
             units = f"delay in {library.delay_unit}, energy in {library.energy_unit}"
-            title = f"{operands} operands, library {library.name}: area in NAND2 equivalents, {units}"
-            _print([*tables.COLUMNS, *tables.RATIOS], [tables.cells(row) for row in rows], title=title)
+            title = f"{what}{study.operands} operands, library {library.name}: area in NAND2 equivalents, {units}"
+            print_rows(tables.columns(part), [tables.cells(row, part) for row in rows], title=title)
     if as_json:
         typer.echo(json.dumps(record))
+    if as_csv:
+        print_csv([tables.record(study, row, part) for rows in found.values() for row in rows])
     if output is not None:
         from fmaq.hardware.plot import save_plot
 
         output.mkdir(parents=True, exist_ok=True)
         (output / "hardware.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
         save_plot(found, output / "hardware.png")
-        typer.echo(f"plot: {output / 'hardware.png'}", err=as_json)
+        typer.echo(f"plot: {output / 'hardware.png'}", err=as_json or as_csv)
+
+
+def _study(operands: str) -> Study:
+    """One of the documentation's lists."""
+    from fmaq.hardware.table import STUDIES
+
+    if operands not in STUDIES:
+        raise ValueError(
+            f"operands must be one of {', '.join(STUDIES)}, got {operands!r}; for others give accumulators, -w and -x"
+        )
+    return STUDIES[operands]
 
 
 @app.command(
-    epilog="[bold]Examples[/bold]\n\n  fmaq hardware model examples/digits/finetune-8bit.yaml\n\n"
-    "  fmaq hardware model recipe.yaml -a paper12 --examples 8 -l osu018"
+    epilog="[bold]Examples[/bold]\n\n  fmaq hardware model examples/digits/recipe.yaml\n\n"
+    "  fmaq hardware model recipe.yaml -a paper12 --examples 8 -l osu018\n\n"
+    "  fmaq hardware model recipe.yaml --policy runs/mine/policy.yaml --weights runs/mine/model.safetensors\n\n"
+    "  fmaq hardware model recipe.yaml -a I24f0 -w int8 -x int8 --csv > energy.csv"
 )
 def model(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe, a YAML file.", show_default=False)],
-    accumulator: Annotated[
-        str | None, typer.Option("--accumulator", "-a", help="In place of the policy's, like paper12.")
+    recipe: RecipePath,
+    accumulator: Accumulator = None,
+    policy: PolicyFile = None,
+    weights: Weights = None,
+    weight: Annotated[
+        str | None,
+        typer.Option("--weight", "-w", help="Format of weights that the policy leaves in float32; M4E3 without."),
     ] = None,
-    weight: Weight = "M4E3",
-    activation: Activation = "M4E3",
+    activation: Annotated[
+        str | None, typer.Option("--activation", "-x", help="The same of activations; M4E3 without.")
+    ] = None,
     liberty: Liberty = "unit",
     examples: Annotated[int, typer.Option(min=1, help="Test examples that the model runs on.")] = 4,
+    as_csv: Csv = False,
     as_json: Json = False,
 ) -> None:
-    """Energy by layer: operations times the energy of one, over the layer's own weights and activations."""
-    from fmaq.cli.hardware_model import record_model
+    """Energy by layer: operations times the energy of one, over the layer's own weights and activations.
+
+    In Python: fmaq.analysis.model_energy(model, policy, inputs).
+    """
+    from fmaq.analysis.energy import HEADS
+    from fmaq.cli.hardware_model import recipe_energy
     from fmaq.hardware import find_library
-    from fmaq.hardware.layers import energy_by_layer
-    from fmaq.training.recipe import Recipe
 
-    changes: dict[str, Any] = {"data.limit": examples}
-    if accumulator is not None:
-        changes["policy.accumulator"] = accumulator
+    refuse_both(as_json, as_csv)
+    loaded = load_recipe(recipe, one(accumulator), policy, weights, changes={"data.limit": examples})
     library = find_library(liberty)
-    recording = record_model(Recipe.load(recipe, changes), weight, activation)
-    costs = energy_by_layer(recording.layers, library)
-    rows = [
-        {
-            "layer": cost.layer.name,
-            "accumulator": cost.layer.accumulator,
-            "operations": cost.layer.macs / recording.examples,
-            "operation": cost.operation,
-            "energy": cost.total / recording.examples,
-            "to_32_bit": cost.operation / cost.baseline,
-            "operands": "recorded" if cost.layer.streams else "gaussian",
-        }
-        for cost in costs
-    ]
-    total, baseline = sum(cost.total for cost in costs), sum(cost.baseline_total for cost in costs)
+    warn_of_library(library)
+    with warnings_in_yellow():
+        found = recipe_energy(loaded, weight, activation, library)
     if as_json:
-        typer.echo(json.dumps({"layers": rows, "library": library.name, "to_32_bit": total / baseline}))
-        return
-    lines = [
-        [
-            str(row["layer"]),
-            str(row["accumulator"]).split()[0],
-            str(row["operands"]),
-            *(
-                f"{row['operations']:,.0f}",
-                f"{row['operation']:.0f}",
-                f"{row['energy']:.3g}",
-                f"{row['to_32_bit']:.2f}",
-            ),
-        ]
-        for row in rows
-    ]
-    each = total / recording.examples
-    lines.append(["all", "", "", "", "", f"{each:.3g}", f"{total / baseline:.2f}"])
-    names = ["layer", "accumulator", "operands", "operations", "of one", "energy", "to 32-bit"]
-    title = (
-        f"Energy of one example in {library.energy_unit}, library {library.name}: no glitches, wires, memory, registers"
-    )
-    _print(names, lines, title=title, left=3)
-
-
-def _macs(results: Sequence[MacSynthesis], accumulators: Sequence[str], as_json: bool) -> None:
-    if as_json:
-        typer.echo(json.dumps([asdict(result) for result in results]))
-        return
-    rows = [
-        [text, f"{r.area:.0f}", str(r.flip_flops), f"{r.flip_flop_area:.0f}", f"{r.delay:.1f}"]
-        for text, r in zip(accumulators, results, strict=True)
-    ]
-    delay = f"delay ({results[0].delay_unit})"
-    title = f"chunked multiply-accumulate, library {results[0].library}"
-    _print(["accumulator", "area (NAND2)", "flip-flops", "their area", delay], rows, title=title)
-
-
-def _print(names: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None, left: int = 1) -> None:
-    """A table, as wide as it is where nobody's terminal limits it; the first `left` columns are words."""
-    from rich.console import Console
-
-    shown = _table(names, rows, title, left)
-    console = Console()
-    width = None if console.is_terminal else max(console.width, Console(width=1000).measure(shown).maximum)
-    Console(width=width).print(shown)
-
-
-def _table(names: Sequence[str], rows: Sequence[Sequence[str]], title: str | None, left: int) -> Table:
-    from rich import box
-    from rich.table import Table
-
-    options: dict[str, Any] = {"title": title, "title_justify": "left"} if title else {}
-    shown = Table(box=box.SIMPLE_HEAD, **options)
-    for index, name in enumerate(names):
-        shown.add_column(name, justify="left" if index < left else "right")
-    for row in rows:
-        shown.add_row(*row)
-    return shown
+        record = {"layers": found.to_dicts(), "library": library.name, "to_32_bit": found.ratio}
+        typer.echo(json.dumps(record))
+    elif as_csv:
+        print_csv(found.to_dicts())
+    else:
+        print_rows(HEADS, found.cells(), title=found.title, words=2)

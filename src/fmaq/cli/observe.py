@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from fmaq.cli.console import print_table
+from fmaq.cli.recipes import Accumulator, PolicyFile, RecipePath, Weights, load_recipe, one
 
 EPILOG = (
-    "[bold]Examples[/bold]\n\n  fmaq observe examples/resnet20/finetune-12bit.yaml\n\n"
+    "[bold]Examples[/bold]\n\n  fmaq observe examples/digits/recipe.yaml\n\n"
     '  fmaq observe examples/minilm/12bit.yaml -a "M5E4b10 product=M5E4b12"\n\n'
+    "  fmaq observe recipe.yaml --policy runs/mine/policy.yaml --weights runs/mine/model.safetensors\n\n"
     "  fmaq observe recipe.yaml --batches 4 --json | jq .layers"
 )
 
 
 def observe(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe, a YAML file.", show_default=False)],
-    accumulator: Annotated[
-        str | None, typer.Option("--accumulator", "-a", help="In place of the policy's, or of the recipe's first.")
-    ] = None,
+    recipe: RecipePath,
+    accumulator: Accumulator = None,
+    policy: PolicyFile = None,
+    weights: Weights = None,
     batches: Annotated[int, typer.Option(min=1, help="Of test examples, of the recipe's batch size.")] = 1,
     every_step: Annotated[bool, typer.Option("--every-step", help="Count in all outputs, not in a sample.")] = False,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for the results.")] = None,
@@ -39,11 +43,10 @@ def observe(
     from fmaq.analysis.observation import STEPS
     from fmaq.training.files import made_folder
     from fmaq.training.observed import run_observe
-    from fmaq.training.recipe import Recipe
 
-    loaded = Recipe.load(recipe, {})
+    loaded = load_recipe(recipe, one(accumulator), policy, weights)
     folder = made_folder(output or loaded.output or Path("runs") / loaded.name)
-    found = run_observe(loaded, accumulator, batches, None if every_step else STEPS)
+    found = run_observe(loaded, batches, None if every_step else STEPS)
     frames = {"events.csv": found.to_dataframe(), "exponents.csv": found.histograms()}
     for name, frame in frames.items():
         frame.to_csv(folder / name, index=False)
@@ -52,6 +55,6 @@ def observe(
         layers: dict[str, Any] = {name: {**e.counts, "steps": e.steps, "snr_db": e.snr} for name, e in found.items()}
         typer.echo(json.dumps({"recipe": loaded.name, "layers": layers}, ensure_ascii=False))
         return
-    print_table(found.table())
+    print_table(found.table(shutil.get_terminal_size().columns if sys.stdout.isatty() else None))
     for what, path in {"plot": plot, "events": folder / "events.csv", "ranges": folder / "exponents.csv"}.items():
         typer.echo(f"{what + ':':<8}{path}")

@@ -58,7 +58,7 @@ def reproduce(
     from fmaq.training.progress import Bars
 
     experiment = load(find(name), quick)
-    folder = output or Path("runs/reproduce") / (f"{experiment.name}-quick" if quick else experiment.name)
+    folder = output or Path("runs/reproduce") / experiment.name
     with interruptible():
         results = run_experiment(
             experiment,

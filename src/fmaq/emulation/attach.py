@@ -21,6 +21,7 @@ from fmaq.emulation import calls, fast_path
 from fmaq.emulation.calls import STATE, Attachment, Call
 from fmaq.emulation.mode import EmulationMode
 from fmaq.emulation.noise import COUNT
+from fmaq.emulation.operands import sums_codes
 from fmaq.emulation.policy import Policy
 from fmaq.emulation.products import RECURRENT, FmaqCoverageWarning
 from fmaq.numerics import Accumulator, FixedFormat
@@ -62,7 +63,7 @@ def attach(model: nn.Module, policy: Policy | AccumulatorLike) -> nn.Module:
     Raises:
         TypeError: `model` is no module.
         ValueError: an entry of the policy matches no module, a format in it still needs a bias, or a rule has both
-            `backward` and an estimator other than identity.
+            `backward` and an estimator other than identity, or `per_token` where integer codes are summed.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"attach takes a torch.nn.Module, got {type(model).__name__}")
@@ -72,7 +73,7 @@ def attach(model: nn.Module, policy: Policy | AccumulatorLike) -> nn.Module:
         _check_kernels(attachment)
     _install(attachments)
     _warn(attachments)
-    _warn_of_codes(attachments)
+    _warn_of_values(attachments)
     return model
 
 
@@ -87,9 +88,8 @@ def attached(model: nn.Module, policy: Policy, may_be_template: bool = False) ->
         ValueError, NotImplementedError: as `attach`.
     """
     attachments = _attachments(model, policy)
-    if not may_be_template:
-        for attachment in attachments.values():
-            _check_kernels(attachment)
+    for attachment in attachments.values():
+        _check_kernels(attachment, may_be_template)
     with _installed(attachments):
         yield
 
@@ -231,14 +231,21 @@ def _after(module: nn.Module, args: Any, output: Any) -> Any:
         calls.leave()
 
 
-def _check_kernels(attachment: Attachment) -> None:
+def _check_kernels(attachment: Attachment, may_be_template: bool = False) -> None:
     """Refuse before the first forward what no product could be computed with."""
     if attachment.rule is None:
         return
     for rule in (attachment.rule, *attachment.rule.of_products()):
         if not isinstance(accumulator := rule.accumulator, Accumulator):
             continue
+        if rule.per_token and sums_codes(accumulator, (rule.weight, rule.activation)):
+            raise ValueError(
+                f"per_token is of float exponents, and {attachment.name or 'the model itself'} sums integer codes in "
+                f"{accumulator.format}: leave it out there"
+            )
         if accumulator.is_template:
+            if may_be_template:
+                continue
             raise ValueError(
                 f"accumulator {accumulator} of {attachment.name or 'the model itself'} is a template: it has no bias. "
                 'Calibrate it, policy = fmaq.calibrate(model, policy, batches), or write a bias, like "M7E4b10"'
@@ -258,18 +265,20 @@ def _warn(attachments: dict[nn.Module, Attachment]) -> None:
         warnings.warn(message, FmaqCoverageWarning, stacklevel=3)
 
 
-def _warn_of_codes(attachments: dict[nn.Module, Attachment]) -> None:
-    """Integer operands keep their scales, which a fixed-point accumulator without offsets is hardly made for."""
+def _warn_of_values(attachments: dict[nn.Module, Attachment]) -> None:
+    """Values of integer operands keep their scales, which a fixed-point format without offsets is hardly made for."""
     rules = [attachment.rule for attachment in attachments.values() if attachment.rule is not None]
     if any(rule.offset is not None or rule.products for rule in rules):
         return
     for rule in rules:
         name = next((name for name in (rule.weight, rule.activation) if name and name.startswith("int")), None)
         format = rule.accumulator.format if isinstance(rule.accumulator, Accumulator) else None
-        if name is not None and isinstance(format, FixedFormat):
+        of_codes = sums_codes(rule.accumulator, (rule.weight, rule.activation))
+        if name is not None and isinstance(format, FixedFormat) and not of_codes:
             warnings.warn(
                 f"{format} sums operands in {name} at their scale, not their codes, and holds multiples of "
-                f"{format.tiny:g}: let fmaq.calibrate choose offsets that fit it",
+                f"{format.tiny:g}: let fmaq.calibrate choose offsets that fit it, or have codes summed, by integer "
+                f'weights and activations and formats without a fraction, like "I{format.width}f0"',
                 UserWarning,
                 stacklevel=3,
             )

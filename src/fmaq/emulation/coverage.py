@@ -19,6 +19,7 @@ from fmaq.emulation.noise import call_counts, restart_calls
 from fmaq.emulation.policy import FP32
 from fmaq.emulation.products import ONE_STEP, FmaqCoverageWarning, Product, listening, why_not
 from fmaq.emulation.sizes import PRODUCT_KERNELS, macs_of_kernel
+from fmaq.emulation.unmet import names_of, unmet_products
 
 Shapes = tuple[tuple[int, ...], ...]
 
@@ -37,6 +38,7 @@ class CoverageRow:
         macs: multiply-accumulates of all of them; None where unknown.
         accumulator: that sums them, or "fp32".
         formats: that each operand was quantized to; None where it stays as it was.
+        codes: integer codes are multiplied and summed, in place of values.
         covered: the sums are emulated.
         reason: why not; "" where they are.
     """
@@ -50,6 +52,7 @@ class CoverageRow:
     formats: tuple[str | None, ...]
     covered: bool
     reason: str
+    codes: bool = False
 
 
 class Coverage:
@@ -105,7 +108,8 @@ class Coverage:
 def coverage(model: nn.Module | Callable[..., Any], *inputs: Any, **kwargs: Any) -> Coverage:
     """Run an attached model once, and tell which of its products are emulated, by what, and why not.
 
-    The model, its buffers and torch's random state are afterwards as they were; nothing is recorded for gradients.
+    The model, its buffers and torch's random state are afterwards as they were; nothing is recorded for gradients. A
+    warning names what the policy says of products, by index or kind, that were not met.
 
     An elementwise product that is summed afterwards, `(x * y).sum()`, is no product to torch, and not in the table.
 
@@ -125,10 +129,18 @@ def coverage(model: nn.Module | Callable[..., Any], *inputs: Any, **kwargs: Any)
     if all(policy_of(module) is None for module in model.modules()):
         raise ValueError("the model is attached to no policy; call fmaq.attach(model, policy) before fmaq.coverage")
     rows: list[CoverageRow] = []
+    met: set[tuple[str, str, int]] = set()
     with undisturbed(model), hooked(model), warnings.catch_warnings():
         warnings.simplefilter("ignore", FmaqCoverageWarning)
-        with listening(lambda product: rows.append(_row(product))), meeting_the_rest(rows.append):
+        with (
+            listening(lambda product: rows.append(_row(product))),
+            listening(lambda product: met.add((product.layer, product.kind, product.index))),
+            meeting_the_rest(rows.append),
+        ):
             run(*inputs, **kwargs)
+    policy = policy_of(model)
+    for entry in unmet_products(policy, names_of(model), met) if policy is not None else ():
+        warnings.warn(f"coverage: no call had {entry}", FmaqCoverageWarning, stacklevel=2)
     return Coverage(_merged(rows))
 
 
@@ -199,6 +211,7 @@ def _row(product: Product) -> CoverageRow:
         formats=product.formats or (None,) * len(product.operands),
         covered=covered,
         reason=product.reason or "",
+        codes=product.scale is not None,
     )
 
 
@@ -220,7 +233,7 @@ def _cells(row: CoverageRow) -> tuple[str, ...]:
         " · ".join("×".join(str(size) for size in shape) or "scalar" for shape in row.shapes),
         str(row.calls),
         "?" if row.macs is None else f"{row.macs:,}",
-        " · ".join(name or "–" for name in row.formats) if any(row.formats) else "",
+        " · ".join(name or "–" for name in row.formats) + " codes" * row.codes if any(row.formats) else "",
         row.accumulator,
         row.reason,
     )

@@ -435,14 +435,13 @@ def _table() -> tuple[dict[Callable[..., Any], Handler], dict[str, Handler]]:
         "vecdot": _vecdot,
         "linalg_vecdot": _vecdot,
         "bilinear": _bilinear,
-        "embedding_bag": _embedding_bag,
-        "cosine_similarity": _cosine_similarity,
         "grouped_mm": _grouped,
         "_grouped_mm": _grouped,
     }
     for reason, names in NOT_COVERED.items():
         left = _recurrent if reason == RECURRENT_LAYER else _not_covered
         named |= {name: functools.partial(left, kind=name, reason=reason) for name in names}
+    named |= {"embedding_bag": _embedding_bag, "cosine_similarity": _cosine_similarity}
     by_function: dict[Callable[..., Any], Handler] = {torch.Tensor.__rmatmul__: _reversed_product}
     for name, handler in named.items():
         for place in (torch, torch.Tensor, torch.linalg, torch.sparse, F, torch._C._nn):
@@ -468,7 +467,7 @@ NOT_COVERED = {
             "_addmm_activation",
         ),
         *("conv_tbc", "cdist", "multi_dot", "chain_matmul", "matrix_power", "matrix_exp", "_convolution", "_trilinear"),
-        *("cov", "corrcoef", "affine_grid", "pinv", "pinverse"),
+        *("cov", "corrcoef", "affine_grid", "pinv", "pinverse", "embedding_bag", "cosine_similarity"),
         *("scaled_mm", "_scaled_mm", "scaled_grouped_mm", "_scaled_grouped_mm", "_int_mm", "_foreach_mm"),
         *("_weight_int4pack_mm", "_weight_int8pack_mm", "_scaled_dot_product_flash_attention_for_cpu"),
         *("_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention"),

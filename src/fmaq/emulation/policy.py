@@ -19,19 +19,18 @@ from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from fmaq.emulation import vector_files
+from fmaq.emulation.in_short import in_short
 from fmaq.emulation.noise import BY_CALL, NOISE, draws
 from fmaq.emulation.vectors import Vector
 from fmaq.emulation.whole_files import write_bytes
 from fmaq.numerics import Accumulator
+from fmaq.numerics.formats import meant_by
 from fmaq.numerics.reference import ESTIMATORS
 from fmaq.ops import parse_tensor_format
 from fmaq.ops.operands import AccumulatorLike
-
-if TYPE_CHECKING:
-    import yaml
 
 T = TypeVar("T")
 
@@ -39,11 +38,27 @@ FP32 = "fp32"
 CHOSEN_FIELDS = ("offset", "gain", "shift")
 """What is chosen for one accumulator, by `calibrate` say."""
 
-PRODUCT_FIELDS = ("accumulator", "weight", "activation", "estimator", "backward", "per_token", "noise", *CHOSEN_FIELDS)
+RANGE_FIELDS = ("a_max", "b_max")
+"""How large the operands' formats reach, where that is no matter of the data at run time."""
+
+OWN_FIELDS = (*CHOSEN_FIELDS, *RANGE_FIELDS)
+"""What a module's own products have, and the modules inside it do not."""
+
+PRODUCT_FIELDS = (
+    *("accumulator", "weight", "activation", "estimator", "backward", "per_token", "noise", "weight_per_channel"),
+    *OWN_FIELDS,
+)
 RULE_FIELDS = (*PRODUCT_FIELDS, "products")
 
+KINDS = (
+    *("linear", "matmul", "attention_scores", "attention_values", "einsum", "tensordot", "inner", "vecdot", "bilinear"),
+    *(f"conv{transposed}{d}d" for transposed in ("", "_transpose") for d in (1, 2, 3)),
+    "grouped_mm",
+)
+"""Kinds of products that can be emulated, as `fmaq.coverage` names them."""
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, repr=False)
 class Rule:
     """What happens to the products of one layer.
 
@@ -55,7 +70,10 @@ class Rule:
         backward: accumulator of the gradient products, see `fmaq.matmul`; None is float32.
         per_token: each token has an exponent of its own, found at run time; see `fmaq.matmul`.
         noise: of stochastic rounding, `"by_call"` or `"repeated"`; see `fmaq.emulation.noise`.
+        weight_per_channel: every output channel of a weight has a bias or scale of its own.
         offset, gain, shift: of the output channels (or heads), see `fmaq.matmul`; None where there is none.
+        a_max, b_max: the largest magnitudes that the formats of a product's two operands are made for, see
+            `fmaq.quantize`; None: those of the tensors, found at run time.
         products: what differs for single products, by their index in a call or by kind.
     """
 
@@ -66,9 +84,12 @@ class Rule:
     backward: Accumulator | None = None
     per_token: bool = False
     noise: str = BY_CALL
+    weight_per_channel: bool = False
     offset: Vector | None = None
     gain: Vector | None = None
     shift: Vector | None = None
+    a_max: Vector | None = None
+    b_max: Vector | None = None
     products: Mapping[int | str, Mapping[str, Any]] = field(default_factory=dict, hash=False)
 
     @property
@@ -93,10 +114,9 @@ class Rule:
 
     def handed_down(self) -> Rule:
         """What is inherited by modules inside: all but what was chosen for the layer's own sums."""
-        products: dict[int | str, Mapping[str, Any]] = {
-            kind: _handed_down(entry) for kind, entry in self.products.items() if isinstance(kind, str)
-        }
-        return replace(self, offset=None, gain=None, shift=None, products=products)
+        products = {kind: _handed_down(entry) for kind, entry in self.products.items() if isinstance(kind, str)}
+        changed: dict[str, Any] = {**dict.fromkeys(OWN_FIELDS), "products": products}
+        return replace(self, **changed)
 
     @property
     def is_noisy(self) -> bool:
@@ -108,6 +128,9 @@ class Rule:
     def of_products(self) -> list[Rule]:
         """The rules of the products that differ."""
         return [replace(self, **{"products": {}, **entry}) for entry in self.products.values()]
+
+    def __repr__(self) -> str:
+        return in_short(self)
 
 
 def _naming_the_nearest(cls: type[T]) -> type[T]:
@@ -125,7 +148,7 @@ def _naming_the_nearest(cls: type[T]) -> type[T]:
 
 
 @_naming_the_nearest
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Policy:
     """Which products use which accumulator; see the module's text for how an entry of `layers` is chosen.
 
@@ -133,22 +156,29 @@ class Policy:
         accumulator: an `Accumulator`, anything that `Accumulator.parse` takes, or `"fp32"` (or `"float32"`) for
             torch's own product.
         weight: format that weights are quantized to, such as `"M4E3"` or `"int8"`; None leaves them float32.
-        activation: the same for activations.
+        activation: the same for activations. Where both are integers and the accumulator's formats are fixed-point
+            without a fraction (`"I16f0"`), it sums their codes, as an integer engine does, and the scales multiply the
+            finished sums.
         estimator: of the gradients, see `fmaq.matmul`.
         backward: an accumulator of the two gradient products of the estimator identity, or None: float32.
         per_token: each token (row of the first operand; image of a convolution) has an exponent of its own, which
             costs the hardware finding it at run time.
         noise: of stochastic rounding: `"by_call"`, other random numbers in every layer, call and product (see
             `fmaq.emulation.noise`), or `"repeated"`, the same in all of one seed.
+        weight_per_channel: every output channel of a weight has a bias or scale of its own.
         offset: added to the accumulator's and the product's bias: an integer, or one for each output channel.
         gain, shift: multiply the finished sums, and are then added: a number, or one for each output channel.
             Of batched products (heads), all three may have further dimensions in front; see `fmaq.matmul`.
+        a_max, b_max: static ranges: the largest magnitudes that the formats of a product's two operands (input and
+            weight of a linear layer or convolution) are made for; of a weight by channel, one a channel. None: the
+            tensors' own at run time, so that a sample's result depends on its batch. See `fmaq.quantize`.
         products: for layers with several products: index of a product in a call of the layer (0, 1 ...), or kind
-            ("linear", "attention_scores" ...) → a mapping of any of the fields above, laid over them.
+            (one of `KINDS`: "linear", "attention_scores" ...) → a mapping of any of the fields above, laid over them.
+            An index may be text, as JSON has it.
         layers: module name or glob → a mapping of any of the fields above, laid over them, or None: torch's own
-            product on operands as they are.
+            product on operands as they are. A name such as "0" may be a whole number, as YAML has it.
 
-    `fmaq.calibrate` chooses offsets, gains, shifts and the biases of templates ("M7E4").
+    `fmaq.calibrate` chooses offsets, gains, shifts, ranges and the biases of templates ("M7E4").
 
     Raises:
         TypeError, ValueError: a key or value is wrong; the message names it and what it may be.
@@ -161,9 +191,12 @@ class Policy:
     backward: Accumulator | None = None
     per_token: bool = False
     noise: str = BY_CALL
+    weight_per_channel: bool = False
     offset: Vector | None = None
     gain: Vector | None = None
     shift: Vector | None = None
+    a_max: Vector | None = None
+    b_max: Vector | None = None
     products: Mapping[int | str, Mapping[str, Any]] = field(default_factory=dict)
     layers: Mapping[str, Mapping[str, Any] | None] = field(default_factory=dict)
 
@@ -172,10 +205,15 @@ class Policy:
             object.__setattr__(self, name, _checked(name, getattr(self, name)))
         if not isinstance(self.layers, Mapping):
             raise TypeError(f"layers must map module names to overrides or None, got {self.layers!r}")
-        object.__setattr__(self, "layers", {key: _checked_entry(key, entry) for key, entry in self.layers.items()})
+        layers = _renamed("layers", self.layers, _layer_name)
+        object.__setattr__(self, "layers", {name: _checked_entry(name, entry) for name, entry in layers.items()})
 
     def __hash__(self) -> int:
         return hash(tuple(_hashable(getattr(self, f.name)) for f in fields(self)))
+
+    def __repr__(self) -> str:
+        """What differs from the defaults, in a few lines; `to_mapping` says all of it."""
+        return in_short(self)
 
     @classmethod
     def parse(cls, description: Policy | AccumulatorLike) -> Policy:
@@ -205,13 +243,17 @@ class Policy:
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: it is not a policy, or gives a key twice; the message names the file and the key.
+            ValueError: it is empty, not a policy, or gives a key twice; the message names the file and the key.
         """
         import yaml
 
+        from fmaq.emulation.yaml_text import load_yaml
+
         try:
             content, _ = load_yaml(Path(path).read_text(encoding="utf-8"))
-            return cls.parse(vector_files.filled_in({} if content is None else content, Path(path)))
+            if content is None:
+                raise ValueError('the file says nothing; a policy that emulates nothing is written "accumulator: fp32"')
+            return cls.parse(vector_files.filled_in(content, Path(path)))
         except (yaml.YAMLError, TypeError, ValueError) as error:
             raise ValueError(f"{path}: {error}") from error
 
@@ -221,7 +263,7 @@ class Policy:
         Long vectors go into a safetensors file beside it, whose name ends with a hash of what is in it. The YAML file
         is what makes the switch: until it is in its place, the old one and its vectors stay as they were.
         """
-        import yaml
+        from fmaq.emulation.yaml_text import dump_yaml
 
         path = Path(path)
         if path.is_dir():
@@ -231,7 +273,7 @@ class Policy:
         mapping, vectors = vector_files.taken_out(self.to_mapping())
         if vectors:
             mapping = {**mapping, vector_files.KEY: vector_files.write(path, vectors)}
-        write_bytes(path, yaml.safe_dump(mapping, sort_keys=False, allow_unicode=True).encode())
+        write_bytes(path, dump_yaml(mapping).encode())
         if old is not None and old.name != mapping.get(vector_files.KEY):
             old.unlink(missing_ok=True)
 
@@ -298,7 +340,7 @@ class Policy:
         """
         best: tuple[tuple[bool, int, int], str] | None = None
         for position, key in enumerate(self.layers):
-            if any(_speaks_for(key, name) for name in names):
+            if any(speaks_for(key, name) for name in names):
                 rank = (key in names, _literal_characters(key), position)
                 if best is None or rank > best[0]:
                     best = (rank, key)
@@ -323,34 +365,7 @@ class Policy:
                 raise ValueError(f"layers: {key!r} matches no module of the model{hint}")
 
 
-def load_yaml(text: str) -> tuple[Any, yaml.Node | None]:
-    """The values of YAML text, and its nodes, which know their lines.
-
-    Raises:
-        yaml.YAMLError: it is not YAML, or a key is given twice, of which YAML itself would keep the last.
-    """
-    import yaml
-
-    def refuse_duplicates(node: yaml.Node | None) -> None:
-        if isinstance(node, yaml.MappingNode):
-            seen = set()
-            for key, value in node.value:
-                name = str(key.value)
-                if name in seen:
-                    problem = f"the key {name!r} is given twice"
-                    raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
-                seen.add(name)
-                refuse_duplicates(value)
-        elif isinstance(node, yaml.SequenceNode):
-            for value in node.value:
-                refuse_duplicates(value)
-
-    node = yaml.compose(text, Loader=yaml.SafeLoader)
-    refuse_duplicates(node)
-    return yaml.safe_load(text), node
-
-
-def _speaks_for(key: str, name: str) -> bool:
+def speaks_for(key: str, name: str) -> bool:
     """The key matches the module, or one that contains it."""
     parts = name.split(".") if name else []
     return any(
@@ -406,18 +421,33 @@ def _reset(entry: Mapping[str, Any], accumulator: Accumulator | str) -> dict[str
 
 def _handed_down(entry: Mapping[str, Any]) -> dict[str, Any]:
     """An entry without what was chosen for the matched module's own sums."""
-    kept = {name: value for name, value in entry.items() if name not in CHOSEN_FIELDS}
+    kept = {name: value for name, value in entry.items() if name not in OWN_FIELDS}
     if "products" in kept:
         kept["products"] = {key: _handed_down(one) for key, one in kept["products"].items()}
     return kept
 
 
-def _checked_entry(key: Any, entry: Any) -> dict[str, Any] | None:
+def _renamed(what: str, entries: Mapping[Any, Any], name_of: Callable[[Any], Any]) -> dict[Any, Any]:
+    """Entries by the names that their keys stand for, each given once."""
+    named: dict[Any, Any] = {}
+    for key, entry in entries.items():
+        name = name_of(key)
+        if name in named:
+            raise ValueError(f"{what}: {name!r} is given twice, as a number and as text")
+        named[name] = entry
+    return named
+
+
+def _layer_name(key: Any) -> str:
+    if isinstance(key, int) and not isinstance(key, bool):
+        return str(key)
     if not isinstance(key, str):
-        raise TypeError(f"layers: {key!r} is not a module name or a glob over module names")
-    if entry is None:
-        return None
-    return _checked_fields(f"layers: {key!r}", entry, RULE_FIELDS)
+        raise TypeError(f'layers: {key!r} is not a module name or a glob over module names; quote it, like "2.10"')
+    return key
+
+
+def _checked_entry(name: str, entry: Any) -> dict[str, Any] | None:
+    return None if entry is None else _checked_fields(f"layers: {name!r}", entry, RULE_FIELDS)
 
 
 def _checked_fields(where: str, entry: Any, known: tuple[str, ...]) -> dict[str, Any]:
@@ -443,15 +473,15 @@ def _checked(name: str, value: Any) -> Any:
         return value
     if name == "backward":
         return _backward(value)
-    if name == "per_token":
+    if name in ("per_token", "weight_per_channel"):
         if not isinstance(value, bool):
-            raise TypeError(f"per_token must be true or false, got {value!r}")
+            raise TypeError(f"{name} must be true or false, got {value!r}")
         return value
     if name == "noise":
         if value not in NOISE:
             raise ValueError(f"noise {value!r} is none of: {', '.join(NOISE)}{_nearest(str(value), NOISE)}")
         return value
-    if name in CHOSEN_FIELDS:
+    if name in OWN_FIELDS:
         return _vector(name, value)
     if name == "products":
         return _products(value)
@@ -462,20 +492,36 @@ def _vector(name: str, value: Any) -> Vector | None:
     if value is None or isinstance(value, Vector):
         return value
     if isinstance(value, str):
+        if vector_files.IS_NUMBER.fullmatch(value):
+            raise TypeError(f"{name} {value!r} is text; write the number without quotes")
         raise TypeError(f"{name} {value!r} names a vector in a file; read the policy with fmaq.Policy.load")
     try:
-        return Vector(value, whole=name == "offset")
+        vector = Vector(value, whole=name == "offset")
     except (TypeError, ValueError) as error:
         raise type(error)(f"{name}: {error}") from error
+    if name in RANGE_FIELDS and (vector.array.min() < 0 or vector.array.ndim > 1):
+        raise ValueError(f"{name} must be a largest magnitude, or one an output channel; got {value!r}")
+    return vector
 
 
 def _products(value: Any) -> dict[int | str, dict[str, Any]]:
     if not isinstance(value, Mapping):
         raise TypeError(f"products must map a product's index or kind to what differs for it, got {value!r}")
-    for key in value:
-        if isinstance(key, bool) or not isinstance(key, (int, str)):
-            raise TypeError(f'products: {key!r} is neither an index, like 0, nor a kind, like "attention_scores"')
-    return {key: _checked_fields(f"products: {key!r}", entry, PRODUCT_FIELDS) for key, entry in value.items()}
+    entries = _renamed("products", value, _product_name)
+    return {key: _checked_fields(f"products: {key!r}", entry, PRODUCT_FIELDS) for key, entry in entries.items()}
+
+
+def _product_name(key: Any) -> int | str:
+    """An index, which JSON has as text, or a kind."""
+    if isinstance(key, bool) or not isinstance(key, (int, str)):
+        raise TypeError(f'products: {key!r} is neither an index, like 0, nor a kind, like "attention_scores"')
+    if isinstance(key, str) and not re.fullmatch(r"-?\d+", key):
+        if key not in KINDS:
+            raise ValueError(f"products: there is no kind {key!r}{_nearest(key, KINDS)} There are: {', '.join(KINDS)}")
+        return key
+    if int(key) < 0:
+        raise ValueError(f"products: {key!r} is no index: they count a layer's products from 0, in the order of a call")
+    return int(key)
 
 
 def _accumulator(value: Any) -> Accumulator | str:
@@ -505,5 +551,5 @@ def _tensor_format(name: str, value: Any) -> str | None:
         parsed = parse_tensor_format(value)
     except (TypeError, ValueError) as error:
         known = 'a float format like "M4E3" or "M4E3b5", an integer like "int8", or None to leave float32'
-        raise ValueError(f"{name} must be {known}; got {value!r}") from error
+        raise ValueError(f"{name} must be {known}; got {value!r}{meant_by(value)}") from error
     return f"int{parsed}" if isinstance(parsed, int) else str(parsed)

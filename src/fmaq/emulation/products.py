@@ -7,14 +7,14 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from fmaq import ops
 from fmaq.emulation.calls import Call
 from fmaq.emulation.noise import REPEATED, keyed, note_number
+from fmaq.emulation.operands import Operands, multiplied
 from fmaq.emulation.policy import FP32, Rule
 from fmaq.numerics import Accumulator
 from fmaq.ops.operands import OPERAND_DTYPES
@@ -40,13 +40,14 @@ class Product:
         kind: "linear", "conv2d", "matmul", "attention_scores" ...
         layer: full name of the module whose forward calls it; "" is the model itself.
         index: counts the products of one call of that module, from 0.
-        operands: the tensors multiplied, quantized where the policy says so.
+        operands: the tensors multiplied, quantized where the policy says so, or their integer codes (see `scale`).
         options: of a convolution: stride, padding, dilation, groups, output_padding.
         steps: products in one dot product, K; None where unknown.
         macs: multiply-accumulates in all; None where unknown.
         rule: the layer's; None leaves it alone.
         reason: why the sums are torch's own; None where they are emulated.
         formats: of each operand, what it was quantized to; None where it stays as it was.
+        scale: operands are codes, whose finished sums are multiplied by it: a number, or one an output channel.
     """
 
     kind: str
@@ -59,6 +60,7 @@ class Product:
     rule: Rule | None
     reason: str | None
     formats: tuple[str | None, ...] = ()
+    scale: Tensor | None = None
 
 
 Listener = Callable[[Product], None]
@@ -87,7 +89,17 @@ def is_heard() -> bool:
     return bool(_listeners.all)
 
 
-Chooser = Callable[["Place", "Request", Rule], Rule]
+class Chooser(Protocol):
+    """Who is asked for the rule of each product that is to be emulated or quantized."""
+
+    def ranged(self, place: Place, request: Request, rule: Rule) -> Rule:
+        """The rule before operands are quantized, with their ranges, perhaps."""
+
+    def choose(self, place: Place, request: Request, rule: Rule) -> Rule:
+        """The rule before products are emulated, which may be a template's until then.
+
+        The request's operands are those multiplied, quantized where the rule says so.
+        """
 
 
 class _Choosers(threading.local):
@@ -100,10 +112,7 @@ _choosers = _Choosers()
 
 @contextmanager
 def choosing(chooser: Chooser) -> Iterator[None]:
-    """Ask `chooser(place, request, rule)` for the rule of each product to be emulated in this thread; a `with` block.
-
-    The request's operands are those multiplied, quantized where the rule says so; the rule may be a template's.
-    """
+    """Ask a chooser for the rule of each product in this thread; a `with` block."""
     before, _choosers.current = _choosers.current, chooser
     try:
         yield
@@ -147,33 +156,54 @@ class Request:
 
 def compute(call: Call, request: Request) -> Tensor:
     """The product as the layer's rule wants it; in the dtype that torch's own would have."""
-    rule, operands = rule_of(call, request.kind), request.operands
+    rule, operands = rule_of(call, request.kind), Operands(request.operands)
     is_outer = request.steps == 1 and not request.kind.startswith(SUMMING)
-    reason = why_not(rule, operands, is_outer)
-    formats: tuple[str | None, str | None] = (None, None)
-    if rule is None or why_untouched(rule, operands, is_outer) is not None:
-        result = request.torch_product(*operands)
-    elif rule.accumulator == FP32:
-        formats = _formats(rule, request.is_weight)
-        operands = _quantized(operands, formats)
-        result = request.torch_product(*operands)
+    reason = why_not(rule, request.operands, is_outer)
+    if rule is None or why_untouched(rule, request.operands, is_outer) is not None:
+        result = request.torch_product(*request.operands)
     else:
-        dtype = autocast_dtype(operands[0]) or operands[0].dtype
-        with torch.autocast(operands[0].device.type, enabled=False):
-            formats = _formats(rule, request.is_weight)
-            operands = _quantized((operands[0].to(dtype), operands[1].to(dtype)), formats)
-            if _choosers.current is not None:
-                place = Place(call.attachment.name, request.kind, call.products)
-                rule = _choosers.current(place, replace(request, operands=operands), rule)
-            accumulator = keyed_for(call, rule)
-            try:
-                result = request.emulated_product(*operands, accumulator, **_how(call, rule)).to(dtype)
-            except ValueError as error:
-                where = call.attachment.name or "the model itself"
-                raise ValueError(f"{request.kind} in {where}: {error}") from error
+        result, operands = _computed(call, request, rule)
     macs = result.numel() * request.steps if request.macs is None else request.macs
-    announce(call, request.kind, operands, reason, request.steps, macs, request.options, formats)
+    announce(call, request.kind, operands, reason, request.steps, macs, request.options)
     return result
+
+
+def _computed(call: Call, request: Request, rule: Rule) -> tuple[Tensor, Operands]:
+    """A product that is quantized, or emulated, or both; and what was multiplied."""
+    chooser, place = _choosers.current, Place(call.attachment.name, request.kind, call.products)
+    if chooser is not None:
+        rule = chooser.ranged(place, request, rule)
+    if rule.accumulator == FP32:
+        operands = _multiplied(place, request, rule)
+        own = zip(operands.tensors, request.operands, strict=True)
+        operands = replace(operands, tensors=tuple(x.to(given.dtype) for x, given in own))
+        return request.torch_product(*operands.tensors), operands
+    first, second = request.operands
+    dtype = autocast_dtype(first) or first.dtype
+    with torch.autocast(first.device.type, enabled=False):
+        operands = _multiplied(place, replace(request, operands=(first.to(dtype), second.to(dtype))), rule)
+        if chooser is not None:
+            a, b = operands.tensors
+            rule = chooser.choose(place, replace(request, operands=(a, b)), rule)
+        accumulator, how = keyed_for(call, rule), _how(call, rule)
+        if operands.scale is not None:
+            how["gain"] = (operands.scale * how.get("gain", 1)).float()
+        with _named(place):
+            return request.emulated_product(*operands.tensors, accumulator, **how).to(dtype), operands
+
+
+def _multiplied(place: Place, request: Request, rule: Rule) -> Operands:
+    with _named(place):
+        return multiplied(rule, request.kind, request.operands, request.is_weight, request.options)
+
+
+@contextmanager
+def _named(place: Place) -> Iterator[None]:
+    """Say in an error in which product it came up."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{place.kind} in {place.layer or 'the model itself'}: {error}") from error
 
 
 def keyed_for(call: Call, rule: Rule) -> Accumulator:
@@ -196,16 +226,6 @@ def rule_of(call: Call, kind: str) -> Rule | None:
     """The rule of the product that a module asks for next; None leaves it alone."""
     rule = call.attachment.rule
     return None if rule is None else rule.for_product(kind, call.products)
-
-
-def _formats(rule: Rule, is_weight: tuple[bool, bool]) -> tuple[str | None, str | None]:
-    first, second = (rule.weight if weight else rule.activation for weight in is_weight)
-    return first, second
-
-
-def _quantized(operands: tuple[Tensor, Tensor], formats: tuple[str | None, str | None]) -> tuple[Tensor, Tensor]:
-    first, second = (x if f is None else ops.quantize(x, f) for x, f in zip(operands, formats, strict=True))
-    return first, second
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
@@ -244,19 +264,20 @@ def why_untouched(rule: Rule | None, operands: Sequence[Tensor], is_outer: bool 
 def announce(
     call: Call,
     kind: str,
-    operands: tuple[Tensor, ...],
+    operands: Operands | tuple[Tensor, ...],
     reason: str | None,
     steps: int | None = None,
     macs: int | None = None,
     options: dict[str, Any] | None = None,
-    formats: tuple[str | None, ...] = (),
 ) -> None:
     """Tell the listeners of a product that was computed, and warn of one that the policy wants emulated and is not."""
     rule, name = rule_of(call, kind), call.attachment.name
     index = call.products
     call.products += 1
+    found = operands if isinstance(operands, Operands) else Operands(operands)
+    about = found.tensors, options or {}, steps, macs, rule, reason, found.formats, found.scale
     for listener in list(_listeners.all):
-        listener(Product(kind, name, index, operands, options or {}, steps, macs, rule, reason, formats))
+        listener(Product(kind, name, index, *about))
     if reason not in (None, LEFT_ALONE, IN_FP32, ONE_STEP) and not isinstance(call.module, RECURRENT):
         warnings.warn(
             f"{kind} in {name or 'the model itself'} is not emulated: {reason}", FmaqCoverageWarning, stacklevel=2

@@ -6,6 +6,7 @@ The file's name ends with a hash of what is in it, and stands in the YAML file u
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,11 @@ import numpy as np
 from fmaq.emulation.whole_files import write_bytes
 
 KEY = "vectors"
-NAMES = ("offset", "gain", "shift")
+NAMES = ("offset", "gain", "shift", "a_max", "b_max")
 INLINE = 16
 """Numbers that a YAML file shows itself."""
+IS_NUMBER = re.compile(r"[-+\d.eE]+")
+"""A number in quotes, which names no vector."""
 
 
 def taken_out(mapping: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -47,14 +50,16 @@ def filled_in(content: Any, path: Path) -> Any:
     Raises:
         ValueError: the file is missing, changed, or lacks a vector; names it.
     """
-    if not isinstance(content, Mapping) or KEY not in content:
+    if not isinstance(content, Mapping):
         return content
-    vectors = _read(path.parent / str(content[KEY]))
+    vectors = _read(path.parent / str(content[KEY])) if KEY in content else {}
 
     def walk(value: Any, key: Any) -> Any:
         if isinstance(value, Mapping):
             return {name: walk(inner, name) for name, inner in value.items()}
-        if key in NAMES and isinstance(value, str):
+        if key in NAMES and isinstance(value, str) and (value in vectors or not IS_NUMBER.fullmatch(value)):
+            if KEY not in content:
+                raise ValueError(f"{key}: {value!r} names a vector, and no key {KEY} says in which file it is")
             if value not in vectors:
                 raise ValueError(f"{key}: {content[KEY]} has no vector {value!r}")
             return vectors[value]
@@ -77,8 +82,10 @@ def _named_by(path: Path) -> str | None:
     """What a YAML file says under `vectors`."""
     import yaml
 
+    from fmaq.emulation.yaml_text import load_yaml
+
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content, _ = load_yaml(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
         return None
     name = content.get(KEY) if isinstance(content, Mapping) else None

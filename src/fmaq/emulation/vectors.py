@@ -12,7 +12,7 @@ from fmaq.ops.columns import LARGEST
 
 
 class Vector:
-    """An array of integers (offsets) or of float32 (gains, shifts) that cannot be changed.
+    """An array of integers (offsets) or of float32 (gains, shifts, ranges) that cannot be changed.
 
     Args:
         values: numbers, nested sequences of them, an array or a tensor.

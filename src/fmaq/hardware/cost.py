@@ -11,7 +11,7 @@ from typing import Any
 from fmaq.hardware import streams as operand_streams
 from fmaq.hardware import synthesis
 from fmaq.hardware.liberty import Library, find_library
-from fmaq.hardware.netlist import energy
+from fmaq.hardware.netlist import Netlist, energy
 from fmaq.hardware.operands import Operand
 from fmaq.hardware.streams import Streams
 from fmaq.hardware.unit import IeeeFormat, Unit
@@ -34,6 +34,9 @@ class Synthesis:
 
     Attributes:
         unit: operands and accumulator, as text.
+        bits: of the accumulator's code.
+        product: format of the products, `"exact"` where they are not rounded.
+        product_bits: of the product as it enters the sum, see `Unit.product_bits`.
         library: the cell library's name.
         area: NAND2 equivalents.
         delay: of the longest path, without wires, in `delay_unit`.
@@ -44,6 +47,9 @@ class Synthesis:
     """
 
     unit: str
+    bits: int
+    product: str
+    product_bits: int
     library: str
     area: float
     delay: float
@@ -63,6 +69,22 @@ class Synthesis:
     def area_within(self, delay: float) -> float | None:
         """Area of the smallest netlist that is at least so fast (iso-delay); None where there is none."""
         return min((point.area for point in self.front if point.delay <= delay), default=None)
+
+
+@dataclass(frozen=True)
+class MacSynthesis(Synthesis):
+    """A synthesized multiply-accumulate: the unit, its registers, the chunk counter, and the second-level adder.
+
+    Area, delay and energy are of all that: delay is of the longest path between registers, without their own; energy
+    is of one cycle, with the flip-flops' clock pins.
+
+    Attributes:
+        flip_flops: how many bits of register.
+        flip_flop_area: NAND2 equivalents of these.
+    """
+
+    flip_flops: int
+    flip_flop_area: float
 
 
 def synthesize(
@@ -88,9 +110,47 @@ def synthesize(
     return synthesize_unit(unit, cells, streams or operand_streams.gaussian())
 
 
+def synthesize_mac(
+    accumulator: Accumulator | str | Mapping[str, Any],
+    weight: Operand | str = "M4E3",
+    activation: Operand | str = "M4E3",
+    library: Library | str | Path | None = None,
+    streams: Streams | None = None,
+) -> MacSynthesis:
+    """Synthesize the chunked multiply-accumulate of an accumulator; arguments and errors as of `synthesize`.
+
+    Raises:
+        ValueError: also for the IEEE baselines, which have a unit alone.
+    """
+    unit = Unit.of(accumulator, weight, activation)
+    cells = library if isinstance(library, Library) else find_library(library)
+    return synthesize_mac_unit(unit, cells, streams or operand_streams.gaussian())
+
+
 def synthesize_unit(unit: Unit, library: Library, streams: Streams) -> Synthesis:
     """`synthesize`, of a unit and a library that are there already."""
-    mapped = synthesis.map_to_cells(design(unit), library)
+    figures, smallest = _figures(unit, library, design(unit))
+    trace = operand_streams.trace(unit, streams)
+    return Synthesis(**figures, energy=energy(smallest, library, trace), streams=streams.source)
+
+
+def synthesize_mac_unit(unit: Unit, library: Library, streams: Streams) -> MacSynthesis:
+    """`synthesize_mac`, of a unit and a library that are there already."""
+    figures, smallest = _figures(unit, library, mac_design(unit))
+    trace = operand_streams.mac_trace(unit, streams)
+    areas = [library.cells[gate.cell].area for gate in smallest.registers]
+    return MacSynthesis(
+        **figures,
+        energy=energy(smallest, library, trace),
+        streams=streams.source,
+        flip_flops=len(areas),
+        flip_flop_area=sum(areas) / library.nand2,
+    )
+
+
+def _figures(unit: Unit, library: Library, rtlil: str) -> tuple[dict[str, Any], Netlist]:
+    """Fields of a `Synthesis` but those of the energy, and the smallest netlist."""
+    mapped = synthesis.map_to_cells(rtlil, library)
     netlists = [m.netlist(library) for m in mapped]
     points = [
         Point(m.recipe, netlist.area / library.nand2, library.delay(m.picoseconds), netlist.levels)
@@ -98,67 +158,21 @@ def synthesize_unit(unit: Unit, library: Library, streams: Streams) -> Synthesis
     ]
     best = min(range(len(points)), key=lambda index: points[index].area)
     smallest = netlists[best]
-    return Synthesis(
-        unit=str(unit),
-        library=library.name,
-        area=points[best].area,
-        delay=points[best].delay,
-        energy=energy(smallest, library, operand_streams.trace(unit, streams)),
-        cells=smallest.counts,
-        levels=smallest.levels,
-        front=_front(points),
-        delay_unit=library.delay_unit,
-        energy_unit=library.energy_unit,
-        streams=streams.source,
-    )
-
-
-@dataclass(frozen=True)
-class MacSynthesis:
-    """A synthesized multiply-accumulate: the unit, its registers, the chunk counter, and the second-level adder.
-
-    Attributes:
-        unit: operands and accumulator, as text.
-        library: the cell library's name.
-        area: NAND2 equivalents of the smallest netlist.
-        delay: of its longest path between registers, without their own, in `delay_unit`.
-        cells: how many of each type.
-        flip_flops: how many bits of register.
-        flip_flop_area: NAND2 equivalents of these.
-    """
-
-    unit: str
-    library: str
-    area: float
-    delay: float
-    cells: dict[str, int]
-    flip_flops: int
-    flip_flop_area: float
-    delay_unit: str
-
-
-def synthesize_mac(
-    accumulator: Accumulator | str | Mapping[str, Any],
-    weight: Operand | str = "M4E3",
-    activation: Operand | str = "M4E3",
-    library: Library | str | Path | None = None,
-) -> MacSynthesis:
-    """Synthesize the chunked multiply-accumulate of an accumulator; arguments and errors as of `synthesize`."""
-    unit = Unit.of(accumulator, weight, activation)
-    cells = library if isinstance(library, Library) else find_library(library)
-    mapped = synthesis.map_to_cells(mac_design(unit), cells)
-    best, netlist = min(((m, m.netlist(cells)) for m in mapped), key=lambda pair: pair[1].area)
-    registers = [cells.cells[gate.cell].area for gate in netlist.gates if cells.cells[gate.cell].is_sequential]
-    return MacSynthesis(
-        unit=str(unit),
-        library=cells.name,
-        area=netlist.area / cells.nand2,
-        delay=cells.delay(best.picoseconds),
-        cells=netlist.counts,
-        flip_flops=len(registers),
-        flip_flop_area=sum(registers) / cells.nand2,
-        delay_unit=cells.delay_unit,
-    )
+    figures = {
+        "unit": str(unit),
+        "bits": unit.format.bits,
+        "product": "exact" if unit.product is None else str(unit.product),
+        "product_bits": unit.product_bits,
+        "library": library.name,
+        "area": points[best].area,
+        "delay": points[best].delay,
+        "cells": smallest.counts,
+        "levels": smallest.levels,
+        "front": _front(points),
+        "delay_unit": library.delay_unit,
+        "energy_unit": library.energy_unit,
+    }
+    return figures, smallest
 
 
 def _front(points: list[Point]) -> tuple[Point, ...]:
@@ -170,15 +184,19 @@ def _front(points: list[Point]) -> tuple[Point, ...]:
 
 
 @lru_cache(maxsize=64)
-def design(unit: Unit) -> str:
-    """A unit's RTL in Yosys's intermediate language; its top module is `fmaq`."""
+def design(unit: Unit, name: str = synthesis.TOP) -> str:
+    """A unit's RTL in Yosys's intermediate language.
+
+    Args:
+        name: of its top module; those inside are called after it, too.
+    """
     back, rtl = _amaranth()
     top = rtl.FmaqUnit(unit)
-    return str(back.convert(top, ports=top.ports, name=synthesis.TOP))
+    return _rtlil(back, top, name)
 
 
 @lru_cache(maxsize=64)
-def mac_design(unit: Unit) -> str:
+def mac_design(unit: Unit, name: str = synthesis.TOP) -> str:
     """The same of the chunked multiply-accumulate around the unit.
 
     Raises:
@@ -188,7 +206,22 @@ def mac_design(unit: Unit) -> str:
         raise ValueError(f"the baseline {unit.accumulator} has a unit, and no chunked multiply-accumulate")
     back, rtl = _amaranth()
     top = rtl.Mac(unit)
-    return str(back.convert(top, ports=top.ports, name=synthesis.TOP))
+    return _rtlil(back, top, name)
+
+
+DESIGNS = {"unit": design, "mac": mac_design}
+"""The parts that there is RTL of."""
+
+
+def check_part(part: str) -> str:
+    """The part, if there is one of this name; ValueError otherwise."""
+    if part not in DESIGNS:
+        raise ValueError(f"part must be one of {', '.join(DESIGNS)}, got {part!r}")
+    return part
+
+
+def _rtlil(back: Any, top: Any, name: str) -> str:
+    return str(back.convert(top, ports=top.ports, name=name))
 
 
 def _amaranth() -> tuple[Any, Any]:

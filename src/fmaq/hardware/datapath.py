@@ -370,8 +370,10 @@ def round_fixed(sheet: Sheet, x: Fixed, rounding: Rounding) -> Value:
     the magnitude: of a negative number, 1 − f of the fraction f, so up is where R is below the fraction, rounded up.
     """
     drop = rounding.kept + 1
-    fraction, whole = x.value[:drop], x.value[drop:].as_signed()
     negative = x.value[-1]
+    # A number that is always far below one has no whole part yet: its sign is all of it.
+    value = Cat(x.value, negative.replicate(max(0, drop + 1 - len(x.value))))
+    fraction, whole = value[:drop], value[drop:].as_signed()
     if rounding.mode == "toward_zero":
         up = negative & fraction.any()
     elif rounding.mode == "nearest_even":

@@ -56,6 +56,7 @@ class Estimate:
 
     Attributes:
         unit: operands and accumulator, as text.
+        bits, product, product_bits: of the accumulator's code and of the products, as in `Synthesis`.
         library: `"gate count"`.
         area: NAND2 equivalents.
         delay: FO4 inverter delays along the critical path.
@@ -65,6 +66,9 @@ class Estimate:
     """
 
     unit: str
+    bits: int
+    product: str
+    product_bits: int
     library: str
     area: float
     delay: float
@@ -90,7 +94,18 @@ def estimate(
     parts = tuple(_components(unit))
     area = sum(part.gates for part in parts)
     cells = {part.name: part.gates for part in parts}
-    return Estimate(str(unit), "gate count", area, sum(p.depth for p in parts), area * ACTIVITY, cells, parts)
+    return Estimate(
+        unit=str(unit),
+        bits=unit.format.bits,
+        product="exact" if unit.product is None else str(unit.product),
+        product_bits=unit.product_bits,
+        library="gate count",
+        area=area,
+        delay=sum(part.depth for part in parts),
+        energy=area * ACTIVITY,
+        cells=cells,
+        components=parts,
+    )
 
 
 def _components(unit: Unit) -> list[Component]:

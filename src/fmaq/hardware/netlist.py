@@ -1,4 +1,4 @@
-"""A netlist of gates, simulated 64 vectors at a time: one NumPy word of bits for each net."""
+"""A netlist of gates and flip-flops, simulated 64 vectors at a time: one NumPy word of bits for each net."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fmaq.hardware.liberty import Cell, Library, compile_function
+from fmaq.hardware.functions import compile_function, pins_of
+from fmaq.hardware.liberty import Cell, Library, Register
 
 Words = NDArray[np.uint64]
 Codes = NDArray[np.int64]
 
 GENERIC = {
-    name: Cell(name, 0.0, dict.fromkeys(pins, 0.0), {"Y": function}, False)
+    name: Cell(name, 0.0, dict.fromkeys(pins, 0.0), {"Y": function})
     for name, pins, function in (
         ("$_BUF_", "A", "A"),
         ("$_NOT_", "A", "!A"),
@@ -27,8 +28,8 @@ GENERIC = {
         ("$_XNOR_", "AB", "!(A^B)"),
         ("$_MUX_", "ABS", "S*B+!S*A"),
     )
-}
-"""Yosys's own gates, which a design is lowered to before any optimisation."""
+} | {"$_DFF_P_": Cell("$_DFF_P_", 0.0, {"C": 0.0, "D": 0.0}, {"Q": "IQ"}, Register("IQ", "IQN", "D", "C"))}
+"""Yosys's own gates, and its flip-flop, which a design is lowered to before any optimisation."""
 
 POPULATION = np.array([bin(byte).count("1") for byte in range(256)], np.uint8)
 
@@ -43,7 +44,7 @@ class Gate:
 
 @dataclass(frozen=True)
 class Netlist:
-    """A netlist; one with flip-flops has areas and counts, and only a combinational one can be simulated.
+    """A netlist. All flip-flops have one clock; their states at the first step are all zeros.
 
     Attributes:
         inputs, outputs: nets of each port, lowest bit first.
@@ -87,12 +88,18 @@ class Netlist:
         return dict(Counter(gate.cell for gate in self.gates).most_common())
 
     @cached_property
+    def registers(self) -> list[Gate]:
+        """The flip-flops."""
+        return [gate for gate in self.gates if self.cells[gate.cell].is_sequential]
+
+    @cached_property
     def _order(self) -> tuple[list[Gate], int]:
         """Gates, each behind those that drive it, and the largest number of gates on a path (Kahn's algorithm)."""
-        drivers = {net: gate for gate in self.gates for net in self._driven(gate)}
+        logic = [gate for gate in self.gates if not self.cells[gate.cell].is_sequential]
+        drivers = {net: gate for gate in logic for net in self._driven(gate)}
         levels: dict[int, int] = {}
         order: list[Gate] = []
-        for root in self.gates:
+        for root in logic:
             stack = [root]
             while stack:
                 gate = stack[-1]
@@ -120,35 +127,79 @@ class Netlist:
         """Every net's bits, packed along the last axis of the vectors.
 
         Args:
-            vectors: codes of every input port, arrays of one shape.
+            vectors: codes of every input port but the clock, arrays of one shape; (steps, lanes) with flip-flops.
         """
         shape = next(iter(vectors.values())).shape
         zeros = pack(np.zeros(shape, bool))
         nets: dict[int | str, Words] = {"0": zeros, "1": ~zeros}
         for name, bits in self.inputs.items():
-            for position, net in enumerate(bits):
+            for position, net in enumerate(bits) if name in vectors else ():
                 nets[net] = pack((vectors[name] >> position) & 1 == 1)
-        functions = {name: _functions(self.cells[name]) for name in self.counts}
+        if not self.registers:
+            self._settle(nets)
+            return nets
+        steps: list[dict[int | str, Words]] = []
+        states = {id(register): zeros[0] for register in self.registers}
+        for index in range(shape[0]):
+            steps.append({net: words[index] for net, words in nets.items()})
+            states = self._step(steps[-1], states)
+        return {net: np.stack([step[net] for step in steps]) for net in steps[0]}
+
+    def _settle(self, nets: dict[int | str, Words]) -> None:
+        """Add what the gates make of the inputs, and of the flip-flops' outputs."""
+        constants: dict[str, Words] = {"0": nets["0"], "1": nets["1"]}
         for gate in self._order[0]:
-            for pin, inputs, function in functions[gate.cell]:
+            for pin, inputs, function in self._functions[gate.cell]:
                 if pin in gate.pins:
-                    nets[gate.pins[pin]] = function({name: nets[gate.pins[name]] for name in inputs})
-        return nets
+                    nets[gate.pins[pin]] = function(constants | {name: nets[gate.pins[name]] for name in inputs})
+
+    def _step(self, nets: dict[int | str, Words], states: dict[int, Words]) -> dict[int, Words]:
+        """Add every net of one clock cycle; the flip-flops' states in the next."""
+        for gate in self.registers:
+            cell, state = self.cells[gate.cell], states[id(gate)]
+            assert cell.register is not None
+            inside = {cell.register.state: state, cell.register.inverse: ~state, "0": nets["0"], "1": nets["1"]}
+            for pin, _, function in self._functions[gate.cell]:
+                if pin in gate.pins:
+                    nets[gate.pins[pin]] = function(inside)
+        self._settle(nets)
+        return {id(gate): self._next_states[gate.cell](self._seen(gate, nets, states)) for gate in self.registers}
+
+    def _seen(self, gate: Gate, nets: Mapping[int | str, Words], states: Mapping[int, Words]) -> dict[str, Words]:
+        """What a flip-flop's next state may depend on: its pins and its state."""
+        register = self.cells[gate.cell].register
+        assert register is not None
+        pins = {pin: nets[net] for pin, net in gate.pins.items() if net in nets}
+        return pins | {register.state: states[id(gate)], register.inverse: ~states[id(gate)]}
+
+    @cached_property
+    def _functions(self) -> dict[str, list[tuple[str, list[str], Any]]]:
+        """Of each type of cell, its outputs: pin, inputs, and function."""
+        used = [self.cells[name] for name in self.counts]
+        return {c.name: [(pin, list(c.inputs), compile_function(f)) for pin, f in c.outputs.items()] for c in used}
+
+    @cached_property
+    def _next_states(self) -> dict[str, Any]:
+        """Of each type of flip-flop, the function that it takes over."""
+        registers = {name: self.cells[name].register for name in self.counts}
+        return {name: compile_function(r.next_state) for name, r in registers.items() if r is not None}
 
     def simulate(self, vectors: Mapping[str, Codes]) -> dict[str, Codes]:
-        """Codes of every output port for vectors of codes, one axis."""
+        """Codes of every output port, in the shape of the vectors that `nets` takes."""
         nets = self.nets(vectors)
-        count = len(next(iter(vectors.values())))
+        count = next(iter(vectors.values())).shape[-1]
         return {
             name: np.sum([unpack(nets[net], count).astype(np.int64) << i for i, net in enumerate(bits)], axis=0)
             for name, bits in self.outputs.items()
         }
 
     def switched_capacitance(self, vectors: Mapping[str, Codes]) -> float:
-        """Capacitance of the pins whose level changes, a step: gates' inputs alone, no wires, no glitches.
+        """Capacitance of the pins whose level changes, a step: cells' inputs alone, no wires, no glitches.
+
+        A clock pin rises and falls in every step.
 
         Args:
-            vectors: codes of every input port, (steps, lanes): a lane is one unit, in the order of time.
+            vectors: codes of every input port but the clock, (steps, lanes): a lane is one unit, in the order of time.
         Returns:
             the mean over steps and lanes, in the unit of `Cell.inputs`.
         """
@@ -162,13 +213,16 @@ class Netlist:
             if load[net]:
                 toggles = POPULATION[(words[1:] ^ words[:-1]).view(np.uint8)].sum(dtype=np.int64)
                 total += float(toggles) * load[net]
-        return total / ((steps - 1) * lanes)
+        registers = [self.cells[gate.cell] for gate in self.registers]
+        clocked = sum(2 * cell.inputs[pin] for cell in registers for pin in clock_pins(cell))
+        return total / ((steps - 1) * lanes) + clocked
 
 
 def energy(netlist: Netlist, library: Library, vectors: Mapping[str, Codes]) -> float:
     """Mean energy of a step on streams of operands: C·V²/2 for each change of each gate input.
 
-    It is a zero-delay simulation: no glitches, no wires, no short-circuit current, no leakage, no clock.
+    It is a zero-delay simulation: no glitches, no wires, no short-circuit current, no leakage. The clock drives the
+    flip-flops' pins, and no tree.
 
     Args:
         vectors: as `Netlist.switched_capacitance` takes them.
@@ -178,8 +232,9 @@ def energy(netlist: Netlist, library: Library, vectors: Mapping[str, Codes]) -> 
     return 0.5 * netlist.switched_capacitance(vectors) * library.voltage**2
 
 
-def _functions(cell: Cell) -> list[tuple[str, list[str], Any]]:
-    return [(pin, list(cell.inputs), compile_function(text)) for pin, text in cell.outputs.items()]
+def clock_pins(cell: Cell) -> set[str]:
+    """The pins that clock a flip-flop."""
+    return pins_of(cell.register.clocked_on) if cell.register else set()
 
 
 def pack(bits: NDArray[np.bool_]) -> Words:
@@ -190,5 +245,5 @@ def pack(bits: NDArray[np.bool_]) -> Words:
 
 
 def unpack(words: Words, count: int) -> NDArray[np.uint8]:
-    """The first `count` bits of packed words."""
-    return np.unpackbits(words.view(np.uint8), count=count)
+    """The first `count` bits along the last axis of packed words."""
+    return np.unpackbits(words.view(np.uint8), axis=-1, count=count)

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fmaq.numerics import FloatFormat, parse_format
+from fmaq.numerics.formats import meant_by
 
 Codes = NDArray[np.int64]
 
@@ -133,7 +134,8 @@ def parse_operand(name: Any, role: str = "operand") -> Operand:
     except ValueError:
         format = None
     if not isinstance(format, FloatFormat) or format.zero != "flag":
-        raise ValueError(f'{role} format {text!r} is not one of the unit\'s; write a float like "M4E3" or "int8"')
+        how = 'write a float like "M4E3" or "int8"'
+        raise ValueError(f"{role} format {text!r} is not one of the unit's; {how}{meant_by(text)}")
     if format.mantissa > MAX_MANTISSA or format.exponent > MAX_EXPONENT:
         raise ValueError(
             f"{role} format {text!r} does not fit the unit: float operands have at most {MAX_MANTISSA} mantissa "
@@ -141,3 +143,8 @@ def parse_operand(name: Any, role: str = "operand") -> Operand:
         )
     bias = 2**format.exponent - 1 if format.bias is None else format.bias
     return FloatOperand(format.mantissa, format.exponent, bias)
+
+
+def has_bias(name: str) -> bool:
+    """Whether a float format's name fixes the bias; an integer has none."""
+    return re.fullmatch(r"\s*M\d+E\d+b-?\d+z?\s*", name) is not None

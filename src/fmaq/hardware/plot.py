@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from fmaq.hardware.table import Row
+from fmaq.hardware.table import Row, label
 
 
 def save_plot(rows: Mapping[str, Sequence[Row]], path: Path) -> None:
@@ -23,8 +23,9 @@ def save_plot(rows: Mapping[str, Sequence[Row]], path: Path) -> None:
         for position, row in enumerate(table):
             delays, areas = zip(*((point.delay, point.area) for point in row.synthesis.front), strict=True)
             colour = colormaps["turbo"](0.05 + 0.9 * position / max(len(table) - 1, 1))
-            label = row.accumulator.split()[0]
-            axes.plot(delays, areas, marker="o", markersize=3.5, linewidth=1.2, color=colour, label=label)
+            axes.plot(
+                delays, areas, marker="o", markersize=3.5, linewidth=1.2, color=colour, label=label(row.accumulator)
+            )
         axes.set_xlabel(f"delay ({table[0].synthesis.delay_unit})")
         axes.set_ylabel("area (NAND2 equivalents)")
         axes.set_title(library, loc="left")

@@ -1,23 +1,29 @@
-"""Is the hardware the reference, bit for bit? RTL, every synthesized netlist, and a chunked dot product, compared."""
+"""Is the hardware the reference, bit for bit? RTL, every synthesized netlist and the Verilog, compared.
+
+A unit is tried on vectors; the chunked multiply-accumulate around it on dot products, one after another.
+"""
 
 from __future__ import annotations
 
-import shutil
-import subprocess
-import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
-from fmaq.hardware import synthesis
-from fmaq.hardware.cost import design, mac_design
+from fmaq.hardware import synthesis, testbench
+from fmaq.hardware.cost import DESIGNS, check_part
 from fmaq.hardware.liberty import Library, find_library
-from fmaq.hardware.unit import Unit
-from fmaq.hardware.vectors import Vectors, is_exhaustive, vectors_for
+from fmaq.hardware.netlist import Netlist
+from fmaq.hardware.unit import Unit, dot_products
+from fmaq.hardware.vectors import Vectors, is_exhaustive, random, vectors_for
 
 Codes = NDArray[np.int64]
+
+DOTS = 2
+"""Dot products that a multiply-accumulate does one after another: the second starts in the cycle after the first."""
+VERILOG_DOTS = 500
+"""The same in Icarus Verilog, which is slow."""
 
 
 @dataclass(frozen=True)
@@ -26,9 +32,10 @@ class Proof:
 
     Attributes:
         unit: as text.
-        vectors: how many inputs were tried.
+        vectors: how many inputs were tried; of a multiply-accumulate, steps.
         exhaustive: whether these are all there are.
-        mismatches: by what was tried: `"rtl"`, each library's netlists as `"osu018/smallest"`, or `"iverilog"`.
+        mismatches: by what was tried: `"rtl"`, each library's netlists as `"osu018/smallest"`, or `"iverilog"`. Of a
+            multiply-accumulate, dot products that differ.
     """
 
     unit: str
@@ -43,26 +50,59 @@ class Proof:
 
 
 def prove(
-    unit: Unit, libraries: list[Library] | None = None, count: int = 100_000, seed: int = 0, iverilog: bool = False
+    unit: Unit,
+    libraries: list[Library] | None = None,
+    count: int = 100_000,
+    seed: int = 0,
+    iverilog: bool = False,
+    part: str = "unit",
 ) -> Proof:
-    """Compare a unit's RTL and its synthesized netlists with `fmaq.numerics.reference`.
+    """Compare RTL and synthesized netlists with `fmaq.numerics.reference`.
 
     Args:
         libraries: our own unless given.
-        count: vectors, where trying all inputs is too much.
+        count: vectors, where trying all inputs is too much; steps of the dot products of a multiply-accumulate.
         iverilog: simulate the Verilog too, by Icarus Verilog, which must be installed.
+        part: `"unit"`, or `"mac"`, the chunked multiply-accumulate.
     """
-    vectors = vectors_for(unit, count, seed)
-    expected = unit.golden(vectors)
-    rtlil = design(unit)
-    wrong = {"rtl": mismatches(unit, synthesis.lower(rtlil).simulate(vectors)["y"], expected)}
+    compare, tried, exhaustive, bench = (_units if check_part(part) == "unit" else _macs)(unit, count, seed)
+    rtlil = DESIGNS[part](unit)
+    wrong = {"rtl": compare(synthesis.lower(rtlil))}
     for library in libraries if libraries is not None else [find_library()]:
         for mapped in synthesis.map_to_cells(rtlil, library):
-            codes = mapped.netlist(library).simulate(vectors)["y"]
-            wrong[f"{library.name}/{mapped.recipe}"] = mismatches(unit, codes, expected)
+            wrong[f"{library.name}/{mapped.recipe}"] = compare(mapped.netlist(library))
     if iverilog:
-        wrong["iverilog"] = mismatches(unit, simulate_verilog(unit, vectors), expected)
-    return Proof(str(unit), len(expected), is_exhaustive(unit), wrong)
+        wrong["iverilog"] = testbench.mismatches(bench())
+    return Proof(str(unit), tried, exhaustive, wrong)
+
+
+Comparison = tuple[Callable[[Netlist], int], int, bool, Callable[[], dict[str, str]]]
+"""How a netlist is compared, on how many inputs, whether these are all, and the test bench that does the same."""
+
+
+def _units(unit: Unit, count: int, seed: int) -> Comparison:
+    vectors = vectors_for(unit, count, seed)
+    expected = unit.golden(vectors)
+    return (
+        lambda netlist: mismatches(unit, netlist.simulate(vectors)["y"], expected),
+        len(expected),
+        is_exhaustive(unit),
+        lambda: testbench.bench_of_unit(unit, vectors),
+    )
+
+
+def _macs(unit: Unit, count: int, seed: int) -> Comparison:
+    lanes = max(1, count // (DOTS * testbench.STEPS))
+    drawn = random(unit, DOTS * testbench.STEPS * lanes, seed)
+    x, w = (drawn[name].reshape(DOTS, testbench.STEPS, lanes) for name in ("x", "w"))
+    expected = dot_products(unit, x, w)
+    x_dots, w_dots = (c.transpose(2, 0, 1).reshape(-1, testbench.STEPS)[:VERILOG_DOTS] for c in (x, w))
+    return (
+        lambda netlist: mismatches(unit, simulate_mac(netlist, x, w), expected),
+        x.size,
+        False,
+        lambda: testbench.bench_of_mac(unit, x_dots, w_dots),
+    )
 
 
 def mismatches(unit: Unit, codes: Codes, expected: NDArray[np.float64]) -> int:
@@ -71,97 +111,32 @@ def mismatches(unit: Unit, codes: Codes, expected: NDArray[np.float64]) -> int:
     return int(np.sum((values != expected) & ~(np.isnan(values) & np.isnan(expected))))
 
 
-# --- An independent simulator -----------------------------------------------------------------------------------------
-
-
-def find_iverilog() -> str | None:
-    """Icarus Verilog, if it is installed (Debian: iverilog)."""
-    return shutil.which("iverilog") if shutil.which("vvp") else None
-
-
-def simulate_verilog(unit: Unit, vectors: Vectors) -> Codes:
-    """y of the unit's Verilog for each vector, by Icarus Verilog."""
-    ports = unit.inputs
-    width = sum(ports.values())
-    declarations = "\n".join(f"  reg [{bits - 1}:0] {name};" for name, bits in ports.items())
-    wires = ", ".join(f".{name}({name})" for name in (*ports, "y"))
-    bench = f"""module bench;
-{declarations}
-  wire [{unit.register_bits - 1}:0] y;
-  fmaq dut({wires});
-  reg [{width - 1}:0] stimulus [0:{len(vectors["x"]) - 1}];
-  integer i, file;
-  initial begin
-    $readmemh("stimulus.hex", stimulus);
-    file = $fopen("result.hex", "w");
-    for (i = 0; i < {len(vectors["x"])}; i = i + 1) begin
-      {{{", ".join(ports)}}} = stimulus[i];
-      #1 $fdisplay(file, "%h", y);
-    end
-    $fclose(file);
-  end
-endmodule
-"""
-    words = [0] * len(vectors["x"])
-    for name, bits in ports.items():
-        words = [word << bits | int(code) for word, code in zip(words, vectors[name], strict=True)]
-    return _icarus(synthesis.verilog(design(unit)), bench, "\n".join(f"{word:x}" for word in words))
-
-
-def simulate_mac(unit: Unit, x: ArrayLike, w: ArrayLike) -> Codes:
-    """Dot products by the Verilog of the chunked multiply-accumulate, one after another without a pause.
+def simulate_mac(netlist: Netlist, x: Codes, w: Codes) -> Codes:
+    """Totals of dot products, (products, units), by the netlist of a multiply-accumulate, without a pause between them.
 
     Args:
-        x, w: (products, steps), values of the operands' formats.
-    Returns:
-        codes of the accumulator's format, one a product.
+        x, w: codes of the operands, (products, steps, units).
+    Raises:
+        RuntimeError: `done` comes at other times than it should.
     """
-    x_codes, w_codes = unit.activation.encode(x), unit.weight.encode(w)
-    count, steps = x_codes.shape
-    a, b = unit.activation.bits, unit.weight.bits
-    bench = f"""module bench;
-  reg clk = 0, rst = 1, valid = 0, last = 0;
-  reg [{a - 1}:0] x;
-  reg [{b - 1}:0] w;
-  wire [{unit.register_bits - 1}:0] total;
-  wire done;
-  fmaq dut(.clk(clk), .rst(rst), .x(x), .w(w), .valid(valid), .last(last), .total(total), .done(done));
-  reg [{a + b - 1}:0] stimulus [0:{count * steps - 1}];
-  integer i, file;
-  always #1 clk = ~clk;
-  always @(posedge clk) if (done) $fdisplay(file, "%h", total);
-  initial begin
-    $readmemh("stimulus.hex", stimulus);
-    file = $fopen("result.hex", "w");
-    @(negedge clk); @(negedge clk) rst = 0;
-    for (i = 0; i < {count * steps}; i = i + 1) begin
-      valid = 1; last = i % {steps} == {steps - 1};
-      {{x, w}} = stimulus[i];
-      @(negedge clk);
-    end
-    valid = 0; last = 0;
-    repeat (4) @(negedge clk);
-    $fclose(file);
-    $finish;
-  end
-endmodule
-"""
-    words = (x_codes << b | w_codes).ravel()
-    return _icarus(synthesis.verilog(mac_design(unit)), bench, "\n".join(f"{word:x}" for word in words))
+    count, steps, lanes = x.shape
+    busy = count * steps
+    cycle = np.arange(busy + 4)  # a reset first; a total comes out two cycles behind its last step
+    last = (cycle % steps == 0) & (cycle >= steps) & (cycle <= busy)
+    ports: Vectors = {
+        "x": np.zeros((len(cycle), lanes), np.int64),
+        "w": np.zeros((len(cycle), lanes), np.int64),
+        "rst": _column(cycle == 0, lanes),
+        "valid": _column((cycle > 0) & (cycle <= busy), lanes),
+        "last": _column(last, lanes),
+    }
+    ports["x"][1 : busy + 1], ports["w"][1 : busy + 1] = x.reshape(busy, lanes), w.reshape(busy, lanes)
+    out = netlist.simulate(ports)
+    due = np.flatnonzero(last) + 2
+    if not np.array_equal(out["done"], _column(np.isin(cycle, due), lanes)):
+        raise RuntimeError("the multiply-accumulate is not done two cycles after the last step")
+    return out["total"][due]
 
 
-def _icarus(source: str, bench: str, stimulus: str) -> Codes:
-    """Compile and run a test bench that writes result.hex."""
-    compiler = find_iverilog()
-    if compiler is None:
-        raise FileNotFoundError("Icarus Verilog is not installed; on Debian: apt-get install iverilog")
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        for file, text in (("design.v", source), ("bench.v", bench), ("stimulus.hex", stimulus)):
-            (folder / file).write_text(text, encoding="utf-8")
-        for command in ([compiler, "-g2012", "-o", "bench", "bench.v", "design.v"], ["vvp", "-n", "bench"]):
-            done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, check=False)
-            if done.returncode:
-                raise RuntimeError(f"{command[0]} failed:\n{(done.stdout + done.stderr)[-2000:]}")
-        lines = (folder / "result.hex").read_text(encoding="utf-8").split()
-    return np.array([int(line, 16) for line in lines], np.int64)
+def _column(values: NDArray[np.bool_], lanes: int) -> Codes:
+    return np.repeat(values.astype(np.int64)[:, None], lanes, axis=1)

@@ -9,11 +9,9 @@ from __future__ import annotations
 from amaranth.hdl import Cat, Elaboratable, Module, Mux, Signal, Value
 
 from fmaq.hardware import datapath as dp
+from fmaq.hardware.lfsr import MERGE_SEED, STEP_SEED, TAPS
 from fmaq.hardware.unit import IeeeFormat, Unit
 from fmaq.numerics import FixedFormat, FloatFormat
-
-LFSR_TAPS = (31, 21, 1, 0)
-"""x^32 + x^22 + x^2 + x + 1 is primitive: a shift register with these feedback bits repeats after 2^32 − 1 steps."""
 
 
 def product(sheet: dp.Sheet, unit: Unit, x: Value, w: Value, rounding: dp.Rounding) -> dp.Real | dp.Fixed:
@@ -136,7 +134,7 @@ class Lfsr(Elaboratable):
         bits: list[Value] = list(state)
         for place in range(len(self.out)):
             feedback = Signal(name=f"feedback_{place}")
-            module.d.comb += feedback.eq(Cat(bits[tap] for tap in LFSR_TAPS).xor())
+            module.d.comb += feedback.eq(Cat(bits[tap] for tap in TAPS).xor())
             bits = [feedback, *bits[:-1]]
         module.d.comb += self.out.eq(state[: len(self.out)])
         with module.If(self.enable):
@@ -211,19 +209,8 @@ class Mac(Elaboratable):
         if not bits:
             return
         names = [name for name in ("r_product", "r_sum") if name in step.inputs]
-        module.submodules.lfsr = lfsr = Lfsr(bits * len(names), seed=0x5EED_0001)
-        module.submodules.merge_lfsr = merge_lfsr = Lfsr(bits, seed=0x5EED_0002)
+        module.submodules.lfsr = lfsr = Lfsr(bits * len(names), seed=STEP_SEED)
+        module.submodules.merge_lfsr = merge_lfsr = Lfsr(bits, seed=MERGE_SEED)
         module.d.comb += [lfsr.enable.eq(self.valid), merge_lfsr.enable.eq(merges), merge.r_sum.eq(merge_lfsr.out)]
         for index, name in enumerate(names):
             module.d.comb += step.inputs[name].eq(lfsr.out[index * bits : (index + 1) * bits])
-
-
-def lfsr_sequence(bits: int, seed: int, count: int) -> list[int]:
-    """What an `Lfsr` puts out in its first cycles, in Python."""
-    state, out = seed, []
-    for _ in range(count):
-        out.append(state & ((1 << bits) - 1))
-        for _ in range(bits):
-            feedback = sum(state >> tap for tap in LFSR_TAPS) & 1
-            state = (state << 1 | feedback) & 0xFFFFFFFF
-    return out

@@ -76,13 +76,18 @@ def fit(unit: Unit, streams: Streams) -> Unit:
     )
 
 
-def trace(unit: Unit, streams: Streams, seed: int = 0) -> Vectors:
-    """Codes of every input port at every step, (steps, lanes)."""
+def trace(unit: Unit, streams: Streams, seed: int = 0, rescale: bool = True) -> Vectors:
+    """Codes of every input port at every step, (steps, lanes).
+
+    Args:
+        rescale: bring the largest operand to the top of a float format's range, as a flexible bias does; without, the
+            operands are quantized as they are, by the bias that the unit has.
+    """
     steps, lanes = streams.weights.shape
     rng = np.random.default_rng(seed)
     vectors = {
-        "x": unit.activation.encode(_quantized(streams.activations, unit.activation)),
-        "w": unit.weight.encode(_quantized(streams.weights, unit.weight)),
+        "x": unit.activation.encode(_quantized(streams.activations, unit.activation, rescale)),
+        "w": unit.weight.encode(_quantized(streams.weights, unit.weight, rescale)),
         "s": np.zeros((steps, lanes), np.int64),
     }
     for name, width in unit.inputs.items():
@@ -98,13 +103,25 @@ def trace(unit: Unit, streams: Streams, seed: int = 0) -> Vectors:
     return vectors
 
 
-def _quantized(values: Values, operand: Operand) -> Values:
-    """A tensor in the operand's format; the power of two between its own bias and the operand's is taken out."""
+def mac_trace(unit: Unit, streams: Streams, seed: int = 0) -> Vectors:
+    """Codes of every input port of the multiply-accumulate, (1 + steps, lanes): a reset, then a dot product a lane."""
+    step = trace(unit, streams, seed)
+    steps, lanes = step["x"].shape
+    first = {"x": 0, "w": 0, "valid": 0, "last": 0, "rst": 1}
+    rest = {"x": step["x"], "w": step["w"], "valid": 1, "last": (np.arange(steps) == steps - 1)[:, None], "rst": 0}
+    return {
+        name: np.concatenate([np.full((1, lanes), first[name]), np.broadcast_to(rest[name], (steps, lanes))])
+        for name in first
+    }
+
+
+def _quantized(values: Values, operand: Operand, rescale: bool) -> Values:
+    """A tensor in the operand's format; rescaling takes out the power of two between its bias and the operand's."""
     largest = np.abs(values).max(initial=0.0)
     if largest == 0:
         return np.zeros_like(values)
     if isinstance(operand, FloatOperand):
         bias = 2**operand.exponent - int(np.frexp(largest)[1])
-        scaled = np.ldexp(values, bias - operand.bias)
+        scaled = np.ldexp(values, bias - operand.bias) if rescale else values
         return quantize_tensor(scaled, FloatFormat(operand.mantissa, operand.exponent, operand.bias))
     return np.rint(values / largest * (2 ** (operand.width - 1) - 1))

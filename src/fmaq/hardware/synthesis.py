@@ -66,7 +66,7 @@ FRONT_END = (
 )
 """From RTL to adders, multipliers and multiplexers of words."""
 
-LOWERING = ("proc", "flatten", "techmap", "simplemap", "clean")
+LOWERING = ("proc", "flatten", "techmap", "simplemap", "dfflegalize -cell $_DFF_P_ 01", "simplemap", "clean")
 """From RTL to Yosys's own gates."""
 
 RUNNER = """
@@ -156,21 +156,44 @@ def _run_recipes(rtlil: str, library: Library, recipes: tuple[Recipe, ...], fold
         mapping = f"abc -liberty {cells} -script {folder}/{recipe.name}.abc {_unwanted(library)}"
         commands += [f"design -load {recipe.adders}", f"tee -q -o {folder}/{recipe.name}.log {mapping}", "opt_clean"]
         commands += [f"write_json {folder}/{recipe.name}.json"]
-    run_yosys(commands, folder)
+    try:
+        run_yosys(commands, folder)
+    except SynthesisError as error:
+        raise SynthesisError(_in_plain_words(str(error), library, folder)) from None
     return [_mapped(recipe, folder, library) for recipe in recipes]
 
 
+COMPLAINT = re.compile(r"ABC: .*(error|cannot|assertion|segmentation)", re.IGNORECASE)
+
+
+def _in_plain_words(complaint: str, library: Library, folder: Path) -> str:
+    """What a library lacks, or what ABC said, which Yosys's own message leaves out."""
+    if "cannot be legalized" in complaint:
+        return (
+            f"library {library.name} has no plain D flip-flop (a clock edge, data and an output), which registers "
+            "need; give another library, or synthesize the unit alone"
+        )
+    logs = sorted(folder.glob("*.log"), key=lambda path: path.stat().st_mtime)
+    lines = logs[-1].read_text(encoding="utf-8", errors="replace").splitlines() if logs else []
+    said = [line.removeprefix("ABC: ") for line in lines if COMPLAINT.match(line)]
+    if not said:
+        return complaint
+    return f"ABC cannot map recipe {logs[-1].stem!r} to library {library.name}: {' '.join(said)}"
+
+
 def _unwanted(library: Library) -> str:
-    """Clock buffers, pads and three-state drivers are no logic."""
-    return " ".join(f"-dont_use {name}" for name in library.cells if name.upper().startswith(("CLKBUF", "PAD", "TBUF")))
+    """Clock buffers are no logic."""
+    return " ".join(f"-dont_use {name}" for name in library.cells if name.upper().startswith("CLKBUF"))
 
 
 def _mapped(recipe: Recipe, folder: Path, library: Library) -> Mapped:
     log = (folder / f"{recipe.name}.log").read_text(encoding="utf-8", errors="replace")
+    module = _module(folder / f"{recipe.name}.json")
     delays = re.findall(r"Delay\s*=\s*([\d.]+)\s*ps", log)
+    if not delays and not module["cells"]:  # nothing but wires: what is left of some formats
+        return Mapped(recipe.name, 0.0, module)
     if not delays:
         raise SynthesisError(f"ABC gave no delay for recipe {recipe.name!r} with library {library.name}:\n{log[-800:]}")
-    module = _module(folder / f"{recipe.name}.json")
     return Mapped(recipe.name, float(delays[-1]), module)
 
 

@@ -6,12 +6,16 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
-from fmaq.hardware.cost import Synthesis, synthesize_unit
+from fmaq.hardware.comparison import unlike
+from fmaq.hardware.cost import Synthesis, check_part, synthesize_mac_unit, synthesize_unit
 from fmaq.hardware.gatecount import Estimate, estimate
 from fmaq.hardware.liberty import Library
+from fmaq.hardware.operands import IntegerOperand
 from fmaq.hardware.streams import Streams, gaussian
-from fmaq.hardware.unit import Unit
+from fmaq.hardware.unit import IEEE, Unit
+from fmaq.numerics import FixedFormat
 
 ISO_RECIPE = "fast"
 """Iso-delay figures are at the delay of the 32-bit baseline by this recipe."""
@@ -22,15 +26,30 @@ class Study:
     """Accumulators to compare.
 
     Attributes:
-        operands: format of weights and activations.
+        weight, activation: formats of the operands.
         accumulators: descriptions, in the order of the table.
         wide, half: the 32-bit and the 16-bit baseline among them.
     """
 
-    operands: str
+    weight: str
+    activation: str
     accumulators: tuple[str, ...]
     wide: str
     half: str
+
+    @property
+    def operands(self) -> str:
+        """The formats of the operands, for titles."""
+        return self.weight if self.weight == self.activation else f"{self.weight} x {self.activation}"
+
+    def unit(self, accumulator: str) -> Unit:
+        """The unit of one of them."""
+        return Unit.of(accumulator, self.weight, self.activation)
+
+    @property
+    def warning(self) -> str | None:
+        """What is unlike among them, if anything is."""
+        return unlike([self.unit(text) for text in self.accumulators])
 
 
 def _paper(mantissa: int, exponent: int, bias: int) -> str:
@@ -39,7 +58,9 @@ def _paper(mantissa: int, exponent: int, bias: int) -> str:
 
 
 HALF, WIDE = _paper(10, 5, 16), "M23E8b127"
+INTEGER_HALF, INTEGER_WIDE = "I16f0", "I32f0"
 FLOAT = Study(
+    "M4E3",
     "M4E3",
     (
         *(_paper(m, 3, 4) for m in (3, 4)),
@@ -51,8 +72,36 @@ FLOAT = Study(
     WIDE,
     HALF,
 )
-INTEGER = Study("int8", ("I16f0", "I16f0w", "I20f0", "I24f0", "I32f0", "I32f0w"), "I32f0", "I16f0")
+INTEGER = Study("int8", "int8", ("I16f0", "I16f0w", "I20f0", "I24f0", "I32f0", "I32f0w"), INTEGER_WIDE, INTEGER_HALF)
 STUDIES = {"M4E3": FLOAT, "int8": INTEGER}
+
+
+def study_of(
+    accumulators: Sequence[str], weight: str = "M4E3", activation: str = "M4E3", wide: str = "", half: str = ""
+) -> Study:
+    """A study of these accumulators and, behind them, the baselines that they are compared with.
+
+    Args:
+        wide, half: the baselines; without, M23E8b127 and M10E5b16, or I32f0 and I16f0 where operands and accumulators
+            are all integers.
+    """
+    units = [Unit.of(text, weight, activation) for text in accumulators]
+    are_integers = all(
+        isinstance(unit.format, FixedFormat) and {type(unit.weight), type(unit.activation)} == {IntegerOperand}
+        for unit in units
+    )
+    wide = wide or (INTEGER_WIDE if are_integers else WIDE)
+    half = half or (INTEGER_HALF if are_integers else HALF)
+    found: dict[Unit, str] = {}
+    for text in (*accumulators, half, wide):
+        found.setdefault(Unit.of(text, weight, activation), text)
+    named = {text: found[Unit.of(text, weight, activation)] for text in (wide, half)}
+    return Study(weight, activation, tuple(found.values()), named[wide], named[half])
+
+
+def label(accumulator: str) -> str:
+    """An accumulator's description without its product, which has a column of its own."""
+    return " ".join(word for word in accumulator.split() if not word.startswith("product="))
 
 
 @dataclass(frozen=True)
@@ -61,8 +110,8 @@ class Row:
 
     Attributes:
         accumulator: as it was described.
-        bits: of its register's code.
-        synthesis, estimate: its figures.
+        synthesis, estimate: its figures; the estimate is of the unit, also where the rest is of the whole
+            multiply-accumulate.
         area_iso: NAND2 equivalents of the smallest netlist as fast as the 32-bit baseline's; None where none is.
         area_to_wide, area_iso_to_wide, energy_to_wide: ratios to the 32-bit baseline.
         area_to_half, energy_to_half: ratios to the 16-bit baseline.
@@ -70,7 +119,6 @@ class Row:
     """
 
     accumulator: str
-    bits: int
     synthesis: Synthesis
     estimate: Estimate
     area_iso: float | None
@@ -87,25 +135,29 @@ def run_study(
     library: Library,
     streams: Streams | None = None,
     progress: Callable[[str], None] = lambda accumulator: None,
+    part: str = "unit",
 ) -> list[Row]:
     """Synthesize a study's accumulators by one library, some at a time.
 
     Args:
         streams: operands for the energy; Gaussian ones unless given.
         progress: called with an accumulator when it is done.
+        part: `"unit"`, or `"mac"`, the chunked multiply-accumulate, without the IEEE units, which have none.
     """
     operands = streams or gaussian()
+    synthesize = synthesize_unit if check_part(part) == "unit" else synthesize_mac_unit
+    chosen = [text for text in study.accumulators if part == "unit" or text not in IEEE]
 
     def one(accumulator: str) -> Synthesis:
-        result = synthesize_unit(Unit.of(accumulator, study.operands, study.operands), library, operands)
+        result = synthesize(study.unit(accumulator), library, operands)
         progress(accumulator)
         return result
 
     # Yosys runs in processes of its own, so threads are enough.
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        results = dict(zip(study.accumulators, pool.map(one, study.accumulators), strict=True))
-    counts = {text: estimate(text, study.operands, study.operands) for text in study.accumulators}
-    return [_row(study, text, results, counts) for text in study.accumulators]
+        results = dict(zip(chosen, pool.map(one, chosen), strict=True))
+    counts = {text: estimate(text, study.weight, study.activation) for text in chosen}
+    return [_row(study, text, results, counts) for text in chosen]
 
 
 def _row(study: Study, text: str, results: dict[str, Synthesis], counts: dict[str, Estimate]) -> Row:
@@ -114,7 +166,6 @@ def _row(study: Study, text: str, results: dict[str, Synthesis], counts: dict[st
     area_iso, wide_iso = mine.area_within(limit), wide.area_within(limit)
     return Row(
         accumulator=text,
-        bits=Unit.of(text, study.operands, study.operands).format.bits,
         synthesis=mine,
         estimate=counts[text],
         area_iso=area_iso,
@@ -132,31 +183,53 @@ def iso_delay(wide: Synthesis) -> float:
     return next((point.delay for point in wide.front if point.recipe == ISO_RECIPE), wide.fastest.delay)
 
 
-COLUMNS = ("accumulator", "bits", "area", "iso", "gates", "delay", "energy")
-"""`iso` is the area at the 32-bit baseline's delay, `gates` the analytic count."""
-RATIOS = ("area/32", "iso/32", "gates/32", "energy/32", "area/16", "energy/16")
-"""To the 32-bit and the 16-bit baseline."""
+def columns(part: str = "unit") -> tuple[str, ...]:
+    """Names of the columns: `iso` is the area at the 32-bit baseline's delay, `gates` the unit's analytic count."""
+    gates, ratio = (("gates",), ("gates/32",)) if part == "unit" else ((), ())
+    names = ("accumulator", "bits", "product", "its bits", "area", "iso", *gates, "delay", "energy")
+    return (*names, "area/32", "iso/32", *ratio, "energy/32", "area/16", "energy/16")
 
 
-def cells(row: Row) -> list[str]:
-    """A row as text, in the order of COLUMNS and RATIOS."""
-    s = row.synthesis
-    figures = [f"{s.area:.0f}", _number(row.area_iso), f"{row.estimate.area:.0f}", f"{s.delay:.1f}", f"{s.energy:.0f}"]
-    ratios = (row.area_to_wide, row.area_iso_to_wide, row.estimate_to_wide, row.energy_to_wide)
+def cells(row: Row, part: str = "unit") -> list[str]:
+    """A row as text, in the order of `columns`."""
+    s, is_unit = row.synthesis, part == "unit"
     return [
-        row.accumulator.split()[0],
-        str(row.bits),
-        *figures,
-        *map(_ratio, (*ratios, row.area_to_half, row.energy_to_half)),
+        *(label(row.accumulator), str(s.bits), s.product, str(s.product_bits)),
+        *(f"{s.area:.0f}", _number(row.area_iso)),
+        *([f"{row.estimate.area:.0f}"] if is_unit else []),
+        *(f"{s.delay:.1f}", f"{s.energy:.0f}"),
+        *(_ratio(row.area_to_wide), _ratio(row.area_iso_to_wide)),
+        *([_ratio(row.estimate_to_wide)] if is_unit else []),
+        *map(_ratio, (row.energy_to_wide, row.area_to_half, row.energy_to_half)),
     ]
 
 
-def markdown(study: Study, library: Library, rows: Sequence[Row]) -> str:
+def record(study: Study, row: Row, part: str = "unit") -> dict[str, Any]:
+    """A row as plain values under names that a spreadsheet can have."""
+    s = row.synthesis
+    fields = ("area_to_wide", "area_iso_to_wide", "energy_to_wide", "area_to_half", "energy_to_half")
+    return {
+        "library": s.library,
+        "part": part,
+        "weight": study.weight,
+        "activation": study.activation,
+        "accumulator": row.accumulator,
+        **{name: getattr(s, name) for name in ("bits", "product", "product_bits", "area")},
+        "area_iso": row.area_iso,
+        "unit_gates": row.estimate.area,
+        **{name: getattr(s, name) for name in ("delay", "delay_unit", "levels", "energy", "energy_unit")},
+        **{name: getattr(row, name) for name in fields},
+    }
+
+
+def markdown(study: Study, library: Library, rows: Sequence[Row], part: str = "unit") -> str:
     """A study's table."""
     units = f"area in NAND2 equivalents, delay in {library.delay_unit}, energy in {library.energy_unit}"
-    lines = [f"**{study.operands} operands, library {library.name}** ({units})", ""]
-    lines += ["| " + " | ".join((*COLUMNS, *RATIOS)) + " |", "|---" * (len(COLUMNS) + len(RATIOS)) + "|"]
-    lines += ["| " + " | ".join(cells(row)) + " |" for row in rows]
+    what = "" if part == "unit" else ", chunked multiply-accumulate"
+    lines = [f"**{study.operands} operands{what}, library {library.name}** ({units})", ""]
+    names = columns(part)
+    lines += ["| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
+    lines += ["| " + " | ".join(cells(row, part)) + " |" for row in rows]
     return "\n".join(lines)
 
 

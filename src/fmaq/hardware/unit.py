@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from fmaq.hardware.operands import FloatOperand, Operand, parse_operand
+from fmaq.hardware.lfsr import MERGE_SEED, STEP_SEED, lfsr_sequence
+from fmaq.hardware.operands import FloatOperand, IntegerOperand, Operand, parse_operand
 from fmaq.numerics import Accumulator, FixedFormat, FloatFormat
 from fmaq.numerics.reference import exact_sum, quantize
 
@@ -161,6 +162,19 @@ class Unit:
         return None if isinstance(self.accumulator, IeeeFormat) else self.accumulator.product
 
     @property
+    def product_bits(self) -> int:
+        """Bits of the product as it enters the sum: its format's code; where it stays exact, those of its value.
+
+        An exact product of two integers is an integer of both widths; any other has sign, exponent and significand.
+        """
+        if self.product is not None:
+            return self.product.bits
+        if isinstance(self.weight, IntegerOperand) and isinstance(self.activation, IntegerOperand):
+            return self.significand_bits
+        low, top = self.unnormalised_range
+        return 1 + (top - low).bit_length() + self.significand_bits
+
+    @property
     def rounding(self) -> str:
         """How product and sum are rounded."""
         return "nearest_even" if isinstance(self.accumulator, IeeeFormat) else self.accumulator.rounding
@@ -219,6 +233,47 @@ class Unit:
         if acc.product is not None:
             p = quantize(p, acc.product, acc.rounding, True, self.random_bits, vectors.get("r_product", 0))
         return quantize(exact_sum(s, p), acc.format, acc.rounding, True, self.random_bits, vectors.get("r_sum", 0))
+
+
+def dot_products(unit: Unit, x: Codes, w: Codes) -> Values:
+    """The totals of the chunked multiply-accumulate, for dot products that come one after another.
+
+    Args:
+        x, w: codes of the operands, (products, steps), or with further axes: units that work side by side.
+    Returns:
+        (products, ...); stochastic rounding takes the integers of the hardware's own shift registers.
+    Raises:
+        ValueError: the accumulator is an IEEE baseline, which has no chunks.
+    """
+    acc = unit.accumulator
+    if isinstance(acc, IeeeFormat):
+        raise ValueError(f"the baseline {acc} has a unit, and no chunked multiply-accumulate")
+    count, steps, *units = x.shape
+    chunk = min(acc.chunk or steps, steps)
+    of_steps, of_merges = _shift_registers(unit, count, steps, -(-steps // chunk))
+
+    def each(randoms: Codes) -> Codes:
+        return np.broadcast_to(randoms.reshape(-1, *(1 for _ in units)), (count, *units))
+
+    s, t = np.zeros((count, *units)), np.zeros((count, *units))
+    for k in range(steps):
+        randoms = {name: each(values[:, k]) for name, values in of_steps.items()}
+        s = unit.golden({"x": x[:, k], "w": w[:, k], "s": unit.format.encode(s), **randoms})
+        if (k + 1) % chunk == 0 or k == steps - 1:
+            r = each(of_merges[:, k // chunk])
+            t = quantize(exact_sum(t, s), acc.format, acc.rounding, True, unit.random_bits, r)
+            s = np.zeros_like(s)
+    return t
+
+
+def _shift_registers(unit: Unit, count: int, steps: int, merges: int) -> tuple[dict[str, Codes], Codes]:
+    """The random integers of every step, (count, steps) by port, and of every merge, (count, merges)."""
+    bits, names = unit.random_bits, [name for name in unit.inputs if name.startswith("r_")]
+    if not bits:
+        return {}, np.zeros((count, merges), np.int64)
+    words = np.array(lfsr_sequence(bits * len(names), STEP_SEED, count * steps)).reshape(count, steps)
+    ports = {name: words >> index * bits & (1 << bits) - 1 for index, name in enumerate(names)}
+    return ports, np.array(lfsr_sequence(bits, MERGE_SEED, count * merges)).reshape(count, merges)
 
 
 def _exponents(operand: Operand) -> tuple[int, int]:

@@ -2,31 +2,53 @@
 
 from __future__ import annotations
 
+import re
+
 from fmaq.hardware import synthesis
-from fmaq.hardware.cost import design, mac_design
+from fmaq.hardware.cost import DESIGNS, check_part
 from fmaq.hardware.unit import Unit
 from fmaq.numerics import FixedFormat
 
-PARTS = {"unit": design, "mac": mac_design}
 MAC_PORTS = """clk, rst (synchronous); x and w are taken where valid; last comes with the last step of a dot product.
 Two cycles later done is set for one cycle, with the dot product in total."""
+NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+KEYWORDS = """
+always and assign automatic begin buf case cell config deassign default defparam design disable edge else end
+endcase endmodule event for force forever fork function generate genvar if initial inout input instance integer
+join library logic localparam macromodule module nand negedge nor not or output parameter posedge primitive real
+reg release repeat signed specify supply0 supply1 table task time tri unsigned use wait wand while wire wor xnor
+xor
+"""
 
 
-def verilog(unit: Unit, part: str = "unit") -> str:
-    """A unit's Verilog; the top module is `fmaq`.
+def verilog(unit: Unit, part: str = "unit", name: str = synthesis.TOP) -> str:
+    """A unit's Verilog.
 
     Args:
         part: `"unit"`, combinational, or `"mac"`, with registers, chunk counter and second-level accumulator.
+        name: of the top module; those inside it have names that start with it, so that two designs of different names
+            can be simulated together.
     Raises:
-        ValueError: there is no such part.
+        ValueError: there is no such part, or the name is none in Verilog.
     """
-    if part not in PARTS:
-        raise ValueError(f"part must be one of {', '.join(PARTS)}, got {part!r}")
-    body = synthesis.verilog(PARTS[part](unit))
-    return "\n".join(f"// {line}".rstrip() for line in _note(unit, part)) + "\n" + body
+    body = synthesis.verilog(_flat_names(DESIGNS[check_part(part)](unit, check_name(name)), name))
+    return "\n".join(f"// {line}".rstrip() for line in note(unit, part)) + "\n" + body
 
 
-def _note(unit: Unit, part: str) -> list[str]:
+def check_name(name: str) -> str:
+    """The name, if Verilog takes it for a module; ValueError otherwise."""
+    if NAME.fullmatch(name) is None or name in KEYWORDS.split():
+        raise ValueError(f"{name!r} is no name of a Verilog module: it needs letters, digits and _, and no keyword")
+    return name
+
+
+def _flat_names(rtlil: str, name: str) -> str:
+    """Modules inside the top one as `name_merge`, which needs no escape in Verilog, not `name.merge`."""
+    return re.sub(rf"^(module|  cell) \\{name}\.", rf"\1 \\{name}_", rtlil, flags=re.MULTILINE)
+
+
+def note(unit: Unit, part: str) -> list[str]:
+    """What a part computes, and what its codes are."""
     product = "exact" if unit.product is None else str(unit.product)
     what = "y = FMAq(x, w, s)" if part == "unit" else "a dot product in chunks"
     lines = [

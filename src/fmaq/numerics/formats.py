@@ -15,6 +15,30 @@ from numpy.typing import ArrayLike, NDArray
 
 FLOAT_NAME = re.compile(r"M(\d+)E(\d+)(?:b(-?\d+))?(z?)")
 FIXED_NAME = re.compile(r"I(\d+)(?:f(-?\d+))?(w?)")
+EXPONENT_FIRST = re.compile(r"(?:torch\.)?(?:fp|float)?\d*_?e(\d+)m(\d+)(b-?\d+)?(?:z|fn|fnuz|b11fnuz)?", re.IGNORECASE)
+MANTISSA_FIRST = re.compile(r"m(\d+)e(\d+)(b-?\d+)?(z?)", re.IGNORECASE)
+TYPES = {
+    "M10E5": ("fp16", "float16", "half", "torch.float16"),
+    "M7E8": ("bf16", "bfloat16", "torch.bfloat16"),
+    "M10E8": ("tf32",),
+}
+"""Formats of as many bits as a type that goes by another name."""
+
+
+def meant_by(name: Any) -> str:
+    """What a wrong name of a format probably means, as the end of a message: "; did you mean …", or nothing."""
+    text = str(name).strip()
+    if match := EXPONENT_FIRST.fullmatch(text):
+        exponent, mantissa, bias = match.groups()
+        return f'; did you mean "M{mantissa}E{exponent}{(bias or "").lower()}"? Here the mantissa stands first'
+    if match := MANTISSA_FIRST.fullmatch(text):
+        mantissa, exponent, bias, z = match.groups()
+        return f'; did you mean "M{mantissa}E{exponent}{(bias or "").lower()}{z.lower()}"?'
+    for own in (text.lower(), text[:1].upper() + text[1:].lower()):
+        if FIXED_NAME.fullmatch(own) or re.fullmatch(r"int\d+", own):
+            return f'; did you mean "{own}"?'
+    known = next((format for format, names in TYPES.items() if text.lower() in names), None)
+    return "" if known is None else f'; did you mean "{known}", which has as many bits?'
 
 
 def _whole(value: Any, what: str, low: int, high: int) -> int:
@@ -69,7 +93,8 @@ class FloatFormat:
         """The format of a name such as `"M7E4b10"`, `"M7E4b10z"` (zero="exponent") or the template `"M7E4"`."""
         match = FLOAT_NAME.fullmatch(name.strip())
         if match is None:
-            raise ValueError(f'{name!r} is not a float format; write M<mantissa>E<exponent>b<bias>, like "M7E4b10"')
+            how = 'write M<mantissa>E<exponent>b<bias>, like "M7E4b10"'
+            raise ValueError(f"{name!r} is not a float format; {how}{meant_by(name)}")
         mantissa, exponent, bias, z = match.groups()
         return cls(int(mantissa), int(exponent), None if bias is None else int(bias), "exponent" if z else "flag")
 
@@ -191,7 +216,8 @@ class FixedFormat:
         """The format of a name such as `"I16f4"` or `"I16f4w"` (wrap)."""
         match = FIXED_NAME.fullmatch(name.strip())
         if match is None:
-            raise ValueError(f'{name!r} is not a fixed format; write I<width>f<fraction>, like "I16f4" or "I16f4w"')
+            how = 'write I<width>f<fraction>, like "I16f4" or "I16f4w"'
+            raise ValueError(f"{name!r} is not a fixed format; {how}{meant_by(name)}")
         width, fraction, w = match.groups()
         return cls(int(width), int(fraction or 0), "wrap" if w else "saturate")
 
@@ -265,7 +291,8 @@ def parse_format(name: str | Format) -> Format:
     if isinstance(name, (FloatFormat, FixedFormat)):
         return name
     if not isinstance(name, str):
-        raise TypeError(f'a format is a name like "M7E4b10" or "I16f4", or a FloatFormat or FixedFormat; got {name!r}')
+        known = 'a format is a name like "M7E4b10" or "I16f4", or a FloatFormat or FixedFormat'
+        raise TypeError(f"{known}; got {name!r}{meant_by(name)}")
     if FLOAT_NAME.fullmatch(name.strip()):
         return FloatFormat.parse(name)
     if FIXED_NAME.fullmatch(name.strip()):
@@ -273,4 +300,5 @@ def parse_format(name: str | Format) -> Format:
     raise ValueError(
         f'{name!r} is not a format; write a float like "M7E4b10" (M<mantissa>E<exponent>b<bias>, "z" behind it for '
         f'zero at exponent code 0) or a fixed one like "I16f4" (I<width>f<fraction>, "w" behind it to wrap)'
+        f"{meant_by(name)}"
     )

@@ -323,15 +323,15 @@ def gradients(
 # --- Tensor quantization ----------------------------------------------------------------------------------------------
 
 
-def quantize_tensor(x: ArrayLike, format: FloatFormat) -> Array:
+def quantize_tensor(x: ArrayLike, format: FloatFormat, amax: float | None = None) -> Array:
     """Weights and activations in a float of flexible bias: to the nearest (ties to even), saturating, with subnormals.
 
-    Without a bias in the format, b = 2^E − 1 − ⌊log2 max|x|⌋: the largest magnitude is just representable
-    (arXiv 2401.14110, section 3). Normal numbers start at 2^(1−b); below, the step is 2^(1−b−M).
+    Without a bias in the format, b = 2^E − 1 − ⌊log2 amax⌋, amax = max|x| unless it is given: the largest magnitude is
+    just representable (arXiv 2401.14110, section 3). Normal numbers start at 2^(1−b); below, the step is 2^(1−b−M).
     """
     x = np.asarray(x, np.float64)
-    largest = np.abs(x).max(initial=0.0)
-    if largest == 0:
+    largest = np.abs(x).max(initial=0.0) if amax is None else amax
+    if largest == 0 and not x.any():
         return x.copy()
     bias = format.bias if format.bias is not None else 2**format.exponent - int(np.frexp(largest)[1])
     _, e = np.frexp(x)
@@ -340,11 +340,19 @@ def quantize_tensor(x: ArrayLike, format: FloatFormat) -> Array:
     return np.clip(np.rint(x / unit) * unit, -limit, limit)
 
 
-def quantize_integer(x: ArrayLike, bits: int) -> Array:
-    """Symmetric integers of a tensor: multiples of max|x| / (2^(bits−1) − 1), to the nearest (ties to even)."""
+def quantize_integer(x: ArrayLike, bits: int, amax: float | None = None) -> Array:
+    """Symmetric integers of a tensor: multiples of amax / (2^(bits−1) − 1), to the nearest (ties to even), saturating.
+
+    amax = max|x| unless it is given; of zeros the scale is 1.
+    """
+    codes, scale = integer_codes(x, bits, amax)
+    return codes * scale
+
+
+def integer_codes(x: ArrayLike, bits: int, amax: float | None = None) -> tuple[Array, float]:
+    """The codes that an integer engine multiplies, −(2^(bits−1) − 1) … 2^(bits−1) − 1, and what a code is worth."""
     x = np.asarray(x, np.float64)
-    largest = np.abs(x).max(initial=0.0)
-    if largest == 0:
-        return x.copy()
-    scale = largest / (2 ** (bits - 1) - 1)
-    return np.rint(x / scale) * scale
+    most = 2 ** (bits - 1) - 1
+    largest = float(np.abs(x).max(initial=0.0)) if amax is None else amax
+    scale = largest / most or 1.0
+    return np.clip(np.rint(x / scale), -most, most), scale

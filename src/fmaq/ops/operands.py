@@ -34,8 +34,8 @@ def widen(x: Tensor, name: str) -> Tensor:
     if x.dtype not in OPERAND_DTYPES:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in OPERAND_DTYPES)
         raise TypeError(
-            f"{name} has dtype {x.dtype}; products take {names}. Convert it first, with {name}.float(): what float32 does "
-            "not hold is rounded there, to the nearest, and the accumulator then rounds products of the rounded values"
+            f"{name} has dtype {x.dtype}; products take {names}. Convert it first, with {name}.float(): what float32 "
+            "does not hold is rounded there, to the nearest; the accumulator then rounds products of the rounded values"
         )
     if x.layout != torch.strided or x.is_nested:
         kind = "nested" if x.is_nested else str(x.layout).removeprefix("torch.")

@@ -2,11 +2,15 @@
 
 Floats have a flexible bias (arXiv 2401.14110, section 3): the largest magnitude of the tensor is just representable.
 To the nearest, ties to even, saturating; normal numbers from 2^(1−b), subnormals below with step 2^(1−b−M).
+
+The largest magnitude is the tensor's own (dynamic: a value then depends on all others, of other samples and of padding,
+too), or one that is given (static: a constant of the hardware).
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,8 +18,11 @@ from torch import Tensor
 
 from fmaq import kernels
 from fmaq.numerics import FloatFormat, parse_format
+from fmaq.numerics.formats import meant_by
 from fmaq.ops.operands import widen
 from fmaq.ops.uncompiled import uncompiled
+
+AbsoluteMaximum = float | Sequence[float] | Tensor | None
 
 INTEGER_NAME = re.compile(r"int(\d+)")
 LAYOUT = {torch.float32: (torch.int32, 23, 127), torch.float64: (torch.int64, 52, 1023)}
@@ -24,35 +31,90 @@ LAYOUT = {torch.float32: (torch.int32, 23, 127), torch.float64: (torch.int64, 52
 
 class _StraightThrough(torch.autograd.Function):
     @staticmethod
-    def forward(x: Tensor, format: FloatFormat | int, channel: int | None) -> Tensor:
-        largest = _largest(x, channel)
-        if not bool(torch.isfinite(largest).all()):
-            finite = torch.isfinite(x)
-            cleared = torch.where(finite, x, 0.0)
-            return torch.where(finite, _nearest(cleared, format, _largest(cleared, channel)), x)
-        return _nearest(x, format, largest)
+    def forward(x: Tensor, format: FloatFormat | int, channel: int | None, amax: Tensor | None) -> Tensor:
+        finite, largest = _finite(x, channel, amax)
+        y = _to_integers(finite, format, largest) if isinstance(format, int) else _to_float(finite, format, largest)
+        return y if finite is x else torch.where(torch.isfinite(x), y, x)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         pass
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return grads[0], None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        return grads[0], None, None, None
 
     @staticmethod
     def vmap(
-        info: Any, in_dims: tuple[int | None, ...], x: Tensor, format: FloatFormat | int, channel: int | None
+        info: Any,
+        in_dims: tuple[int | None, ...],
+        x: Tensor,
+        format: FloatFormat | int,
+        channel: int | None,
+        amax: Tensor | None,
     ) -> tuple[Tensor, int]:
-        """Every example, or every channel of one, is a slice with a bias or scale of its own."""
-        assert in_dims[0] is not None
-        x = x.movedim(in_dims[0], 0)
+        """Every example, or every channel of one, is a slice with a bias or scale of its own, unless it is given."""
+        x, slices, restore = _as_slices(x, in_dims, channel, amax)
+        if slices is None:
+            return _StraightThrough.apply(x, format, None, amax), 0
+        return restore(_StraightThrough.apply(slices, format, 0, _repeated(amax, x))), 0
+
+
+class _Codes(torch.autograd.Function):
+    """Integer codes and the scale, which the gradient is divided by: a code's value is the code times the scale."""
+
+    @staticmethod
+    def forward(x: Tensor, bits: int, channel: int | None, amax: Tensor | None) -> tuple[Tensor, Tensor]:
+        finite, largest = _finite(x, channel, amax)
+        scale = _scale(largest, bits)
+        y = _nearest_codes(finite, bits, scale).float()
+        return (y if finite is x else torch.where(torch.isfinite(x), y, x)), scale
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(output[1])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        (scale,) = ctx.saved_tensors
+        return (grads[0].double() / scale).float(), None, None, None
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[int | None, ...], x: Tensor, bits: int, channel: int | None, amax: Tensor | None
+    ) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+        """As `_StraightThrough`; the scales have the examples in front."""
+        x, slices, restore = _as_slices(x, in_dims, channel, amax)
+        if slices is None:
+            codes, scale = _Codes.apply(x, bits, None, amax)
+            return (codes, scale.expand(x.shape[0])), (0, 0)
+        codes, scale = _Codes.apply(slices, bits, 0, _repeated(amax, x))
+        codes = restore(codes)
         if channel is None:
-            return _StraightThrough.apply(x, format, 0), 0
-        at = channel % (x.dim() - 1) + 1
-        slices = x.movedim(at, 1)
-        y = _StraightThrough.apply(slices.flatten(0, 1), format, 0)
-        return y.unflatten(0, slices.shape[:2]).movedim(1, at), 0
+            return (codes, scale.reshape(x.shape[0])), (0, 0)
+        shape = [1] * x.dim()
+        shape[0], at = x.shape[0], channel % (x.dim() - 1) + 1
+        shape[at] = x.shape[at]
+        return (codes, scale.reshape(shape)), (0, 0)
+
+
+def _as_slices(
+    x: Tensor, in_dims: tuple[int | None, ...], channel: int | None, amax: Tensor | None
+) -> tuple[Tensor, Tensor | None, Callable[[Tensor], Tensor]]:
+    """Examples in front; as slices that each have a range of their own, and the way back; None: one range is given."""
+    assert in_dims[0] is not None
+    x = x.movedim(in_dims[0], 0)
+    if channel is None:
+        return x, None if amax is not None else x, lambda y: y
+    at = channel % (x.dim() - 1) + 1
+    slices = x.movedim(at, 1)
+    return x, slices.flatten(0, 1), lambda y: y.unflatten(0, slices.shape[:2]).movedim(1, at)
+
+
+def _repeated(amax: Tensor | None, x: Tensor) -> Tensor | None:
+    """The ranges of channels, for each example."""
+    return None if amax is None else amax.repeat(x.shape[0])
 
 
 def parse_tensor_format(name: str | FloatFormat) -> FloatFormat | int:
@@ -71,7 +133,8 @@ def parse_tensor_format(name: str | FloatFormat) -> FloatFormat | int:
     except ValueError:
         format = None
     if not isinstance(format, FloatFormat) or format.zero != "flag":
-        raise ValueError(f'{name!r} is not a tensor format; write a float like "M4E3" or "M4E3b5", or "int8"')
+        how = 'write a float like "M4E3" or "M4E3b5", or "int8"'
+        raise ValueError(f"{name!r} is not a tensor format; {how}{meant_by(name)}")
     if format.bias is not None and format.emax > 127:
         raise ValueError(
             f"{format} has values above float32's: its largest exponent is {format.emax}, float32's 127; "
@@ -81,31 +144,95 @@ def parse_tensor_format(name: str | FloatFormat) -> FloatFormat | int:
 
 
 @uncompiled
-def quantize(x: Tensor, format: str | FloatFormat, channel: int | None = None) -> Tensor:
+def quantize(x: Tensor, format: str | FloatFormat, channel: int | None = None, amax: AbsoluteMaximum = None) -> Tensor:
     """x on the grid of a float with a flexible bias, or of symmetric integers; the gradient passes straight through.
+
+    It passes where a value saturates, too: with a fixed bias or range, weights beyond the largest value may drift;
+    clamp them, or let the range follow them.
 
     Args:
         x: any shape; float32, or a narrower float, widened first.
         format: `"M4E3"` (bias by the largest magnitude), `"M4E3b5"`, or `"int8"`, `"int4"` (multiples of
             max|x| / (2^(bits−1) − 1)).
         channel: the dimension along which every slice has its own bias or scale; None is one for the tensor.
+        amax: static: the largest magnitude that bias or scale are made for, in place of max|x|, so that a value does
+            not depend on the others; a number, or one a slice with `channel`.
 
     Returns:
         float32 of x's shape. Non-finite values stay what they are and do not count for the largest.
 
     Raises:
         TypeError: x is not a tensor of a supported dtype, or `format` no name and no FloatFormat.
-        ValueError: `format` names none, or has values above float32's; or x has no dimension `channel`.
+        ValueError: `format` names none, or has values above float32's; x has no dimension `channel`; or `amax` does not
+            fit, or is given beside a bias.
     """
-    parsed = parse_tensor_format(format)
-    x = widen(x, "x")
+    parsed, x = parse_tensor_format(format), widen(x, "x")
+    _check_channel(x, channel)
+    return x if x.numel() == 0 else _StraightThrough.apply(x, parsed, channel, _given_range(x, parsed, channel, amax))
+
+
+@uncompiled
+def integer_codes(
+    x: Tensor, format: str, channel: int | None = None, amax: AbsoluteMaximum = None
+) -> tuple[Tensor, Tensor]:
+    """x as what an integer engine multiplies: codes, and the scale that a code's value is a multiple of.
+
+    `codes * scale` is what `quantize` makes of x, up to float32's rounding; so is the gradient.
+
+    Args:
+        x, channel, amax: see `quantize`.
+        format: `"int8"`, `"int4"`; codes are from −(2^(bits−1) − 1) to 2^(bits−1) − 1.
+
+    Returns:
+        Codes, whole numbers in float32 of x's shape, and the scale, amax / (2^(bits−1) − 1) in float64: a number, or
+        with `channel` one a slice, of as many dimensions as x.
+
+    Raises:
+        TypeError, ValueError: as `quantize`; or the format is no integer.
+    """
+    bits, x = parse_tensor_format(format), widen(x, "x")
+    if not isinstance(bits, int):
+        raise ValueError(f'codes are integers, and {format!r} is a float; write "int8"')
+    _check_channel(x, channel)
+    if x.numel() == 0:
+        return x, x.new_ones((), dtype=torch.float64)
+    return _Codes.apply(x, bits, channel, _given_range(x, bits, channel, amax))
+
+
+def _check_channel(x: Tensor, channel: int | None) -> None:
     if channel is not None and not -x.dim() <= channel < x.dim():
         raise ValueError(f"channel must be a dimension of x {tuple(x.shape)}, got {channel}")
-    return x if x.numel() == 0 else _StraightThrough.apply(x, parsed, channel)
 
 
-def _nearest(x: Tensor, format: FloatFormat | int, largest: Tensor) -> Tensor:
-    return _to_integers(x, format, largest) if isinstance(format, int) else _to_float(x, format, largest)
+def _given_range(x: Tensor, format: FloatFormat | int, channel: int | None, amax: AbsoluteMaximum) -> Tensor | None:
+    """`amax` as float32, () or (slices,); None: to be taken from x.
+
+    Raises:
+        ValueError: it does not fit x, is no magnitude, or the format has a bias already.
+    """
+    if amax is None:
+        return None
+    if isinstance(format, FloatFormat) and format.bias is not None:
+        raise ValueError(f"{format} has a bias, which says how large values may be: amax must be None")
+    given = torch.as_tensor(amax).detach().to(torch.float32)
+    shapes = [()] if channel is None else [(), (x.shape[channel],)]
+    if tuple(given.shape) not in shapes:
+        wanted = "a number" if channel is None else f"a number, or ({x.shape[channel]},), one a slice"
+        raise ValueError(f"amax must be {wanted}, got {tuple(given.shape)}")
+    if not bool((torch.isfinite(given) & (given >= 0)).all()):
+        raise ValueError(f"amax must be finite and at least 0, got {amax}")
+    return given if channel is None else given.expand(x.shape[channel])
+
+
+def _finite(x: Tensor, channel: int | None, amax: Tensor | None) -> tuple[Tensor, Tensor]:
+    """x with zeros for what is not finite, and the largest magnitude, of all or by slice, broadcastable to x."""
+    largest = _largest(x, channel)
+    if not bool(torch.isfinite(largest).all()):
+        x = torch.where(torch.isfinite(x), x, 0.0)
+        largest = _largest(x, channel)
+    if amax is not None:
+        largest = amax.expand(largest.shape) if channel is None else amax.reshape(largest.shape)
+    return x, largest
 
 
 def _largest(x: Tensor, channel: int | None) -> Tensor:
@@ -155,7 +282,18 @@ def _power_below(x: Tensor) -> Tensor:
 
 
 def _to_integers(x: Tensor, bits: int, largest: Tensor) -> Tensor:
-    """x to the nearest multiple of largest / (2^(bits−1) − 1): in float64 up to the last rounding, as the reference."""
+    """x to the nearest multiple of the scale: in float64 up to the last rounding, as the reference."""
+    scale = _scale(largest, bits)
+    return _nearest_codes(x, bits, scale).mul_(scale).float()
+
+
+def _scale(largest: Tensor, bits: int) -> Tensor:
+    """largest / (2^(bits−1) − 1) in float64; 1 where all is zero."""
     scale = largest.double() / (2 ** (bits - 1) - 1)
-    scale = torch.where(scale == 0, 1.0, scale)
-    return x.double().div_(scale).round_().mul_(scale).float()
+    return torch.where(scale == 0, 1.0, scale)
+
+
+def _nearest_codes(x: Tensor, bits: int, scale: Tensor) -> Tensor:
+    """x / scale to the nearest integer, ties to even, saturated: float64."""
+    most = 2 ** (bits - 1) - 1
+    return x.double().div_(scale).round_().clamp_(-most, most)

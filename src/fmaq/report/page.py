@@ -5,13 +5,14 @@ from __future__ import annotations
 import importlib.resources
 from typing import Any
 
-from fmaq.report.tables import cells, headings
+from fmaq.report.tables import cells, headings, words
 from fmaq.training.record import Record, show
 
 KINDS = {
     "demo": "Demo: digits under ever smaller accumulators",
     "evaluate": "Zero-shot evaluation",
-    "finetune": "Dual-stage fine-tuning",
+    "finetune": "Fine-tuning",
+    "calibrate": "Calibration: ranges chosen on training examples, without training",
 }
 
 
@@ -52,6 +53,7 @@ def render(record: Record, plot: str) -> str:
         provenance=record.provenance,
         recipe=record.recipe,
         headings=headings(record),
+        words=words(record),
         baseline=cells(record, record.baseline),
         rows=[(cells(record, row), bool(row.tuned and row.parsed)) for row in record.rows],
         facts=_facts(record),
@@ -67,6 +69,10 @@ def _facts(record: Record) -> list[tuple[str, str]]:
         if row.tuned and row.parsed:
             before, after = row.metrics[metric], row.after(record.stages - 1, metric)
             facts.append((f"{row.bits} bits, fine-tuned", f"{show(metric, before)} → {show(metric, after)}"))
+    best = record.best
+    if best is not None:
+        shown = [show(metric, row.metrics[metric]) for row in (record.before(best), best) if row is not None]
+        facts.append((f"{best.bits} bits, {best.operands}, calibrated {best.chosen}", " → ".join(shown)))
     return facts
 
 

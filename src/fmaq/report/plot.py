@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from fmaq.numerics import Accumulator
 from fmaq.training.files import write_bytes
-from fmaq.training.record import PERCENT, Record, Row
+from fmaq.training.record import AS_GIVEN, PERCENT, Record, Row
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -64,17 +64,19 @@ def _value(row: Row, metric: str, scale: float) -> float:
 
 
 def _lines(axes: Axes, record: Record, columns: list[str], scale: float) -> None:
-    """A series for each format of the operands: a line if the accumulators go from wide to narrow, else points."""
-    names = list(dict.fromkeys(row.operands for row in record.rows))
-    for index, operands in enumerate(names):
-        rows = [row for row in record.rows if row.operands == operands]
+    """A series for each format of the operands, as given and as calibrated: a line from wide to narrow, else points."""
+    names = list(dict.fromkeys((row.operands, row.chosen) for row in record.rows))
+    for index, (operands, chosen) in enumerate(names):
+        rows = [row for row in record.rows if (row.operands, row.chosen) == (operands, chosen)]
         bits = [row.bits for row in rows]
         falling = len(bits) > 1 and all(a >= b for a, b in pairwise(bits))
         shift = 0.0 if falling else 0.16 * (index - (len(names) - 1) / 2)
         x = [columns.index(row.accumulator) + shift for row in rows]
         y = [_value(row, record.metric, scale) for row in rows]
-        name = "zero-shot" if record.stages else f"{operands} weights and activations"
-        look: dict[str, Any] = {"color": COLOURS[index % 4], "marker": MARKERS[index % 4], "markersize": 5.5}
+        ranges = f", {chosen or AS_GIVEN}" if record.is_calibrated else ""
+        name = "zero-shot" if record.stages else f"{operands} weights and activations{ranges}"
+        marker = MARKERS[(index + index // 4) % 4]  # another beside each colour, when the colours begin again
+        look: dict[str, Any] = {"color": COLOURS[index % 4], "marker": marker, "markersize": 5.5}
         axes.plot(x, y, label=name, linewidth=1.6, linestyle="-" if falling else "none", zorder=3, **look)
 
 
@@ -104,6 +106,7 @@ def _dress(axes: Axes, record: Record, labels: list[str], base: float) -> None:
     unit = " (%)" if record.metric in PERCENT else ""
     shown = f"{base:.2f} %" if record.metric in PERCENT else f"{base:.3f}"
     axes.set_xticks(range(len(labels)), labels)
+    axes.set_xlim(-0.5, len(labels) - 0.5)
     axes.set_ylabel(f"{record.metric}{unit}")
     axes.set_xlabel("accumulator")
     if record.metric in PERCENT:
@@ -119,7 +122,7 @@ def _dress(axes: Axes, record: Record, labels: list[str], base: float) -> None:
     text = f"float32 network: {shown}"
     place = {"xy": (1, base), "xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
     axes.annotate(text, xytext=(0, 4), ha="right", va="bottom", color=MUTED, fontsize=8.5, **place)  # type: ignore[arg-type]
-    axes.legend(frameon=False, loc="lower left", fontsize=9)
+    axes.legend(frameon=False, loc="best", fontsize=9)
 
 
 def save_png(figure: Figure, path: Path) -> None:

@@ -3,6 +3,7 @@
 An experiment of trainings with every key it may have:
 
     name: mlp-fashion
+    kind: training
     title: An MLP from scratch on Fashion-MNIST
     question: Which estimator trains best under the narrowest accumulators?
     notes: [What was reduced, and why.]
@@ -15,7 +16,11 @@ An experiment of trainings with every key it may have:
       - {accumulators: [fp32, M7E4b10 product=M7E4b12], estimators: [identity], seeds: [0, 1, 2]}
       - {accumulators: [M2E3b5 product=M2E3b7], estimators: [identity, immediate/diff], only: [from scratch]}
     across: accumulator                      # goes along the plot; or variant: the schedules do
-    quick: {data: {kind: digits}, grid: ...} # the quick form: each key takes the place of the file's
+    quick:                                   # the quick form: each key takes the place of the file's
+      title: On digits, in short             # title and notes say what it really ran
+      notes: [Not the experiment.]
+      data: {kind: digits}
+      grid: ...
 
 An experiment of costs (`kind: cost`) has in place of task, model, data, pretrain and schedules
 
@@ -251,11 +256,16 @@ def load(path: Path, quick: bool = False) -> TrainingExperiment | CostExperiment
 
 
 def _quick(values: Mapping[str, Any], node: yaml.Node | None, source: str) -> tuple[dict[str, Any], yaml.Node | None]:
-    """The quick form's values, and nodes, which know their lines."""
+    """The quick form's values, and nodes, which know their lines; it is called <name>-quick, and titled by itself."""
     changes = values.get("quick")
     if not isinstance(changes, Mapping) or not changes:
         raise RecipeError(f"{source}: quick: this experiment has no quick form; give the keys that differ in it")
-    merged = {**values, **changes}
+    if lacking := [key for key in ("title", "notes") if key not in changes]:
+        raise RecipeError(
+            f"{source}: quick: give it its own {' and '.join(lacking)}, which say what it runs: other data or sizes "
+            f"than the experiment"
+        )
+    merged = {**values, "name": f"{values.get('name')}-quick", **changes}
     del merged["quick"]
     if isinstance(node, yaml.MappingNode):
         own = {str(key.value): (key, value) for key, value in node.value}

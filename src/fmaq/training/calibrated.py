@@ -10,15 +10,13 @@ from typing import Any
 
 from fmaq.analysis.calibration import Per, calibrate, check_choices
 from fmaq.emulation import Policy, detach
-from fmaq.numerics import Accumulator
 from fmaq.training.examples import Examples, Pairs, Windows, as_examples
 from fmaq.training.explain import RecipeError
+from fmaq.training.policies import all_policies, emulates, is_template, nothing_emulated, operands_of
 from fmaq.training.progress import Bars
 from fmaq.training.recipe import Recipe
 from fmaq.training.record import Record, Row
-from fmaq.training.run import Prepared, Say, line, operands_of, prepare, variants
-
-AS_GIVEN = "as given"
+from fmaq.training.run import Prepared, Say, line, prepare
 
 
 def run_calibrate(
@@ -40,26 +38,32 @@ def run_calibrate(
         **how: `rule`, `gain`, `shift` and `chunks` of `fmaq.calibrate`.
 
     Raises:
-        RecipeError: the recipe's data have no training examples.
+        RecipeError: the recipe's data have no training examples, or it emulates nothing.
     """
     for per in pers:
         check_choices(per, how.get("rule", "trial"))
+    policies = all_policies(recipe)
+    if not any(emulates(policy) for policy in policies):
+        raise nothing_emulated(recipe)
     ready = prepare(recipe, device, bars)
     inputs = training_inputs(ready, batches)
     record = ready.record("calibrate")
     say(line(record, record.baseline))
 
-    def measure(policy: Policy, how: str) -> None:
+    def measure(policy: Policy, asked: Policy, chosen: str | None = None, file: str | None = None) -> None:
         with ready.bars:
             metrics, seconds = ready.measure(policy)
-        record.rows.append(Row(f"{operands_of(policy)}, {how}", str(policy.accumulator), metrics, seconds))
-        say(line(record, record.rows[-1]))
+        row = Row(operands_of(asked), str(asked.accumulator), metrics, seconds, chosen=chosen, policy=file)
+        record.rows.append(row)
+        say(line(record, row))
         record.save(output / "calibrate.json")
         record.save_csv(output / "calibrate.csv")
 
-    for policy in variants(recipe, ready.policy):
-        if isinstance(policy.accumulator, Accumulator) and not policy.accumulator.is_template:
-            measure(policy, AS_GIVEN)
+    for policy in policies:
+        if not is_template(policy):
+            measure(policy, policy)
+        if not emulates(policy):
+            continue
         detach(ready.model)
         ready.model.eval()
         for per in pers:
@@ -69,10 +73,11 @@ def run_calibrate(
             path = output / f"{_file_name(policy)}-{per}.yaml"
             found.save(path)
             record.notes.append(
-                f"{path.name}: {policy.accumulator}, {operands_of(policy)}, per {per}, chosen in {seconds:.1f} s"
+                f"{path.name}: {policy.accumulator}, {operands_of(policy)}, per {per}, chosen in {seconds:.1f} s; the "
+                f"policy's own accumulator became {found.accumulator}."
             )
             say(f"chosen in {seconds:.1f} s: {path}")
-            measure(found, f"per {per}")
+            measure(found, policy, f"per {per}", path.name)
             detach(ready.model)
     return record
 

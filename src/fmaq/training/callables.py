@@ -43,6 +43,19 @@ def load_callable(name: str) -> Callable[..., Any]:
     return function
 
 
+def made_by(name: str, key: str, **arguments: Any) -> Any:
+    """What the function of a recipe's key returns.
+
+    Raises:
+        ValueError: it raised something; the message names the key, the function and what it raised.
+    """
+    function = load_callable(name)
+    try:
+        return function(**arguments)
+    except Exception as error:
+        raise ValueError(f"{key}: {name} raised {type(error).__name__}: {error}") from error
+
+
 def resolve(name: str, base: str | Path) -> str:
     """The same name, its file made absolute from `base` if it has one; whether it exists is for `load_callable`."""
     source, separator, attribute = name.rpartition(":")

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fmaq.training.callables import load_callable
+from fmaq.training.callables import load_callable, made_by
 from fmaq.training.examples import Examples, Pairs, Windows, as_examples
 from fmaq.training.explain import RecipeError
 from fmaq.training.recipe import CallableData, DigitsData, HuggingFaceData, ImageFolderData, NpzData
@@ -41,7 +41,19 @@ def load_data(recipe: Any, task: str = "classification", tokenizer: Any = None) 
         read = _npz if isinstance(recipe, NpzData) else _image_folder
         train = None if recipe.train is None else read(recipe, recipe.train)
         test = read(recipe, recipe.test)
+    for split, data in (("training", train), ("test", test)):
+        if isinstance(data, Examples | Windows | Pairs) and len(data) == 0:
+            raise RecipeError(f"data: there are no {split} examples; {_where(recipe, split)}")
     return _first(train, recipe.limit), _first(test, recipe.limit)
+
+
+def _where(recipe: Any, split: str) -> str:
+    """What to look at where a split is empty."""
+    if isinstance(recipe, CallableData):
+        return f"{recipe.callable} returned none"
+    if isinstance(recipe, DigitsData):
+        return f"test_fraction {recipe.test_fraction:g} of 1,797 leaves none"
+    return f"{recipe.train if split == 'training' else recipe.test} is empty"
 
 
 def _first(data: Any, limit: int | None) -> Any:
@@ -60,7 +72,7 @@ def digits(test_fraction: float = 0.2, split_seed: int = 0) -> tuple[Examples, E
     y = torch.from_numpy(bunch.target).long()
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(split_seed))
     count = round(len(y) * test_fraction)
-    train, test = order[:-count], order[-count:]
+    train, test = order[: len(y) - count], order[len(y) - count :]
     return Examples(x[train], y[train]), Examples(x[test], y[test])
 
 
@@ -84,7 +96,7 @@ def _npz(recipe: NpzData, path: Path) -> Examples:
             for key, name in (("x", recipe.x), ("y", recipe.y)):
                 if name not in arrays:
                     raise RecipeError(f"data.{key}: {path} has no array {name!r}; it has {', '.join(arrays)}")
-            x, y = torch.from_numpy(arrays[recipe.x]), torch.from_numpy(arrays[recipe.y].astype(np.int64))
+            x, y = (_numbers(arrays[name], f"{name} in {path}") for name in (recipe.x, recipe.y))
     except (zipfile.BadZipFile, ValueError, OSError) as error:
         if isinstance(error, RecipeError):
             raise
@@ -93,7 +105,16 @@ def _npz(recipe: NpzData, path: Path) -> Examples:
         raise RecipeError(f"data.layout is {recipe.layout}, but {recipe.x} in {path} has shape {tuple(x.shape)}")
     if recipe.layout == "NHWC":
         x = x.permute(0, 3, 1, 2)
-    return Examples(_normalised(x, recipe.scale, recipe.mean, recipe.std), y)
+    try:
+        return Examples(_normalised(x, recipe.scale, recipe.mean, recipe.std), y)
+    except ValueError as error:
+        raise RecipeError(f"{path}: {error}") from None
+
+
+def _numbers(array: np.ndarray, what: str) -> Tensor:
+    if array.dtype.kind not in "biuf":
+        raise RecipeError(f"{what} is an array of {array.dtype}; numbers are needed")
+    return torch.from_numpy(array.astype(array.dtype.newbyteorder("=")))
 
 
 def image_tensor(image: Any, resize: int | None = None, crop: int | None = None) -> Tensor:
@@ -147,10 +168,13 @@ def _from_callable(recipe: CallableData, tokenizer: Any) -> tuple[Any, Any]:
     function = load_callable(recipe.callable)
     takes = "tokenizer" in inspect.signature(function).parameters
     extra = {"tokenizer": tokenizer} if takes and "tokenizer" not in recipe.arguments else {}
-    made = function(**recipe.arguments, **extra)
+    made = made_by(recipe.callable, "data.callable", **recipe.arguments, **extra)
     if not isinstance(made, tuple) or len(made) != 2:
         raise RecipeError(f"data.callable: {recipe.callable} must return (train, test), got a {type(made).__name__}")
-    return as_examples(made[0]), as_examples(made[1])
+    try:
+        return as_examples(made[0]), as_examples(made[1])
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"data.callable: {recipe.callable}: {error}") from None
 
 
 def _huggingface(recipe: HuggingFaceData, split: str, task: str, tokenizer: Any) -> Any:
@@ -161,7 +185,7 @@ def _huggingface(recipe: HuggingFaceData, split: str, task: str, tokenizer: Any)
     files = None if recipe.files is None else {name: str(path) for name, path in recipe.files.items()}
     try:
         table = datasets.load_dataset(recipe.id, recipe.config, data_files=files, split=split)
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # of datasets, and of the builders that it loads
         raise RecipeError(f"data.id: cannot load {recipe.id} ({split}): {error}") from error
     if recipe.limit is not None and task != "perplexity":
         table = table.select(range(min(recipe.limit, len(table))))
@@ -177,14 +201,23 @@ def _huggingface(recipe: HuggingFaceData, split: str, task: str, tokenizer: Any)
     if task == "similarity":
         texts = [*_column(table, columns, has, "text"), *_column(table, columns, has, "second")]
         index = torch.arange(len(table))
-        scores = torch.tensor(_column(table, columns, has, "score"), dtype=torch.float64)
+        scores = torch.tensor([float(score) for score in _column(table, columns, has, "score")], dtype=torch.float64)
         return Pairs(_tokenised(texts, None, recipe, tokenizer), index, index + len(table), scores)
-    labels = torch.tensor(_column(table, columns, has, "label"))
+    labels = _labels(recipe, _column(table, columns, has, "label"))
     if "image" in has:
         images = [image_tensor(i, recipe.resize, recipe.crop) for i in table[columns["image"]]]
         return Examples(_normalised(_stack(images, recipe.id), recipe.scale, recipe.mean, recipe.std), labels)
     second = _column(table, columns, has, "second") if "second" in has else None
     return Examples(_tokenised(_column(table, columns, has, "text"), second, recipe, tokenizer), labels)
+
+
+def _labels(recipe: HuggingFaceData, values: list[Any]) -> Tensor:
+    for value in values:
+        if not isinstance(value, int):
+            raise RecipeError(
+                f"data.columns.label: {recipe.id} has the label {value!r}; classes are whole numbers from 0"
+            )
+    return torch.tensor(values, dtype=torch.int64)
 
 
 def _column(table: Any, columns: dict[str, str], has: set[str], role: str) -> list[Any]:

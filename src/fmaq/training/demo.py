@@ -36,6 +36,8 @@ LADDER = ("M10E5", "M8E5", "M7E4", "M6E4", "M5E4", "M5E3", "M4E3", "M3E3", "M2E3
 
 FLOAT32 = Schedule((Stage(epochs=12, learning_rate=3e-3),), weight_decay=1e-2)
 DUAL = Schedule.dual(epochs=(8, 4), learning_rates=(2e-3, 5e-4))
+QUICK_FLOAT32 = Schedule((Stage(epochs=3, learning_rate=3e-3),), weight_decay=1e-2)
+QUICK_DUAL = Schedule.dual(epochs=(1, 1), learning_rates=(2e-3, 5e-4))
 CHANCE = 0.1
 NOTES = [
     "Fine-tuned: the two accumulators that lost most, of those still above twice chance; and, as a control, "
@@ -61,7 +63,12 @@ def choose(record: Record, count: int = 2) -> list[Row]:
 
 
 def run_demo(
-    output: Path, seed: int = 0, bars: Bars | None = None, say: Callable[[str], None] = print, schedule: Schedule = DUAL
+    output: Path,
+    seed: int = 0,
+    bars: Bars | None = None,
+    say: Callable[[str], None] = print,
+    schedule: Schedule | None = None,
+    quick: bool = False,
 ) -> Record:
     """Run the demo from the start.
 
@@ -69,20 +76,27 @@ def run_demo(
         output: folder for the weights, `demo.json`, `demo.csv` and a log and model for each fine-tuning.
         seed: of the weights and of the order of the examples.
         say: told one line a step of the way.
-        schedule: of each fine-tuning.
+        schedule: of each fine-tuning, in place of the demo's own.
+        quick: fewer epochs and one accumulator to fine-tune, to see that everything runs.
     Returns:
         The record: the float32 baseline, then a row for each accumulator, two of them fine-tuned, and the control.
     """
+    schedule = schedule or (QUICK_DUAL if quick else DUAL)
     train, test = digits()
     bars = bars or Bars(False)
     with bars:
         say(f"{len(train):,} training and {len(test)} test images of digits, 8×8; seed {seed}")
-        model, record = _float32(train, test, output, seed, bars)
+        model, record = _float32(train, test, output, seed, bars, QUICK_FLOAT32 if quick else FLOAT32)
+        if quick:
+            record.notes = [
+                *record.notes,
+                "Quick form: fewer epochs than the demo's, and one accumulator to fine-tune.",
+            ]
         start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         say(f"float32: accuracy {_accuracy(record.baseline.metrics)}")
         _zero_shot(record, model, test, bars, say)
         record.save(output / "demo.json")
-        for row in [record.rows[0], *choose(record)]:
+        for row in [record.rows[0], *choose(record, 1 if quick else 2)]:
             detach(model)
             model.load_state_dict(start)
             folder = output / ("control" if row.accumulator == "fp32" else f"{row.bits}-bit")
@@ -115,11 +129,13 @@ def _policy(accumulator: str) -> Policy:
     return Policy(accumulator=accumulator, weight=FP8, activation=FP8)
 
 
-def _float32(train: Examples, test: Examples, output: Path, seed: int, bars: Bars) -> tuple[ResidualCNN, Record]:
+def _float32(
+    train: Examples, test: Examples, output: Path, seed: int, bars: Bars, schedule: Schedule
+) -> tuple[ResidualCNN, Record]:
     torch.manual_seed(seed)
     start = time.monotonic()
     model = residual_cnn()
-    result = finetune(model, Policy(), train, test, FLOAT32, seed=seed, progress=bars)
+    result = finetune(model, Policy(), train, test, schedule, seed=seed, progress=bars)
     detach(model)
     model.eval()
     weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}

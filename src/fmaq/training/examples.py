@@ -35,6 +35,19 @@ def digest(*parts: Inputs) -> str:
     return state.hexdigest()[:16]
 
 
+def _check_tensor(what: str, value: Any) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{what} must be tensors, got a {type(value).__name__}; torch.as_tensor makes one of an array")
+
+
+def _whole(what: str, value: Any) -> Tensor:
+    """Classes or tokens as int64; floats must be whole numbers."""
+    _check_tensor(what, value)
+    if value.is_floating_point() and bool((wrong := value != value.round()).any()):
+        raise ValueError(f"{what} must be whole numbers, got {float(value[wrong][0]):g}")
+    return value.long()
+
+
 @dataclass
 class Examples:
     """Inputs with a class each, or a class for each of their tokens.
@@ -49,9 +62,10 @@ class Examples:
 
     def __post_init__(self) -> None:
         for tensor in self.inputs.values() if isinstance(self.inputs, dict) else [self.inputs]:
+            _check_tensor("inputs", tensor)
             if len(tensor) != len(self.targets):
                 raise ValueError(f"{len(tensor)} inputs but {len(self.targets)} targets; each input needs one target")
-        self.targets = self.targets.long()
+        self.targets = _whole("targets", self.targets)
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -70,6 +84,11 @@ class Windows:
     """Windows of tokens (N, length), int64: a language model predicts each token but the first from those before it."""
 
     tokens: Tensor
+
+    def __post_init__(self) -> None:
+        self.tokens = _whole("tokens", self.tokens)
+        if self.tokens.dim() != 2 or self.tokens.shape[1] < 2:
+            raise ValueError(f"tokens must be (windows, at least 2 tokens), got the shape {tuple(self.tokens.shape)}")
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -90,7 +109,7 @@ class Pairs:
     Args:
         inputs: tokenised texts, tensors (N, length) by name.
         first, second: (P,) indices of texts.
-        scores: (P,) judgements.
+        scores: (P,) judgements, not all equal: nothing correlates with those.
     """
 
     inputs: dict[str, Tensor]
@@ -98,8 +117,23 @@ class Pairs:
     second: Tensor
     scores: Tensor
 
+    def __post_init__(self) -> None:
+        sizes = [len(self.first), len(self.second), len(self.scores)]
+        if len(set(sizes)) > 1:
+            raise ValueError(f"{sizes[0]} first texts, {sizes[1]} second and {sizes[2]} scores; a pair has one of each")
+        if not sizes[0] and len(self):
+            raise ValueError(f"there are no pairs of the {len(self)} texts to compare")
+        if sizes[0] and bool((self.scores == self.scores[0]).all()):
+            raise ValueError(
+                f"the scores of {sizes[0]} pairs are all {float(self.scores[0]):g}: nothing correlates with it"
+            )
+        for name, index in (("first", self.first), ("second", self.second)):
+            wrong = index[(index < 0) | (index >= len(self))]
+            if len(wrong):
+                raise ValueError(f"{name} names the text {int(wrong[0])}, but the texts are 0 to {len(self) - 1}")
+
     def __len__(self) -> int:
-        return len(next(iter(self.inputs.values())))
+        return len(next(iter(self.inputs.values()), ()))
 
     def digest(self) -> str:
         """A hash of the contents."""

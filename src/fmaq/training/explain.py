@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from fmaq.emulation.policy import load_yaml
+from fmaq.emulation.yaml_text import load_yaml
 
 DATA_KINDS = ("digits", "npz", "image_folder", "huggingface", "callable")
 

@@ -114,6 +114,21 @@ def finetune(
     return run.result
 
 
+def identity(
+    model: nn.Module, policy: Policy, train: Examples | Windows, schedule: Schedule, seed: int
+) -> dict[str, Any]:
+    """What decides a run's result, as JSON: a checkpoint with another identity is of another run."""
+    found = {
+        "model": checkpoint.model_signature(model),
+        "policy": policy.to_mapping(),
+        "schedule": schedule.identity(),
+        "data": f"{len(train)} training examples, {train.digest()}",
+        "seed": seed,
+    }
+    mapping: dict[str, Any] = json.loads(json.dumps(found))
+    return mapping
+
+
 class _Run:
     """A run's place in its schedule, and all that a checkpoint keeps."""
 
@@ -151,14 +166,7 @@ class _Run:
         """Take up a checkpoint or start afresh, and open the log."""
         self.output = output
         self.path = None if output is None else output / "checkpoint.safetensors"
-        self.identity = {
-            "model": checkpoint.model_signature(self.model),
-            "policy": self.policy.to_mapping(),
-            "schedule": self.schedule.identity(),
-            "data": f"{len(self.train)} training examples, {self.train.digest()}",
-            "seed": self.seed,
-        }
-        self.identity = json.loads(json.dumps(self.identity))
+        self.identity = identity(self.model, self.policy, self.train, self.schedule, self.seed)
         offset = 0
         if self.path is not None and self.path.exists() and resume:
             offset = self._restore(self.path)

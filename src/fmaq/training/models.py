@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from fmaq.training.callables import load_callable
+from fmaq.training.callables import made_by
 from fmaq.training.explain import RecipeError
 from fmaq.training.recipe import ModelRecipe
 
@@ -37,7 +37,7 @@ def build_model(recipe: ModelRecipe, task: str = "classification") -> tuple[nn.M
 
 
 def _from_callable(recipe: ModelRecipe, name: str) -> tuple[nn.Module, Any]:
-    made = load_callable(name)(**recipe.arguments)
+    made = made_by(name, "model.callable", **recipe.arguments)
     model, tokenizer = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     if not isinstance(model, nn.Module):
         raise RecipeError(f"model.callable: {name} returned a {type(model).__name__}, not a torch.nn.Module")
@@ -57,7 +57,7 @@ def _from_transformers(recipe: ModelRecipe, task: str) -> tuple[nn.Module, Any]:
     gguf = {"gguf_file": recipe.gguf_file} if recipe.gguf_file else {}
     try:
         model = loader.from_pretrained(source, dtype="float32", **gguf, **recipe.arguments)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # of transformers, and of the packages that it needs for a kind of file
         raise RecipeError(f"model.transformers: cannot load {source}: {error}") from error
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, **gguf)

@@ -7,37 +7,32 @@ import torch
 from fmaq.analysis.calibration import call
 from fmaq.analysis.observation import STEPS, Observed, observe
 from fmaq.emulation import attach, detach
-from fmaq.emulation.policy import FP32
 from fmaq.training.calibrated import batches_of
 from fmaq.training.explain import RecipeError
+from fmaq.training.policies import emulating_policy
 from fmaq.training.recipe import Recipe
-from fmaq.training.run import prepare, variants
+from fmaq.training.run import prepare
+from fmaq.training.tasks import telling_of_the_batch
 
 
-def run_observe(
-    recipe: Recipe, accumulator: str | None = None, batches: int = 1, steps: int | None = STEPS
-) -> Observed:
-    """Run the network on its first test batches, under its policy (or the first of its accumulators).
+def run_observe(recipe: Recipe, batches: int = 1, steps: int | None = STEPS) -> Observed:
+    """Run the network on its first test batches, under the recipe's policy (see `fmaq.training.policies`).
 
     Args:
-        accumulator: in place of the policy's.
         steps: see `fmaq.observe`.
 
     Raises:
-        RecipeError: neither the policy nor `accumulators` emulate anything, or a test set has no batches.
+        RecipeError: the recipe emulates nothing, or a test set has no batches.
     """
+    policy = emulating_policy(recipe)
     ready = prepare(recipe)
-    policies = [policy for policy in variants(recipe, ready.policy) if policy.accumulator != FP32 or policy.layers]
-    if accumulator is not None:
-        policies = [ready.policy.replace(accumulator=accumulator)]
-    if not policies:
-        raise RecipeError("this recipe emulates nothing: give policy.accumulator, accumulators, or -a")
-    attach(ready.model, policies[0])
+    attach(ready.model, policy)
     ready.model.eval()
     try:
         with torch.no_grad(), observe(ready.model, steps) as found:
             for batch in batches_of(ready.test, recipe.data.batch_size, batches):
-                call(ready.model, batch)
+                with telling_of_the_batch(ready.model, batch):
+                    call(ready.model, batch)
     finally:
         detach(ready.model)
     if not found:

@@ -1,28 +1,13 @@
 """Recipes: one YAML file that names a run's model, data, policy and schedule, checked before anything starts.
 
-A recipe with every key it may have:
+    name: mine-12bit                         # names the output folder, runs/<name>
+    model: {callable: model.py:network, weights: trained.safetensors}
+    data: {kind: npz, train: train.npz, test: test.npz}
+    policy: {accumulator: paper12, weight: M4E3, activation: M4E3}
 
-    name: resnet20-12bit                     # names the output folder, runs/<name>
-    seed: 0
-    task: classification                     # classification | similarity | perplexity | file.py:function
-    model:                                   # either callable or transformers
-      callable: model.py:resnet20            # a function that returns a module, or (module, tokenizer)
-      arguments: {classes: 10}
-      weights: resnet20.safetensors          # loaded into it, every key matched
-      # transformers: some/checkpoint        # a hub id or a folder
-      # head: AutoModelForSequenceClassification       # default by task
-      # gguf_file: model-q4.gguf
-    data: {kind: npz, test: test.npz, ...}   # digits | npz | image_folder | huggingface | callable: see below
-    policy: {accumulator: paper12, weight: M4E3, activation: M4E3}    # or a file; see fmaq.Policy
-    accumulators: [M10E5b16, fp32]           # those that `fmaq evaluate` tries, in place of the policy's
-    operands: [float32, M4E3]                # formats of weights and activations it tries with each
-    finetune:
-      without_underflow: {epochs: 5, learning_rate: 1e-3}
-      with_underflow: {epochs: 1, learning_rate: 1e-4}
-      batch_size: 64
-    output: runs/somewhere
-
-Paths are relative to the recipe's own folder, and may use `~`, `${NAME}` and `${NAME:-default}`.
+`docs/training.md` shows every key; the classes below are what is checked. Which accumulators a command takes from a
+recipe is in `fmaq.training.policies`. Paths are relative to the recipe's own folder, and may use `~`, `${NAME}` and
+`${NAME:-default}`.
 """
 
 from __future__ import annotations
@@ -57,6 +42,9 @@ from fmaq.training.explain import RecipeError, explain, read_yaml
 from fmaq.training.schedule import Schedule, Stage
 from fmaq.training.tasks import TASKS
 
+EXAMPLES_CACHE = ".cache/examples"
+"""The folder of what `make fetch` downloads, in the source tree."""
+
 VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
 
 
@@ -78,10 +66,29 @@ def _located(value: Any, info: ValidationInfo) -> Any:
     return base / expand(value) if isinstance(value, str) else value
 
 
-def _exists(path: Path) -> Path:
-    if not path.exists():
-        raise ValueError(f"{os.path.normpath(path)} does not exist")
-    return Path(os.path.normpath(path))
+def _existing(value: Any, info: ValidationInfo) -> Any:
+    path = _located(value, info)
+    if isinstance(path, Path) and not path.exists():
+        raise ValueError(f"{os.path.normpath(path)} does not exist{_what_may_help(value)}")
+    return Path(os.path.normpath(path)) if isinstance(path, Path) else path
+
+
+def _what_may_help(value: Any) -> str:
+    """Where a file that is missing may come from: the variables in its name, and `make fetch`."""
+    found = VARIABLE.finditer(value) if isinstance(value, str) else ()
+    hints = [
+        _of_variable(name, default, rest=str(value)[match.end() :].lstrip("/"))
+        for match in found
+        for name, default in [match.groups()]
+    ]
+    if EXAMPLES_CACHE in str(value):
+        hints.append("; `make fetch` downloads it")
+    return "".join(hints)
+
+
+def _of_variable(name: str, default: str | None, rest: str) -> str:
+    now = f"now {os.environ[name]}" if os.environ.get(name) else f"which is not set (its default here is {default})"
+    return f"; set the environment variable {name}, {now}, to the folder that has {rest or 'it'}"
 
 
 def _is_callable(value: str, info: ValidationInfo) -> str:
@@ -91,8 +98,8 @@ def _is_callable(value: str, info: ValidationInfo) -> str:
 
 
 def _policy_source(value: Any, info: ValidationInfo) -> Any:
-    if isinstance(value, str):
-        value = _exists(_located(value, info))
+    if isinstance(value, str | Path):
+        value = _existing(value, info)
         Policy.load(value)
     else:
         _try(Policy.parse, value)
@@ -130,7 +137,7 @@ def _try(make: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
 
 
 AnyPath = Annotated[Path, BeforeValidator(_located)]
-ExistingPath = Annotated[Path, BeforeValidator(_located), AfterValidator(_exists)]
+ExistingPath = Annotated[Path, BeforeValidator(_existing)]
 CallableName = Annotated[str, AfterValidator(_is_callable)]
 TaskName = Annotated[str, AfterValidator(_known_task)]
 PolicySource = Annotated[dict[str, Any] | Path, BeforeValidator(_policy_source)]
@@ -215,7 +222,8 @@ class ModelRecipe(Strict):
         if folder.is_dir():
             return os.path.normpath(folder)
         if text.startswith((".", "/")) or text.count("/") > 1:
-            raise ValueError(f"{os.path.normpath(folder)} is not a folder (a hub id is name or owner/name)")
+            hint = _what_may_help(value)
+            raise ValueError(f"{os.path.normpath(folder)} is not a folder (a hub id is name or owner/name){hint}")
         return text
 
 
@@ -442,7 +450,7 @@ class Document(Strict):
 
 
 class Recipe(Document):
-    """A whole recipe; the module's text shows every key."""
+    """A whole recipe; `accumulators` and `operands` are what `fmaq.training.policies` says."""
 
     name: str = Field(pattern=r"^[\w.-]+$")
     seed: int = Field(0, ge=0, lt=2**32)

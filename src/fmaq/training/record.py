@@ -15,6 +15,8 @@ from fmaq.training.tasks import Metrics
 
 PERCENT = {"accuracy"}
 LOWER_IS_BETTER = {"perplexity", "loss"}
+AS_GIVEN = "as given"
+"""How a table calls ranges that calibration did not choose."""
 
 
 def show(name: str, value: float | None) -> str:
@@ -36,6 +38,8 @@ class Row:
         metrics: without any fine-tuning.
         seconds: that measuring took.
         tuned: what fine-tuning reached, as `FinetuneResult.to_mapping`.
+        chosen: how calibration chose the accumulator's ranges, "per channel" say; None: it is as it was given.
+        policy: name of the file, beside the record, with the policy that was measured, where it has one of its own.
     """
 
     operands: str
@@ -43,6 +47,8 @@ class Row:
     metrics: Metrics
     seconds: float
     tuned: dict[str, Any] | None = None
+    chosen: str | None = None
+    policy: str | None = None
 
     @property
     def parsed(self) -> Accumulator | None:
@@ -80,6 +86,23 @@ class Record:
         return next(iter(self.baseline.metrics))
 
     @property
+    def is_calibrated(self) -> bool:
+        """Whether any row's ranges were chosen by calibration."""
+        return any(row.chosen for row in self.rows)
+
+    def before(self, row: Row) -> Row | None:
+        """The row of the same accumulator and operands as given, before calibration; None if it was not measured."""
+        same = (r for r in self.rows if (r.operands, r.accumulator, r.chosen) == (row.operands, row.accumulator, None))
+        return next(same, None) if row.chosen else None
+
+    @property
+    def best(self) -> Row | None:
+        """The row of the best metric, of those whose policy is in a file; None if there are none."""
+        sign = -1 if self.metric in LOWER_IS_BETTER else 1
+        rows = [row for row in self.rows if row.policy]
+        return max(rows, key=lambda row: sign * row.metrics[self.metric], default=None)
+
+    @property
     def stages(self) -> int:
         """The most stages that any row was fine-tuned in."""
         return max((len(row.tuned["stages"]) for row in self.rows if row.tuned), default=0)
@@ -110,9 +133,12 @@ class Record:
         writer = csv.writer(text)
         after = [(stage, name) for stage in range(self.stages) for name in metrics]
         tuned_names = [f"{name} after stage {stage + 1}" for stage, name in after]
-        writer.writerow(["operands", "accumulator", "bits", *metrics, *tuned_names, "seconds"])
+        ranges = ["ranges"] if self.is_calibrated else []
+        writer.writerow(["operands", "accumulator", "bits", *ranges, *metrics, *tuned_names, "seconds"])
         for row in [self.baseline, *self.rows]:
             tuned = [row.after(stage, name) for stage, name in after]
             values = [row.metrics.get(name) for name in metrics]
-            writer.writerow([row.operands, row.accumulator, row.bits, *values, *tuned, f"{row.seconds:.2f}"])
+            chosen = [row.chosen or AS_GIVEN] if self.is_calibrated else []
+            own = [row.operands, row.accumulator, row.bits, *chosen]
+            writer.writerow([*own, *values, *tuned, f"{row.seconds:.2f}"])
         write_text(path, text.getvalue())

@@ -13,14 +13,15 @@ import torch
 from torch import nn
 
 from fmaq.emulation import Policy, attach, detach
-from fmaq.numerics import Accumulator
+from fmaq.training import checkpoint
 from fmaq.training.callables import load_callable
 from fmaq.training.checkpoint import CheckpointError
 from fmaq.training.data import load_data
 from fmaq.training.examples import Examples, Pairs, Windows, as_examples, digest
 from fmaq.training.explain import RecipeError
-from fmaq.training.loop import finetune
+from fmaq.training.loop import finetune, identity
 from fmaq.training.models import build_model
+from fmaq.training.policies import accumulators_of, all_policies, is_template, one_policy, operands_of
 from fmaq.training.progress import Bars
 from fmaq.training.provenance import provenance
 from fmaq.training.recipe import Recipe
@@ -32,7 +33,7 @@ Say = Callable[[str], None]
 
 @dataclass
 class Prepared:
-    """A recipe's model, data, policy and task, made and checked."""
+    """A recipe's model, data and task, made and checked, and the policy of commands that take one."""
 
     recipe: Recipe
     model: nn.Module
@@ -78,11 +79,10 @@ def prepare(recipe: Recipe, device: str = "cpu", bars: Bars | None = None) -> Pr
     _check_device(device)
     torch.manual_seed(recipe.seed)
     model, tokenizer = build_model(recipe.model, recipe.task)
-    policy = recipe.load_policy()
-    check_globs(policy, model)
+    check_globs(recipe.load_policy(), model)
     train, test = load_data(recipe.data, recipe.task, tokenizer)
     task = recipe.task if recipe.task in TASKS else load_callable(recipe.task)
-    return Prepared(recipe, model.to(device), train, test, policy, task, device, bars or Bars(False))
+    return Prepared(recipe, model.to(device), train, test, one_policy(recipe), task, device, bars or Bars(False))
 
 
 def check_globs(policy: Policy, model: nn.Module) -> None:
@@ -100,42 +100,24 @@ def check_globs(policy: Policy, model: nn.Module) -> None:
             raise RecipeError(f"policy.layers: {glob!r} matches no module of {type(model).__name__}; it has {some} ...")
 
 
-def operands_of(policy: Policy) -> str:
-    """The formats of a policy's weights and activations, as a table shows them."""
-    weight, activation = policy.weight or "float32", policy.activation or "float32"
-    return weight if weight == activation else f"{weight}/{activation}"
-
-
-def variants(recipe: Recipe, policy: Policy) -> list[Policy]:
-    """The policies that `operands` and `accumulators` make of the recipe's own; that alone if both are empty."""
-    formats = [policy] if not recipe.operands else [with_operands(policy, name) for name in recipe.operands]
-    accumulators: list[Any] = list(recipe.accumulators) or [None]
-    return [base if acc is None else base.replace(accumulator=acc) for base in formats for acc in accumulators]
-
-
-def with_operands(policy: Policy, name: str) -> Policy:
-    """The policy with weights and activations in one format; `"float32"` leaves them alone."""
-    format = None if name == "float32" else name
-    return policy.replace(weight=format, activation=format)
-
-
 def run_evaluate(
     recipe: Recipe, output: Path, device: str = "cpu", bars: Bars | None = None, say: Say = print
 ) -> Record:
-    """Measure the model in float32 and under each of the recipe's accumulators; the record is saved after each.
+    """Measure the model in float32 and under each of the recipe's policies; the record is saved after each.
 
     Args:
         output: folder for `evaluate.json` and `evaluate.csv`.
         say: told one line a measurement.
     """
-    ready = prepare(recipe, device, bars)
-    policies = variants(recipe, ready.policy)
+    policies = all_policies(recipe)
     for policy in policies:
-        if isinstance(policy.accumulator, Accumulator) and policy.accumulator.is_template:
+        if is_template(policy):
+            lacking = next(accumulator for accumulator in accumulators_of(policy) if accumulator.is_template)
             raise RecipeError(
-                f"accumulators: {str(policy.accumulator)!r} lacks a bias; give it, like M7E4b10, or let "
-                f"`fmaq calibrate` choose it"
+                f"the accumulator {str(lacking)!r} lacks a bias; give it, like M7E4b10, or let `fmaq calibrate` choose "
+                f"it"
             )
+    ready = prepare(recipe, device, bars)
     with ready.bars:
         record = ready.record("evaluate")
         say(line(record, record.baseline))
@@ -160,7 +142,7 @@ def run_finetune(
     """Fine-tune the model under the recipe's policy, from the folder's checkpoint if there is one.
 
     Args:
-        output: folder for the checkpoint, the log, the model, `finetune.json` and `finetune.csv`.
+        output: folder for the checkpoint, the log, the model, its policy, `finetune.json` and `finetune.csv`.
         resume: False starts over.
     Raises:
         RecipeError: the recipe has no `finetune`, or its data no training examples.
@@ -172,6 +154,7 @@ def run_finetune(
         raise RecipeError("this recipe cannot be fine-tuned: its data have no training examples; give data.train")
     with ready.bars:
         record = _before(ready, output, resume)
+        _keep_policy(ready.policy, output / "policy.yaml")
         row = record.rows[0]
         for shown in (record.baseline, row):
             say(line(record, shown))
@@ -198,17 +181,26 @@ def run_finetune(
     return record
 
 
+def _keep_policy(policy: Policy, path: Path) -> None:
+    """Write the policy, for measuring the model under it later; one that says nothing needs no file."""
+    if policy == Policy():
+        path.unlink(missing_ok=True)
+    else:
+        policy.save(path)
+
+
 def _before(ready: Prepared, output: Path, resume: bool) -> Record:
     """The measurements before fine-tuning; taken from the folder if this same run made them already."""
-    path, checkpoint = output / "finetune.json", output / "checkpoint.safetensors"
+    path, state = output / "finetune.json", output / "checkpoint.safetensors"
     recipe = ready.recipe.model_dump(mode="json", exclude_defaults=True)
     digests = _digests(ready)
-    if resume and path.exists() and checkpoint.exists():
+    if resume and path.exists() and state.exists():
+        _refuse_another_run(ready, state)  # before the record, which is that run's, is written over
         record = Record.load(path)
         for what, found in record.provenance.get("digests", {}).items():
             if found != digests.get(what):
                 raise CheckpointError(
-                    f"{checkpoint} is the checkpoint of a run that began with other {what}. Choose another output "
+                    f"{state} is the checkpoint of a run that began with other {what}. Choose another output "
                     f"folder, or start over with resume=False (--fresh), which overwrites it"
                 )
         if record.recipe == recipe:
@@ -221,6 +213,13 @@ def _before(ready: Prepared, output: Path, resume: bool) -> Record:
     return record
 
 
+def _refuse_another_run(ready: Prepared, path: Path) -> None:
+    assert ready.recipe.finetune is not None and ready.train is not None  # run_finetune has seen to it
+    schedule, train = ready.recipe.finetune.schedule(), as_examples(ready.train)
+    ours = identity(ready.model, ready.policy, train, schedule, ready.recipe.seed)
+    checkpoint.check_identity(path, checkpoint.read(path)[1]["identity"], ours)
+
+
 def _digests(ready: Prepared) -> dict[str, str]:
     """Of what a checkpoint does not know: the weights that training starts from, and the test examples."""
     found = {"weights": digest(ready.model.state_dict())}
@@ -231,4 +230,5 @@ def _digests(ready: Prepared) -> dict[str, str]:
 def line(record: Record, row: Row) -> str:
     """A row as one line of text."""
     value = show(record.metric, row.metrics[record.metric])
-    return f"{row.operands:>8}  {row.accumulator:<42} {record.metric} {value}  {row.seconds:.1f} s"
+    chosen = f"{row.chosen}: " if row.chosen else ""
+    return f"{row.operands:>8}  {row.accumulator:<42} {chosen}{record.metric} {value}  {row.seconds:.1f} s"

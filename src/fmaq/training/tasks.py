@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,9 +16,19 @@ from fmaq.training.progress import Advance, Bars
 Metrics = dict[str, float]
 
 
+class BatchError(ValueError):
+    """A model failed on a batch; the message describes the batch, and says what may help."""
+
+
 def forward(model: nn.Module, inputs: Inputs) -> Tensor:
-    """The model's logits or embeddings: its output, or that output's `logits` or `last_hidden_state`."""
-    output = model(**inputs) if isinstance(inputs, dict) else model(inputs)
+    """The model's logits or embeddings: its output, or that output's `logits` or `last_hidden_state`.
+
+    Raises:
+        BatchError: the model failed on these inputs.
+        TypeError: it returned neither a tensor nor such an output.
+    """
+    with telling_of_the_batch(model, inputs):
+        output = model(**inputs) if isinstance(inputs, dict) else model(inputs)
     for name in ("logits", "last_hidden_state"):
         if getattr(output, name, None) is not None:
             output = getattr(output, name)
@@ -28,12 +39,75 @@ def forward(model: nn.Module, inputs: Inputs) -> Tensor:
     return output
 
 
+@contextmanager
+def telling_of_the_batch(model: nn.Module, inputs: Inputs) -> Iterator[None]:
+    """Raise what a model raises on a batch of the data as a `BatchError`; but not that memory ran out, or a loss."""
+    try:
+        yield
+    except (BatchError, FloatingPointError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise BatchError(
+            f"{type(model).__name__} cannot take this batch of the data: {_described(inputs)}; "
+            f"{type(error).__name__}: {error}{_what_may_help(model, inputs)}"
+        ) from error
+
+
+def _described(inputs: Inputs) -> str:
+    """The tensors' names, types and shapes, and the range of integers, such as tokens are."""
+    named = inputs if isinstance(inputs, dict) else {"": inputs}
+    return ", ".join(f"{name} {_of_tensor(tensor)}".strip() for name, tensor in named.items())
+
+
+def _of_tensor(tensor: Tensor) -> str:
+    kind = str(tensor.dtype).removeprefix("torch.")
+    whole = tensor.numel() and not tensor.is_floating_point() and not tensor.is_complex()
+    values = f" from {int(tensor.min())} to {int(tensor.max())}" if whole and tensor.dtype != torch.bool else ""
+    return f"{kind} of shape {tuple(tensor.shape)}{values}"
+
+
+def _what_may_help(model: nn.Module, inputs: Inputs) -> str:
+    tensors = inputs.values() if isinstance(inputs, dict) else [inputs]
+    theirs = {tensor.dtype for tensor in tensors if tensor.is_floating_point()}
+    ours = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
+    if len(theirs) == len(ours) == 1 and theirs != ours:
+        weights, name = (str(dtype).removeprefix("torch.") for dtype in (next(iter(ours)), next(iter(theirs))))
+        return f". The data are {name} and the model's weights {weights}: convert the data, x.to(torch.{weights})"
+    return ""
+
+
+def check_classes(targets: Tensor, logits: Tensor) -> None:
+    """Refuse classes that logits (examples, classes) do not have.
+
+    Raises:
+        ValueError: there is not one class for each row of logits, or one is out of range; names it.
+    """
+    if logits.dim() < 2 or len(targets) != len(logits):
+        raise ValueError(
+            f"{len(targets)} classes do not fit the model's outputs, {tuple(logits.shape)}: classification needs an "
+            f"output (examples, classes), and one whole number for each example (of one-hot classes, y.argmax(1))"
+        )
+    counted = targets[targets != IGNORED]
+    wrong = counted[(counted < 0) | (counted >= logits.shape[1])]
+    if len(wrong):
+        raise ValueError(
+            f"the class {int(wrong[0])} is not one of the model's {logits.shape[1]}, 0 to {logits.shape[1] - 1}; check "
+            f"the data's classes, or give the model more outputs"
+        )
+
+
 def loss(model: nn.Module, data: Examples | Windows, inputs: Inputs, targets: Tensor) -> Tensor:
     """Mean cross-entropy of a batch of `data`: of the classes that count, or of each window's next tokens."""
     logits = forward(model, inputs).float()
     if isinstance(data, Windows):
-        return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), targets[:, 1:].flatten())
-    return nn.functional.cross_entropy(logits.flatten(0, -2), targets.flatten(), ignore_index=IGNORED)
+        logits, targets = logits[:, :-1], targets[:, 1:]
+    logits, targets = _by_row(logits), targets.flatten()
+    check_classes(targets, logits)
+    return nn.functional.cross_entropy(logits, targets, ignore_index=IGNORED)
+
+
+def _by_row(logits: Tensor) -> Tensor:
+    return logits.flatten(0, -2) if logits.dim() > 1 else logits
 
 
 def _form(data: Any, form: type, task: str) -> Any:
@@ -51,12 +125,15 @@ def classification(model: nn.Module, data: Any, device: str, batch_size: int, ad
     right, count, total = 0, 0, 0.0
     for start in range(0, len(data), batch_size):
         inputs, targets = data.batch(slice(start, start + batch_size))
-        logits = forward(model, to_device(inputs, device)).float().flatten(0, -2)
+        logits = _by_row(forward(model, to_device(inputs, device)).float())
         advance(len(targets))
         targets = targets.flatten().to(device)
+        check_classes(targets, logits)
         right += int((logits.argmax(1) == targets).sum())
         count += int((targets != IGNORED).sum())
         total += float(nn.functional.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum"))
+    if count == 0:
+        raise ValueError(f"no example has a class: all targets are {IGNORED}, that of tokens which do not count")
     return {"accuracy": right / count, "loss": _finite(total / count)}
 
 
@@ -78,7 +155,8 @@ def perplexity(model: nn.Module, data: Any, device: str, batch_size: int, advanc
     for start in range(0, len(data), batch_size):
         inputs, targets = data.batch(slice(start, start + batch_size))
         targets = targets[:, 1:].flatten().to(device)
-        logits = forward(model, to_device(inputs, device)).float()[:, :-1].flatten(0, 1)
+        logits = _by_row(forward(model, to_device(inputs, device)).float()[:, :-1])
+        check_classes(targets, logits)
         total += float(nn.functional.cross_entropy(logits, targets, reduction="sum"))
         count += len(targets)
         advance(len(next(iter(inputs.values()))) if isinstance(inputs, dict) else len(inputs))
@@ -148,6 +226,11 @@ def evaluate(
 
     Returns:
         Metrics by name, the most telling first.
+
+    Raises:
+        BatchError: the model failed on a batch of the data.
+        ValueError: the data are empty, or have a class that the model has not.
+        TypeError: the task does not run on such data, or a task of one's own returned no metrics.
     """
     data = as_examples(data)
     modes = {module: module.training for module in model.modules()}
@@ -156,9 +239,25 @@ def evaluate(
     try:
         with torch.no_grad(), bars:
             if callable(task):
-                return {name: float(value) for name, value in task(model, data, device).items()}
+                return _own(task, model, data, device)
+            if hasattr(data, "__len__") and len(data) == 0:
+                raise ValueError("there is nothing to measure on: the test data are empty")
             with bars.bar(label, len(data)) as advance:
                 return TASKS[task](model, data, device, batch_size, advance)
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+def _own(task: Callable[..., Any], model: nn.Module, data: Any, device: str) -> Metrics:
+    """The metrics of a task of the user's own, as numbers."""
+    name = getattr(task, "__name__", str(task))
+    try:
+        found = task(model, data, device)
+    except (BatchError, FloatingPointError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise ValueError(f"the task {name} raised {type(error).__name__}: {error}") from error
+    if not isinstance(found, Mapping) or not found:
+        raise TypeError(f"the task {name} returned {found!r}; expected metrics by name, like {{'accuracy': 0.9}}")
+    return {name: float(value) for name, value in found.items()}
