@@ -76,7 +76,10 @@ _listeners = _Listeners()
 
 @contextmanager
 def listening(listener: Listener) -> Iterator[None]:
-    """Call `listener(product)` after each product of an attached model in this thread, inside a `with` block."""
+    """Call `listener(product)` after each product of an attached model in this thread, inside a `with` block.
+
+    A model whose policy emulates nothing has no hooks, and is heard in `fmaq.coverage` alone.
+    """
     _listeners.all.append(listener)
     try:
         yield
