@@ -11,6 +11,7 @@ import torch
 
 from fmaq import __version__
 from fmaq.cli import main
+from fmaq.emulation import Policy
 from fmaq.training.record import Record
 
 RECIPE = """\
@@ -113,6 +114,22 @@ def test_policy_and_weights_of_the_command_line(
     assert run(monkeypatch, "evaluate", recipe, "--policy", "given.yaml", "-a", "paper12", "--json") == 0
     (replaced,) = json.loads(capsys.readouterr().out)["rows"]
     assert (replaced["operands"], replaced["accumulator"].split()[0]) == ("int8/float32", "M7E4b10")
+
+
+def test_a_calibrated_policy_serves_every_command(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, "calibrate", recipe, "-a", "M4E3 product=M4E3", "-o", "chosen") == 0
+    (row,) = Record.load(Path("chosen/calibrate.json")).rows
+    policy = Path("chosen") / str(row.policy)
+    for command in ("evaluate", "finetune", "observe", "analyze"):
+        assert run(monkeypatch, command, recipe, "--policy", policy) == 0, capsys.readouterr().err
+    (evaluated,) = Record.load(Path("runs/small/evaluate.json")).rows
+    (tuned,) = Record.load(Path("runs/small/finetune.json")).rows
+    assert evaluated.metrics == tuned.metrics == row.metrics
+    assert Policy.load("runs/small/policy.yaml") == Policy.load(policy)
+    offsets = [entry for entry in Policy.load(policy).layers.values() if entry and "offset" in entry]
+    assert offsets and "M4E3" in Path("runs/small/events.csv").read_text()
 
 
 def test_recorded_commands_can_be_pasted_into_a_shell(

@@ -3,6 +3,7 @@
 import importlib.util
 import io
 import math
+import sys
 import tarfile
 import zipfile
 from collections.abc import Callable
@@ -13,7 +14,9 @@ import pytest
 import torch
 
 import fmaq
+from fmaq.training import Schedule, Stage
 from fmaq.training.calibrated import run_calibrate
+from fmaq.training.callables import load_callable
 from fmaq.training.data import load_data
 from fmaq.training.examples import Pairs, Windows
 from fmaq.training.models import build_model
@@ -109,6 +112,22 @@ def test_twelve_bits_cover_all_products_of_both_kinds_of_transformer(attention: 
             assert not torch.equal(found, expected)
             torch.testing.assert_close(found, expected, atol=0.5, rtol=0.1)
             assert torch.equal(model(**inputs)[0], expected)
+
+
+def test_the_digits_network_is_trained_once_and_the_same_whatever_the_recipes_seed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = Recipe.load(EXAMPLES / "digits" / "recipe.yaml")
+    module = sys.modules[load_callable(str(recipe.model.callable)).__module__]
+    monkeypatch.setattr(module, "FLOAT32", Schedule((Stage(1, 3e-3),)))
+    made = []
+    for name, seed in (("a", 1), ("b", 2), ("a", 3)):
+        monkeypatch.setattr(module, "WEIGHTS", tmp_path / f"{name}.safetensors")
+        torch.manual_seed(seed)
+        made.append(build_model(recipe.model)[0].state_dict())
+    assert capsys.readouterr().err.count("training the digits' network") == 2
+    for other in made[1:]:
+        assert all(torch.equal(tensor, other[name]) for name, tensor in made[0].items())
 
 
 @pytest.mark.data

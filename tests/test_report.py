@@ -192,3 +192,15 @@ def test_a_page_calls_dual_stages_what_they_are(record: Record, tmp_path: Path) 
     for one in record.rows[1].tuned["stages"]:
         one["stage"]["underflow"] = True
     assert "Without underflow, sums" not in page()
+
+
+def test_a_record_of_nothing_is_refused(record: Record, tmp_path: Path) -> None:
+    record.rows = []
+    with pytest.raises(ValueError, match="the record of <digits> & more has no rows yet"):
+        write_report(record, tmp_path, "page")
+    path = tmp_path / "r.json"
+    for metrics, message in (({}, "its baseline has no metrics"), ({"accuracy": None}, "float")):
+        record.baseline.metrics = metrics
+        record.save(path)
+        with pytest.raises(ValueError, match=rf"r.json is no record of a run, such as evaluate.json: .*{message}"):
+            Record.load(path)

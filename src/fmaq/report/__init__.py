@@ -25,7 +25,12 @@ def write_report(record: Record, folder: Path, name: str = "report") -> Written:
     Args:
         record: with at least one row.
         folder: made if need be.
+
+    Raises:
+        ValueError: the record has no rows: its run was stopped before the first accumulator was measured.
     """
+    if not record.rows:
+        raise ValueError(f"the record of {record.name} has no rows yet: its run measured no accumulator; run it again")
     from fmaq.report.page import render
     from fmaq.report.plot import draw, save_png, to_svg
     from fmaq.training.files import write_text

@@ -122,7 +122,12 @@ class Record:
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
             rows = [Row(**row) for row in values.pop("rows")]
-            return cls(baseline=Row(**values.pop("baseline")), rows=rows, **values)
+            record = cls(baseline=Row(**values.pop("baseline")), rows=rows, **values)
+            if not record.baseline.metrics:
+                raise ValueError("its baseline has no metrics")
+            for row in [record.baseline, *rows]:
+                row.metrics = {name: float(value) for name, value in row.metrics.items()}
+            return record
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"{path} is no record of a run, such as evaluate.json: {error}") from None
 
