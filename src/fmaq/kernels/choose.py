@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from fmaq.kernels.arithmetic import Arithmetic
 from fmaq.kernels.arithmetic32 import FLOAT32_EMIN, Fixed32, Float32
-from fmaq.kernels.arithmetic64 import General64
+from fmaq.kernels.arithmetic64 import General64, general
 from fmaq.kernels.ranges import Range
 from fmaq.kernels.rounded32 import Rounded32
 from fmaq.kernels.targets import Target
@@ -88,11 +88,19 @@ def _moved(acc: Accumulator, by: int) -> Accumulator:
 def _choose(
     acc: Accumulator, target: Target, a: Range, b: Range, depth: int, use_bounds: bool, is_counting: bool
 ) -> Choice:
+    if (
+        acc.outer is not None
+        or acc.format.half_unit
+        or (acc.product and acc.product.half_unit)
+        or acc.product_rounding
+        or acc.rounding not in ("toward_zero", "nearest_even", "stochastic")
+    ):
+        return Choice(general(acc))
     found = (_fixed if isinstance(acc.format, FixedFormat) else _float32)(acc, target, a, b, depth)
     if found is not None and is_counting:
         found = _counting(found, a, b)
     if found is None:
-        return Choice(General64(acc))
+        return Choice(general(acc))
     arithmetic, scales, terms = found
     if not use_bounds or not arithmetic.sum_clamped:
         return Choice(arithmetic, *scales)

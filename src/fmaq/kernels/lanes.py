@@ -25,6 +25,7 @@ class Lanes:
         self.count = target.lanes(element_bytes)
         self.element = F64 if self.is_double else F32
         self.integer = I64 if self.is_double else I32
+        self.mantissa = 52 if self.is_double else 23
         self.vector = ir.VectorType(self.element, self.count)
         self.bit_vector = ir.VectorType(self.integer, self.count)
         self.words = ir.VectorType(I32, self.count)
@@ -136,6 +137,10 @@ class Lanes:
     def from_bits(self, x: Value) -> Value:
         """Lanes from their bit patterns."""
         return self.b.bitcast(x, self.vector)
+
+    def sign_bits(self, x: Value) -> Value:
+        """All bits set where the sign is, none elsewhere: −1 or 0."""
+        return self.b.ashr(self.bits(x), self.bit_constant(self.integer.width - 1))
 
     def keep_bits(self, x: Value, dropped: int) -> Value:
         """x without its lowest bits."""
