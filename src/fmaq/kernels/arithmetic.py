@@ -69,6 +69,10 @@ class Merging(ABC):
         """In which lanes a sum is the same as before."""
         return v.b.fcmp_ordered("==", before, after)
 
+    def is_empty(self, v: Lanes, total: Value) -> Value:
+        """In which lanes a sum is zero."""
+        return v.b.fcmp_ordered("==", total, v.constant(0.0)) if v.is_double else v.is_flushed(total)
+
     def overflowing_merge(self, v: Lanes, t: Value, s: Value, word: Value | None) -> tuple[Value, Value]:
         """Q(t + s), and in which lanes it overflows."""
         raise NotImplementedError(f"{type(self).__name__} sees no overflow")

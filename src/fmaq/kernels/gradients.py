@@ -172,7 +172,7 @@ class GradientGemm(Gemm):
         for t, s, passed, word in zip(totals, sums, self._passed(v, level, sums), words, strict=True):
             if self.wanted.sees_loss:
                 after = mine.merge(v, t, passed, word)
-                is_same, is_empty = mine.unchanged(v, t, after), below.unchanged(v, below.zero(v), s)
+                is_same, is_empty = mine.unchanged(v, t, after), below.is_empty(v, s)
                 seen.append((after, v.b.or_(v.b.not_(is_same), is_empty)))
             else:
                 after, overflows = mine.overflowing_merge(v, t, passed, word)

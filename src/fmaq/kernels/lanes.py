@@ -84,6 +84,27 @@ class Lanes:
         """x·y + z, rounded once."""
         return self._call("llvm.fma", x, y, z)
 
+    def add_to_nearest(self, x: Value, y: Value) -> Value:
+        """x + y of float32 lanes to the nearest, ties to even, however the processor rounds.
+
+        Elsewhere than on AVX-512, in float64 lanes: only a sum of terms more than 53 places apart is not exact there,
+        and it lies next to the larger one, which float32 holds.
+        """
+        if self.target.name == "avx512":
+            add = self.declare("llvm.x86.avx512.add.ps.512", self.vector, [self.vector, self.vector, I32])
+            to_nearest_without_exceptions = 8
+            return self.b.call(add, [x, y, I32(to_nearest_without_exceptions)])
+        wide, words = ir.VectorType(F64, self.count), ir.VectorType(I64, self.count)
+
+        def word(value: int) -> Value:
+            return ir.Constant(words, [ir.Constant(I64, value)] * self.count)
+
+        dropped = 52 - 23
+        bits = self.b.bitcast(self.b.fadd(self.b.fpext(x, wide), self.b.fpext(y, wide)), words)
+        last = self.b.and_(self.b.lshr(bits, word(dropped)), word(1))
+        rounded = self.b.and_(self.b.add(self.b.add(bits, word((1 << (dropped - 1)) - 1)), last), word(-1 << dropped))
+        return self.b.fptrunc(self.b.bitcast(rounded, wide), self.vector)
+
     def magnitude(self, x: Value) -> Value:
         """|x|."""
         return self._call("llvm.fabs", x)
@@ -141,6 +162,19 @@ class Lanes:
     def sign_bits(self, x: Value) -> Value:
         """All bits set where the sign is, none elsewhere: −1 or 0."""
         return self.b.ashr(self.bits(x), self.bit_constant(self.integer.width - 1))
+
+    def is_flushed(self, x: Value) -> Value:
+        """Which float32 lanes are zero where the processor flushes: all without exponent bits.
+
+        A comparison would not do: LLVM knows that a zero with a half unit is none.
+        """
+        exponent = self.b.and_(self.bits(x), self.bit_constant(0x7F800000))
+        return self.b.icmp_unsigned("==", exponent, self.bit_constant(0))
+
+    def are_same(self, x: Value, y: Value) -> Value:
+        """Which float32 lanes are equal, or are both zero where the processor flushes."""
+        both = self.b.and_(self.is_flushed(x), self.is_flushed(y))
+        return self.b.or_(self.b.fcmp_ordered("==", x, y), both)
 
     def keep_bits(self, x: Value, dropped: int) -> Value:
         """x without its lowest bits."""
