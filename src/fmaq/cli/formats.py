@@ -7,8 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fmaq.numerics import Accumulator
-from fmaq.numerics.formats import Format
+from fmaq.numerics import Accumulator, Float32Format, Format
 
 
 def hardware(
@@ -41,11 +40,14 @@ def hardware(
 
 
 def _rows(acc: Accumulator) -> list[dict[str, Any]]:
-    roles = (("sums", acc.format), ("products", acc.product))
+    roles: list[tuple[str, Format | Float32Format | None]] = [("sums", acc.format), ("products", acc.product)]
+    if acc.outer is not None:
+        levels = acc.levels
+        roles += [("outer" if len(levels) == 1 else f"outer {i}", level.format) for i, level in enumerate(levels, 1)]
     return [_row(acc, role, format) for role, format in roles if format is not None]
 
 
-def _row(acc: Accumulator, role: str, format: Format) -> dict[str, Any]:
+def _row(acc: Accumulator, role: str, format: Format | Float32Format) -> dict[str, Any]:
     known = not format.is_template
     # zero="flag" keeps zero apart from the codes: one more bit in the register.
     flag = int(getattr(format, "zero", "exponent") == "flag")

@@ -379,7 +379,12 @@ def quantize_tensor(x: ArrayLike, format: FloatFormat) -> Array:
 
     Without a bias in the format, b = 2^E − 1 − ⌊log2 max|x|⌋: the largest magnitude is just representable
     (arXiv 2401.14110, section 3). Normal numbers start at 2^(1−b); below, the step is 2^(1−b−M).
+
+    Raises:
+        ValueError: the format is half-unit, which is one of sums and products.
     """
+    if format.half_unit:
+        raise ValueError(f"{format} is a half-unit format, which is none of weights and activations")
     x = np.asarray(x, np.float64)
     largest = np.abs(x).max(initial=0.0)
     if largest == 0:
