@@ -168,21 +168,25 @@ def test_in_32_bit_lanes(target, name, scale):
 
 
 @pytest.mark.parametrize(
-    ("name", "levels"),
+    ("name", "kinds"),
     [
-        ("M5E4b10h product=M5E4b12h", []),
-        ("M8E4b10h product=M7E4b12h", []),
-        ("M8E4b10 product=M7E4b12h", []),
-        ("M5E4b10h product=M5E4b12h outer=(M10E5b16 chunk=2 outer=M6E5b14h)", [FloatLevel32, FloatLevel32]),
+        ("M5E4b10h product=M5E4b12h", [Float32]),
+        ("M8E4b10h product=M7E4b12h", [Float32]),
+        ("M8E4b10 product=M7E4b12h", [Float32]),
+        ("M5E4b10h product=M5E4b12h outer=(M10E5b16 chunk=2 outer=M6E5b14h)", [Float32, FloatLevel32, FloatLevel32]),
+        ("paper12 rounding=nearest_away", [Rounded32]),
+        ("paper12 rounding=nearest_even", [Rounded32]),
+        ("paper12 rounding=stochastic", [Rounded32]),
+        ("M6E4b10 product=M5E4b12h rounding=nearest_away outer=(M9E5b15 chunk=None)", [Rounded32, FloatLevel32]),
     ],
 )
-def test_events_are_counted_in_32_bit_lanes(name, levels):
+def test_events_are_counted_in_32_bit_lanes(name, kinds):
     acc, rng = Accumulator(name), np.random.default_rng(3)
     for scale in (0.05, 4.0):
         a, b = (torch.from_numpy(rng.normal(0, scale, s).astype(np.float32)) for s in ((1, 19, 70), (1, 70, 37)))
         target = available_targets()[0]
         arithmetic = choose(acc, target, measure(a, target), measure(b, target), 70, True, True).arithmetic
-        assert [type(each) for each in (arithmetic, *arithmetic.levels)] == [Float32, *levels]
+        assert [type(each) for each in (arithmetic, *arithmetic.levels)] == kinds
         counted = reference.count_events(a[0].numpy(), b[0].numpy(), acc)
         wanted = [counted[f"{prefix}{event}"] for prefix in ("", "merge_") for event in reference.EVENTS]
         assert count_events(a, b, acc) == wanted

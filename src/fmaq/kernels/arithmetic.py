@@ -7,7 +7,8 @@ float64 lanes. Only these know how to round; `choose` picks one for an accumulat
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from dataclasses import replace
+from typing import ClassVar, Self
 
 from llvmlite import ir
 
@@ -51,6 +52,10 @@ class Merging(ABC):
         """A finished sum as the next level takes it: times a power of two that was agreed on."""
         return total
 
+    def looking(self) -> Self:
+        """The same for kernels that look at sums, not only at the last one."""
+        return self
+
     def observed_merge(self, v: Lanes, t: Value, s: Value, word: Value | None) -> tuple[Value, list[Value]]:
         """Q(t + s), and masks of lanes from which `events` tells what happened.
 
@@ -71,7 +76,7 @@ class Merging(ABC):
 
     def is_empty(self, v: Lanes, total: Value) -> Value:
         """In which lanes a sum is zero."""
-        return v.b.fcmp_ordered("==", total, v.constant(0.0)) if v.is_double else v.is_flushed(total)
+        return v.b.fcmp_ordered("==", total, v.constant(0.0))
 
     def overflowing_merge(self, v: Lanes, t: Value, s: Value, word: Value | None) -> tuple[Value, Value]:
         """Q(t + s), and in which lanes it overflows."""
@@ -111,6 +116,9 @@ class Arithmetic(Merging):
     def merging(self) -> tuple[Merging, ...]:
         """The levels, or itself."""
         return self.levels or (self,)
+
+    def looking(self) -> Self:
+        return replace(self, levels=tuple(level.looking() for level in self.levels))  # type: ignore[type-var]
 
     @property
     def unclamped(self) -> Arithmetic:

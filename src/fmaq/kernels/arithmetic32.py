@@ -39,6 +39,8 @@ class Float32(Arithmetic):
         sum_clamped: some sum in a chunk may exceed the largest.
         by_chunk: whether they may is known better for a tile and a chunk, from bounds taken while packing.
         levels: see `Arithmetic`.
+        is_clean: a zero with a half unit, which is a subnormal number, is made a zero again, since LLVM knows that it
+            compares unequal to zero where nothing is flushed.
     """
 
     acc: Accumulator
@@ -48,6 +50,7 @@ class Float32(Arithmetic):
     sum_clamped: bool = True
     by_chunk: bool = False
     levels: tuple[Merging, ...] = ()
+    is_clean: bool = False
 
     element_bytes = 4
     flushes = True
@@ -58,6 +61,9 @@ class Float32(Arithmetic):
     @property
     def unclamped(self) -> Float32:
         return replace(self, product_clamped=False, sum_clamped=False, by_chunk=False)
+
+    def looking(self) -> Float32:
+        return replace(super().looking(), is_clean=True)
 
     def _scale(self, format: Format) -> int:
         """The exponent that brings the format's smallest magnitude to where the processor flushes what is below."""
@@ -87,16 +93,13 @@ class Float32(Arithmetic):
     def finish(self, v: Lanes, total: Value) -> Value:
         return v.mul(total, v.constant(2.0**-self.sum_scale))
 
-    def unchanged(self, v: Lanes, before: Value, after: Value) -> Value:
-        return unchanged_float(v, _float(self.acc.format), before, after)
-
     def _product(self, v: Lanes, x: Value, w: Value) -> Value:
         p = self._rounded_product(v, x, w)
         return clamp(v, p, self._product_limit) if self.product_clamped else p
 
     def _rounded_product(self, v: Lanes, x: Value, w: Value) -> Value:
         p = v.mul(x, w)
-        return on_float_grid(v, p, _float(self.acc.product), "toward_zero") if self.product_masked else p
+        return truncated(v, p, _float(self.acc.product), self.is_clean) if self.product_masked else p
 
     @property
     def _product_limit(self) -> float:
@@ -111,7 +114,7 @@ class Float32(Arithmetic):
         return clamp(v, total, self._sum_limit) if clamped else total
 
     def _rounded_sum(self, v: Lanes, total: Value) -> Value:
-        return on_float_grid(v, total, _float(self.acc.format), "toward_zero")
+        return truncated(v, total, _float(self.acc.format), self.is_clean)
 
     # Events. A step of the scaled numbers loses nothing that is looked at, if no operand was flushed on packing, and
     # mantissas are short enough (`choose`).
@@ -181,7 +184,8 @@ def observed_sum(
         rounded: on the format's grid.
         limit: the largest magnitude; None where it cannot be exceeded.
     """
-    b, after, overflows = v.b, rounded, nowhere(v)
+    b, zero = v.b, v.constant(0.0)
+    after, overflows = rounded, nowhere(v)
     if limit is not None:
         after, overflows = clamp(v, rounded, limit), is_beyond(v, rounded, limit)
     inexact = b.fcmp_unordered("!=", v.fma(p, v.constant(-lift), after if is_truncated else total), s)
@@ -189,9 +193,9 @@ def observed_sum(
         inexact = b.or_(inexact, b.fcmp_unordered("!=", after, total))
     return after, [
         overflows,
-        v.is_flushed(p),
-        v.is_flushed(after),
-        b.fcmp_ordered("==", after, s) if is_truncated else v.are_same(after, s),
+        b.fcmp_ordered("==", p, zero),
+        b.fcmp_ordered("==", after, zero),
+        b.fcmp_ordered("==", after, s),
         inexact,
     ]
 
@@ -208,9 +212,12 @@ def sum_events(b: ir.IRBuilder, masks: list[Value]) -> list[Value]:
     return [product_overflows, product_underflows, sum_overflows, sum_underflows, full, partial]
 
 
-def unchanged_float(v: Lanes, format: FloatFormat, before: Value, after: Value) -> Value:
-    """In which lanes a sum is the same as before; a zero with a half unit is zero."""
-    return v.are_same(before, after) if format.half_unit else v.b.fcmp_ordered("==", before, after)
+def truncated(v: Lanes, x: Value, format: FloatFormat, is_clean: bool) -> Value:
+    """x toward zero, or to half a unit; `is_clean` as of `Float32`."""
+    rounded = on_float_grid(v, x, format, "toward_zero")
+    if not (is_clean and format.half_unit):
+        return rounded
+    return v.b.select(v.b.fcmp_ordered("==", x, v.constant(0.0)), v.constant(0.0), rounded)
 
 
 def nowhere(v: Lanes) -> Value:

@@ -120,6 +120,7 @@ class Backward:
         sees = "sees_loss" if self.wanted.sees_loss else "sees_overflow"
         if not all(getattr(each, sees) for each in (arithmetic, *arithmetic.levels)):
             choice = Choice(general(replace(acc, seed=0)))
+        choice = replace(choice, arithmetic=choice.arithmetic.looking())
         rows, vectors = target.tile
         tile = Tile(min(rows, problem.rows), vectors)
         kernel = gradient_kernel(choice.arithmetic, acc.chunk, target, tile, self.wanted)

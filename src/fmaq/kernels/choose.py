@@ -115,22 +115,27 @@ def _choose(
         return Choice(general(acc))
     arithmetic, scales, terms = found
     arithmetic = replace(arithmetic, levels=levels)
+    if is_counting:
+        arithmetic = arithmetic.looking()
     if not use_bounds or not arithmetic.sum_clamped:
         return Choice(arithmetic, *scales)
     return _bounded(arithmetic, scales, a, b, terms)
 
 
 def _counting(found: Found, a: Range, b: Range) -> Found | None:
-    """The same where `Float32` sees every event: see there."""
+    """The same where `Float32` or `Rounded32` sees every event: see there."""
     arithmetic, _, terms = found
     product, format = arithmetic.acc.product, arithmetic.acc.format
-    if not isinstance(arithmetic, Float32) or not isinstance(product, FloatFormat):
+    if not isinstance(arithmetic, (Float32, Rounded32)) or not isinstance(product, FloatFormat):
         return None
     arithmetic = replace(arithmetic, product_exact=False)
-    scales = _flushing_scales(arithmetic.product_scale, a, b)
+    scales = _scales(arithmetic, a, b)
     p, m = product.significant, format.significant
-    is_short = m + max(m, p) <= OBSERVED_TOGETHER if format.half_unit else p <= m <= LONGEST_OBSERVED
+    is_truncated = isinstance(arithmetic, Float32) and not format.half_unit
+    is_short = p <= m <= LONGEST_OBSERVED if is_truncated else m + max(m, p) <= OBSERVED_TOGETHER
     if scales is None or not is_short or not _constants_fit(arithmetic):
+        return None
+    if isinstance(arithmetic, Rounded32) and not _has_headroom(arithmetic, a, b, product.max):
         return None
     is_flushed = min(a.below + scales[0], b.below + scales[1]) < FLOAT32_EMIN
     return None if is_flushed else (arithmetic, scales, terms)

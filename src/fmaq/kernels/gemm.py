@@ -42,8 +42,6 @@ from fmaq.numerics import random
 from fmaq.numerics.reference import EVENTS
 
 CACHE_LINE = 64
-# Else LLVM takes a number for nonzero that the processor takes for zero: a flushed one with a half unit, say.
-FLUSHES = '"denormal-fp-math"="preserve-sign,preserve-sign"'
 MANY = 2**61  # more steps than there are
 COUNTERS = 2 * len(EVENTS)  # of steps, then of merges
 
@@ -75,8 +73,6 @@ class Gemm:
         if name != "run":
             function.linkage = "internal"
             function.attributes.add("noinline")
-        if name in ("tile", "store") and self.arithmetic.flushes:
-            set.add(function.attributes, FLUSHES)  # llvmlite knows no attributes with a value
         return function, ir.IRBuilder(function.append_basic_block("entry"))
 
     def _lanes(self, b: ir.IRBuilder) -> Lanes:

@@ -163,19 +163,6 @@ class Lanes:
         """All bits set where the sign is, none elsewhere: −1 or 0."""
         return self.b.ashr(self.bits(x), self.bit_constant(self.integer.width - 1))
 
-    def is_flushed(self, x: Value) -> Value:
-        """Which float32 lanes are zero where the processor flushes: all without exponent bits.
-
-        A comparison would not do: LLVM knows that a zero with a half unit is none.
-        """
-        exponent = self.b.and_(self.bits(x), self.bit_constant(0x7F800000))
-        return self.b.icmp_unsigned("==", exponent, self.bit_constant(0))
-
-    def are_same(self, x: Value, y: Value) -> Value:
-        """Which float32 lanes are equal, or are both zero where the processor flushes."""
-        both = self.b.and_(self.is_flushed(x), self.is_flushed(y))
-        return self.b.or_(self.b.fcmp_ordered("==", x, y), both)
-
     def keep_bits(self, x: Value, dropped: int) -> Value:
         """x without its lowest bits."""
         if dropped == 0:

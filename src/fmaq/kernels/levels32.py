@@ -7,7 +7,7 @@ lie next to the larger term; else it truncates (see `choose`).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from llvmlite import ir
 
@@ -20,7 +20,7 @@ from fmaq.kernels.arithmetic32 import (
     nowhere,
     observed_sum,
     sum_events,
-    unchanged_float,
+    truncated,
 )
 from fmaq.kernels.grids import on_float_grid
 from fmaq.kernels.ir_blocks import Value
@@ -37,12 +37,14 @@ class FloatLevel32(Merging):
         underflow: as of the accumulator.
         below: terms arrive times 2^this.
         scale: sums are held times 2^this.
+        is_clean: as of `Float32`.
     """
 
     level: Level
     underflow: bool
     below: int
     scale: int
+    is_clean: bool = False
 
     sees_overflow = True
 
@@ -88,8 +90,8 @@ class FloatLevel32(Merging):
         after, masks = observed_sum(v, s, lift, t, total, rounded, self._limit, is_truncated=False)
         return after, [nowhere(v), nowhere(v), *masks]
 
-    def unchanged(self, v: Lanes, before: Value, after: Value) -> Value:
-        return unchanged_float(v, self.format, before, after)
+    def looking(self) -> FloatLevel32:
+        return replace(self, is_clean=True)
 
     def events(self, b: ir.IRBuilder, masks: list[Value]) -> list[Value]:
         return sum_events(b, masks)
@@ -106,6 +108,8 @@ class FloatLevel32(Merging):
             dropped, random_bits = 23 - self.format.mantissa, self.level.random_bits
             bits = v.b.shl(v.b.lshr(word, v.word(32 - random_bits)), v.word(dropped - random_bits))
             rounded = v.keep_bits(v.from_bits(v.b.add(v.bits(total), bits)), dropped)
+        elif self.level.rounding == "toward_zero":
+            rounded = truncated(v, total, self.format, self.is_clean)
         else:
             rounded = on_float_grid(v, total, self.format, self.level.rounding)
         return rounded if self.is_flushed_freely else v.zero_below(rounded, 2.0 ** (self.smallest + self.scale))

@@ -17,8 +17,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from llvmlite import ir
+
 from fmaq.kernels.arithmetic import Arithmetic, Merging
-from fmaq.kernels.arithmetic32 import is_beyond, nowhere
+from fmaq.kernels.arithmetic32 import is_beyond, nowhere, observed_sum, sum_events
 from fmaq.kernels.grids import on_float_grid
 from fmaq.kernels.ir_blocks import Value
 from fmaq.kernels.lanes import Lanes
@@ -50,6 +52,7 @@ class Rounded32(Arithmetic):
     element_bytes = 4
     flushes = True
     sees_overflow = True
+    sees_events = True
 
     @property
     def toward_zero(self) -> bool:
@@ -103,6 +106,37 @@ class Rounded32(Arithmetic):
 
     def overflowing_merge(self, v: Lanes, t: Value, s: Value, word: Value | None) -> tuple[Value, Value]:
         return self._limited_sum(v, v.add(t, s), clamped=True, word=word)
+
+    # Events: see `Float32`.
+
+    def observed_step(self, v: Lanes, x: Value, w: Value, s: Value, word: Value | None) -> tuple[Value, list[Value]]:
+        zero, overflows = v.constant(0.0), nowhere(v)
+        p = self._product(v, x, w, word)
+        if self.product_clamped:
+            overflows = is_beyond(v, p, _float(self.acc.product).max * 2.0**self.product_scale)
+        p = self._in_register(v, p)
+        if self._is_anchored:
+            p = _kept(v, p)
+        is_term = v.b.and_(v.b.fcmp_unordered("!=", x, zero), v.b.fcmp_unordered("!=", w, zero))
+        lift = 2.0 ** (self.sum_scale - self.product_scale)
+        after, masks = self._observed_sum(v, p, lift, s, self.sum_clamped, word)
+        return after, [overflows, is_term, *masks]
+
+    def observed_merge(self, v: Lanes, t: Value, s: Value, word: Value | None) -> tuple[Value, list[Value]]:
+        after, masks = self._observed_sum(v, s, 1.0, t, clamped=True, word=word)
+        return after, [nowhere(v), nowhere(v), *masks]
+
+    def _observed_sum(
+        self, v: Lanes, p: Value, lift: float, s: Value, clamped: bool, word: Value | None
+    ) -> tuple[Value, list[Value]]:
+        """p·lift + s in its register, and masks."""
+        total = v.fma(p, v.constant(lift), s)
+        rounded = _kept(v, self._rounded_sum(v, total, word))
+        limit = _float(self.acc.format).max * 2.0**self.sum_scale if clamped else None
+        return observed_sum(v, p, lift, s, total, rounded, limit, is_truncated=False)
+
+    def events(self, b: ir.IRBuilder, masks: list[Value]) -> list[Value]:
+        return sum_events(b, masks)
 
     def finish(self, v: Lanes, total: Value) -> Value:
         return v.mul(total, v.constant(2.0**-self.sum_scale))
