@@ -20,6 +20,9 @@ ACCUMULATORS = tuple(
         "M7E4b10 product=M7E4b12 chunk=4 rounding=nearest_even",
         "M3E4b8 chunk=3 rounding=stochastic seed=5",
         "I10f4 chunk=None",
+        "M4E4b8h product=M4E4b10h chunk=4 outer=(M7E5b14 rounding=nearest_even chunk=2 outer=fp32)",
+        "M4E4b8 product=M4E4b10 chunk=3 rounding=nearest_away",
+        "I10f4 product=I8f4 chunk=3 rounding=half_up outer=I14f4",
     )
 )
 accumulators = st.sampled_from(ACCUMULATORS)

@@ -20,12 +20,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fmaq.kernels import available_targets, products, use_target
-from fmaq.numerics import Accumulator, FixedFormat, FloatFormat
+from fmaq.numerics import FLOAT32, ROUNDINGS, Accumulator, FixedFormat, FloatFormat
 
 IS_THOROUGH = os.environ.get("FMAQ_HYPOTHESIS") == "thorough"
-FLOAT32 = np.finfo(np.float32)
+FINFO = np.finfo(np.float32)
 EXTREMES = np.array(
-    [2.0**-149, 3 * 2.0**-149, 2.0**-127, FLOAT32.tiny, 1.0, 3.0, 1e-30, 1e30, 1e38, FLOAT32.max], np.float32
+    [2.0**-149, 3 * 2.0**-149, 2.0**-127, FINFO.tiny, 1.0, 3.0, 1e-30, 1e30, 1e38, FINFO.max], np.float32
 )
 
 
@@ -70,6 +70,26 @@ POOL = tuple(
         "I12f2 product=M10E5b15 chunk=None rounding=nearest_even",
         "I16f6w product=I20f9 chunk=16 rounding=stochastic random_bits=4 seed=3",
         "M7E4b10 product=I8f6 chunk=3",
+        "M5E4b10h product=M5E4b12h chunk=16",
+        "M3E4b8zh product=M4E5b14h chunk=3",
+        "M5E4b10h chunk=None outer=M10E5b16",
+        "M4E4b9h product=M4E4b11h chunk=3 outer=(M10E5b16 rounding=nearest_even chunk=2 outer=fp32)",
+        "M22E7b64h product=M0E4b8h chunk=16 underflow=False",
+        "M7E4b10 product=M5E4b12h chunk=3 rounding=nearest_even",
+        "M5E4b9 product=M5E4b11 chunk=16 outer=(M7E5b15h chunk=3 outer=M10E5b17h)",
+        "M7E4b10 product=M7E4b12 chunk=16 rounding=nearest_away",
+        "M3E4b8z chunk=3 rounding=nearest_away outer=M8E5b16",
+        "M7E4b10 product=M5E4b12 chunk=3 product_rounding=nearest_away outer=fp32",
+        "M7E4b10 product=M7E4b12 chunk=3 rounding=nearest_even outer=fp32",
+        "M5E4b10 product=M5E4b12 chunk=3 rounding=half_up",
+        "M5E4b10 product=M5E4b12 chunk=3 rounding=odd outer=M7E5b16",
+        "M5E4b10 product=M5E4b12 chunk=16 rounding=floor",
+        "M4E5b16 product=M3E5b18 chunk=3 rounding=stochastic outer=(M6E5b15 rounding=stochastic chunk=2 random_bits=5)",
+        "I16f4 product=I12f4 chunk=16 rounding=half_up",
+        "I12f5 product=I12f5 chunk=3 rounding=nearest_even outer=I20f5",
+        "I10f4w product=I12f4w chunk=3 rounding=floor outer=(I12f6 chunk=2 outer=fp32)",
+        "I12f3 product=I14f3 chunk=16 product_rounding=half_up outer=M10E5b16h",
+        "I16f4 product=I12f4 chunk=16 rounding=nearest_away outer=I24f4w",
     )
 )
 
@@ -82,7 +102,8 @@ def float_formats(draw: st.DrawFn) -> FloatFormat:
     lowest, highest = 2**exponent - 1 - 127, 126 + (zero == "exponent")
     near_one = st.integers(max(lowest, -2), min(highest, 2**exponent + 1))
     bias = draw(st.one_of(near_one, near_one, st.integers(lowest, highest)))
-    return FloatFormat(draw(st.integers(0, 23)), exponent, bias, zero)
+    half_unit = draw(st.booleans())
+    return FloatFormat(draw(st.integers(0, 23 - half_unit)), exponent, bias, zero, half_unit)
 
 
 fixed_formats = st.builds(
@@ -94,28 +115,55 @@ fixed_formats = st.builds(
 formats = st.one_of(float_formats(), float_formats(), fixed_formats)
 
 
+@st.composite
+def outers(draw: st.DrawFn, formats: st.SearchStrategy, rounding: st.SearchStrategy):
+    """How sums of chunks are merged: mostly as by default, else one to three levels."""
+    kind = draw(st.sampled_from(["none", "none", "none", "format", "fp32", "accumulator"]))
+    if kind == "none":
+        return None
+    if kind == "fp32":
+        return FLOAT32
+    format = draw(formats)
+    if kind == "format":
+        return format
+    return Accumulator(
+        format,
+        chunk=draw(st.sampled_from([1, 2, 3, 8, None])),
+        rounding="toward_zero" if format.half_unit else draw(rounding),
+        random_bits=draw(st.integers(1, 16)),
+        centred=draw(st.booleans()),
+        outer=draw(outers(formats, rounding)),
+    )
+
+
+@st.composite
 def fresh_accumulators(
-    format: st.SearchStrategy, product: st.SearchStrategy, rounding: st.SearchStrategy
-) -> st.SearchStrategy[Accumulator]:
-    """Accumulators of drawn fields."""
-    return st.builds(
-        Accumulator,
+    draw: st.DrawFn,
+    formats: st.SearchStrategy,
+    products: st.SearchStrategy,
+    rounding: st.SearchStrategy,
+    chunks: tuple[int | None, ...] = CHUNKS,
+) -> Accumulator:
+    """Accumulators of drawn fields, whose roundings go with their formats."""
+    format, product = draw(formats), draw(products)
+    has_own = product is not None and not product.half_unit and draw(st.sampled_from([False, False, True]))
+    return Accumulator(
         format,
         product=product,
-        chunk=st.sampled_from(CHUNKS),
-        rounding=rounding,
-        underflow=st.booleans(),
-        random_bits=st.integers(1, 16),
-        seed=st.integers(0, 2**64 - 1),
-        centred=st.booleans(),
+        chunk=draw(st.sampled_from(chunks)),
+        rounding="toward_zero" if format.half_unit else draw(rounding),
+        underflow=draw(st.booleans()),
+        random_bits=draw(st.integers(1, 16)),
+        seed=draw(st.integers(0, 2**64 - 1)),
+        centred=draw(st.booleans()),
+        product_rounding=draw(rounding) if has_own else None,
+        outer=draw(outers(formats, rounding)),
     )
 
 
 truncating = fresh_accumulators(float_formats(), st.one_of(st.none(), float_formats()), st.just("toward_zero"))
 stochastic = fresh_accumulators(formats, st.one_of(st.none(), formats), st.just("stochastic"))
-anything = fresh_accumulators(
-    formats, st.one_of(st.none(), formats), st.sampled_from(["toward_zero", "nearest_even", "stochastic"])
-)
+anything = fresh_accumulators(formats, st.one_of(st.none(), formats), st.sampled_from(ROUNDINGS))
 pooled = st.sampled_from(POOL)
 accumulators = st.one_of(truncating, anything) if IS_THOROUGH else st.one_of(pooled, pooled, truncating, anything)
 
@@ -148,7 +196,7 @@ class Values:
         magnitudes = np.where(rng.random(shape) < self.extremes, rng.choice(EXTREMES, shape), magnitudes)
         magnitudes = np.where(rng.random(shape) < self.zeros, 0.0, magnitudes)
         signs = 1.0 if self.is_positive else rng.choice([-1.0, 1.0], shape)
-        return (signs * np.minimum(magnitudes, FLOAT32.max)).astype(np.float32)
+        return (signs * np.minimum(magnitudes, FINFO.max)).astype(np.float32)
 
 
 @dataclass(frozen=True)

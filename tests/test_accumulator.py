@@ -9,28 +9,26 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fmaq.numerics import Accumulator, FixedFormat, FloatFormat, paper_bias
+from fmaq.numerics import FLOAT32, ROUNDINGS, Accumulator, FixedFormat, FloatFormat, Level, paper_bias
+from strategies import fresh_accumulators
 
-formats = st.one_of(
-    st.builds(
-        FloatFormat,
-        st.integers(0, 23),
-        st.integers(1, 8),
-        st.none() | st.integers(-700, 700),
-        st.sampled_from(["flag", "exponent"]),
-    ),
-    st.builds(FixedFormat, st.integers(2, 32), st.integers(-64, 64), st.sampled_from(["saturate", "wrap"])),
-)
-accumulators = st.builds(
-    Accumulator,
-    formats,
-    product=st.none() | formats,
-    chunk=st.none() | st.integers(1, 2**31 - 1),
-    rounding=st.sampled_from(["toward_zero", "nearest_even", "stochastic"]),
-    underflow=st.booleans(),
-    random_bits=st.integers(1, 16),
-    seed=st.integers(0, 2**64 - 1),
-    centred=st.booleans(),
+
+@st.composite
+def float_formats(draw):
+    half_unit = draw(st.booleans())
+    return FloatFormat(
+        draw(st.integers(0, 23 - half_unit)),
+        draw(st.integers(1, 8)),
+        draw(st.none() | st.integers(-700, 700)),
+        draw(st.sampled_from(["flag", "exponent"])),
+        half_unit,
+    )
+
+
+fixed_formats = st.builds(FixedFormat, st.integers(2, 32), st.integers(-64, 64), st.sampled_from(["saturate", "wrap"]))
+formats = st.one_of(float_formats(), fixed_formats)
+accumulators = fresh_accumulators(
+    formats, st.none() | formats, st.sampled_from(ROUNDINGS), chunks=(None, 1, 16, 2**31 - 1)
 )
 
 
@@ -75,6 +73,52 @@ def test_centred_is_true_or_false():
         Accumulator("M5E4b6", centred=1)
 
 
+def test_levels():
+    def levels(description) -> list[tuple]:
+        found = Accumulator.parse(description).levels
+        return [(str(level.format), level.rounding, level.chunk) for level in found]
+
+    assert levels("M5E4b10 rounding=odd") == [("M5E4b10", "odd", None)]
+    assert levels("M5E4b10 rounding=odd outer=M10E5b16") == [("M10E5b16", "odd", None)]
+    assert levels("M5E4b10 rounding=odd outer=M9E5b16h") == [("M9E5b16h", "toward_zero", None)]
+    assert levels("M5E4b10 rounding=odd outer=fp32") == [("fp32", "nearest_even", None)]
+    whole = "M5E4b10h outer=(M10E5b16 rounding=nearest_even chunk=8 outer=fp32)"
+    assert levels(whole) == [("M10E5b16", "nearest_even", 8), ("fp32", "nearest_even", None)]
+    assert levels("M5E4b10h outer=(M10E5b16 chunk=8)") == [
+        ("M10E5b16", "toward_zero", 8),
+        ("M10E5b16", "toward_zero", None),
+    ]
+    assert levels("M5E4b10h outer=(M10E5b16 chunk=None)") == [("M10E5b16", "toward_zero", None)]
+    by_hand = Accumulator("M5E4b10h", outer=Accumulator("M10E5b16", chunk=8, rounding="nearest_even", outer="fp32"))
+    assert (
+        by_hand
+        == Accumulator(whole)
+        == Accumulator("M5E4b10h", outer={"format": "M10E5b16"} | by_hand.outer.to_mapping())
+    )
+    assert str(by_hand) == "M5E4b10h chunk=16 outer=(M10E5b16 chunk=8 rounding=nearest_even outer=fp32)"
+    assert by_hand.bits == 10
+    assert by_hand.outer.outer is FLOAT32 or by_hand.outer.outer == FLOAT32
+    assert Accumulator("M5E4b10", outer="M10E5b16 chunk=8") == Accumulator("M5E4b10 outer=(M10E5b16, chunk=8)")
+    assert Accumulator("M5E4b10 outer=none").outer is None
+    stochastic = Accumulator("M5E4b10 outer=(M10E5b16 rounding=stochastic random_bits=3)")
+    assert stochastic.levels[0] == Level(FloatFormat(10, 5, 16), "stochastic", 3, 16)
+    assert stochastic.is_stochastic and not by_hand.is_stochastic
+    assert Accumulator("M5E4b9 product=M5E4b11h rounding=stochastic").rounding_of_products == "toward_zero"
+    assert Accumulator("M5E4b9 product=M5E4b11 product_rounding=stochastic").is_stochastic
+    assert not Accumulator("M5E4b9 rounding=odd").is_stochastic
+
+
+def test_merges_of_all_levels_are_counted():
+    for text, wanted in (
+        ("M5E4b10", [0, 1, 1, 2, 7]),
+        ("M5E4b10 chunk=None", [0, 1, 1, 1, 1]),
+        ("M5E4b10 outer=fp32", [0, 1, 1, 2, 7]),
+        ("M5E4b10 outer=(M6E4b10 chunk=3)", [0, 2, 2, 3, 10]),
+        ("M5E4b10 outer=(M6E4b10 chunk=None outer=fp32)", [0, 2, 2, 3, 8]),
+    ):
+        assert [Accumulator(text).merges(depth) for depth in (0, 1, 16, 17, 100)] == wanted
+
+
 def test_an_accumulator_is_a_value():
     acc = Accumulator.paper12
     with pytest.raises(AttributeError):
@@ -109,15 +153,41 @@ def test_an_accumulator_is_a_value():
             "rounding must be one of toward_zero.*; did you mean 'nearest_even'\\?",
         ),
         (
-            "M7E4b10 rounding=floor",
+            "M7E4b10 rounding=ieee",
             ValueError,
-            "rounding must be one of toward_zero, nearest_even, stochastic, got 'floor'",
+            "rounding must be one of toward_zero, nearest_even, nearest_away, floor, half_up, odd, .* got 'ieee'",
         ),
         ("M7E4b10 chunk=0", ValueError, "chunk must be from 1 to 2147483647, got 0"),
         ("M7E4b10 random_bits=17", ValueError, "random_bits must be from 1 to 16, got 17"),
         ("M7E4b10 seed=-1", ValueError, "seed must be from 0 to 18446744073709551615, got -1"),
         ("M7E4b10 product=M7", ValueError, "'M7' is not a format"),
         ("paper13", ValueError, "'paper13' is not a format"),
+        (
+            "M5E4b10h rounding=nearest_even",
+            ValueError,
+            "rounding=nearest_even does not go with the half-unit format M5E4b10h, .* or write M5E4b10$",
+        ),
+        (
+            "M5E4b10 product=M5E4b12h product_rounding=odd",
+            ValueError,
+            "product_rounding=odd does not go with the half-unit product M5E4b12h",
+        ),
+        ("M5E4b10 product_rounding=odd", ValueError, "product_rounding=odd rounds nothing: give a product format"),
+        (
+            "M5E4b10 product=M5E4b12 product_rounding=half_u",
+            ValueError,
+            "product_rounding must be one of toward_zero.*did you mean 'half_up'",
+        ),
+        ("M5E4b10 outer=fp23", ValueError, "outer is a format, .* did you mean 'fp32'\\? 'fp23' is not a format"),
+        ("M5E4b10 outer=M10", ValueError, "outer is a format, an accumulator .*\"fp32\": 'M10' is not a format"),
+        ("M5E4b10 outer=(M10E5b16", ValueError, "parentheses do not match in accumulator"),
+        ("M5E4b10 outer=M10E5b16)", ValueError, "parentheses do not match in accumulator"),
+        ("M5E4b10 outer=(M10E5b16 rouding=odd)", ValueError, "has no 'rouding'; did you mean 'rounding'"),
+        ("M5E4b10 outer=(M10E5b16 product=M4E3b3)", ValueError, "product cannot be said of outer .*adds sums, not"),
+        ("M5E4b10 outer=(M10E5b16 underflow=False)", ValueError, "underflow cannot be said of outer .*for all levels"),
+        ("M5E4b10 outer=(M10E5b16 seed=3)", ValueError, "seed cannot be said of outer"),
+        ("M5E4b10 outer=(M9E5b16h rounding=floor)", ValueError, "half-unit format M9E5b16h"),
+        ({"format": "M7E4b10", "outer": 12}, TypeError, "a format is a name like.*got 12"),
         ("", ValueError, "'' is not a format"),
         ({"format": "M7E4b10", "chunk": "16"}, TypeError, "chunk must be an integer, got '16'"),
         ({"format": "M7E4b10", "chunk": 16.0}, TypeError, "chunk must be an integer, got 16.0"),
@@ -140,6 +210,9 @@ def test_arguments_beside_a_whole_description_are_refused_not_ignored(descriptio
 def test_templates_and_float32():
     assert Accumulator("M7E4").is_template
     assert Accumulator("M7E4b10", product="M7E4z").is_template
+    assert Accumulator("M7E4b10", outer="M10E5h").is_template
+    assert Accumulator("M7E4b10 outer=(M10E5b16 outer=M10E5)").is_template
+    assert not Accumulator("M7E4b10 outer=(M10E5b16 outer=fp32)").is_template
     assert not Accumulator("I16f4").is_template
     assert not Accumulator.paper12.is_template
     with pytest.raises(ValueError, match='"M7E4" is a template'):
@@ -165,7 +238,12 @@ def test_float32_holds(name):
     ],
 )
 def test_float32_does_not_hold(name, exponents):
-    for acc, role in ((Accumulator(name), "accumulator"), (Accumulator("I16", product=name), "product")):
+    for acc, role in (
+        (Accumulator(name), "accumulator"),
+        (Accumulator("I16", product=name), "product"),
+        (Accumulator("I16", outer=name), "outer"),
+        (Accumulator(f"I16 outer=(I20 outer={name})"), "outer"),
+    ):
         with pytest.raises(
             ValueError,
             match=f"{role} format {name} does not fit in float32: its exponents are {exponents}, float32's -126 to 127",

@@ -255,10 +255,11 @@ def quick(case: Case) -> Row:
 def test_gemm_cases_measure_every_kind() -> None:
     cases = [case for case in gemm.cases((16,)) if case.row.work == "16×16×16"]
     rows = [quick(case) for case in cases]
-    assert len(rows) == len(gemm.KINDS) + 2
+    assert len(rows) == len(gemm.KINDS) + len(gemm.IDEAS) + 2
     assert all(row.value is not None and row.value > 0 for row in rows if row.skipped is None)
     assert all(row.target is None for row in rows), "targets are for 256³ and more"
-    assert {row.against for row in rows} == {"torch float32", "1 thread", "plain forward"}
+    plain = {"M5E4b10, M5E4b12", "M5E4b10h, M5E4b12h", "I16f8, I16f8"}
+    assert {row.against for row in rows} == {"torch float32", "1 thread", "plain forward"} | plain
     if kernels.current_target().architecture == "x86_64":
         assert all(row.instructions and row.bound for row in rows if row.against != "1 thread")
 
@@ -268,6 +269,10 @@ def test_gemm_targets_are_those_of_the_sizes_measured() -> None:
     name = "float32, no saturation possible"
     assert targets["256×256×256", name] == 1.9 and targets["128×128×128", name] is None
     assert targets["1×1024×1024", "linear, the weight cached"] == 4.0
+    half_unit = 1.1 if kernels.current_target().name == "avx512" else 1.3
+    assert targets["256×256×256", "half-unit"] == half_unit and targets["128×128×128", "half-unit"] is None
+    with kernels.use_target("sse2" if kernels.current_target().architecture == "x86_64" else "neon"):
+        assert dict((case.row.case, case.row.target) for case in gemm.cases((256,)))["half-unit"] == 1.3
 
 
 def test_checked_operands_saturate_by_the_bounds_and_the_others_do_not() -> None:

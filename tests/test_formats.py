@@ -12,13 +12,15 @@ from hypothesis import strategies as st
 
 from fmaq.numerics import Accumulator, FixedFormat, FloatFormat, parse_format
 
-floats = st.builds(
-    FloatFormat,
-    mantissa=st.integers(0, 23),
-    exponent=st.integers(1, 8),
-    bias=st.integers(-700, 700),
-    zero=st.sampled_from(["flag", "exponent"]),
-)
+
+@st.composite
+def float_formats(draw):
+    half_unit = draw(st.booleans())
+    bias, zero = draw(st.integers(-700, 700)), draw(st.sampled_from(["flag", "exponent"]))
+    return FloatFormat(draw(st.integers(0, 23 - half_unit)), draw(st.integers(1, 8)), bias, zero, half_unit)
+
+
+floats = float_formats()
 fixed = st.builds(
     FixedFormat,
     width=st.integers(2, 32),
@@ -34,6 +36,9 @@ SMALL = [
     "M7E4b10",
     "M2E5b-3",
     "M1E2b700z",
+    "M0E1b0h",
+    "M3E4b7h",
+    "M2E3b4zh",
     "I2f0",
     "I8f3",
     "I8f-5w",
@@ -47,7 +52,8 @@ def exact_values(format: FloatFormat) -> dict[Fraction, int]:
     for sign in (0, 1):
         for code in range(format.zero == "exponent", 2**format.exponent):
             for i in range(2**format.mantissa):
-                magnitude = Fraction(2) ** (code - format.bias) * (1 + Fraction(i, 2**format.mantissa))
+                half = Fraction(1, 2) if format.half_unit else 0
+                magnitude = Fraction(2) ** (code - format.bias) * (1 + (i + half) / 2**format.mantissa)
                 values[-magnitude if sign else magnitude] = (sign << format.exponent | code) << format.mantissa | i
     return values
 
@@ -71,6 +77,10 @@ def test_a_name_reads_back(format):
         ("M23E8b-12", FloatFormat(23, 8, -12)),
         ("M7E4", FloatFormat(7, 4)),
         ("M7E4z", FloatFormat(7, 4, None, "exponent")),
+        ("M5E4b10h", FloatFormat(5, 4, 10, "flag", True)),
+        ("M5E4b10zh", FloatFormat(5, 4, 10, "exponent", True)),
+        ("M5E4h", FloatFormat(5, 4, None, half_unit=True)),
+        ("M22E1b-3zh", FloatFormat(22, 1, -3, "exponent", half_unit=True)),
         ("I16f4", FixedFormat(16, 4, "saturate")),
         ("I16f4w", FixedFormat(16, 4, "wrap")),
         ("I16f-4", FixedFormat(16, -4)),
@@ -83,7 +93,22 @@ def test_names(name, format):
 
 
 @pytest.mark.parametrize(
-    "name", ["", "M7", "E4M3", "m7e4b10", "M7E4b", "M7E4b10w", "M-1E4b3", "I16f4z", "I", "M7E4b10 M7E4b12"]
+    "name",
+    [
+        "",
+        "M7",
+        "E4M3",
+        "m7e4b10",
+        "M7E4b",
+        "M7E4b10w",
+        "M-1E4b3",
+        "I16f4z",
+        "I16f4h",
+        "M5E4b10hz",
+        "M5E4b10H",
+        "I",
+        "M7E4b10 M7E4b12",
+    ],
 )
 def test_a_wrong_name_shows_itself_and_the_right_shape(name):
     with pytest.raises(
@@ -106,6 +131,7 @@ def test_each_kind_refuses_the_other_name():
     ("name", "message"),
     [
         ("M24E4b10", "mantissa must be from 0 to 23, got 24"),
+        ("M23E4b10h", "mantissa of a half-unit format must be from 0 to 22, got 23"),
         ("M7E9b10", "exponent must be from 1 to 8, got 9"),
         ("M7E0b10", "exponent must be from 1 to 8, got 0"),
         ("M7E4b701", "bias must be from -700 to 700, got 701"),
@@ -126,6 +152,8 @@ def test_fields_of_wrong_type():
         FloatFormat(7, True, 10)
     with pytest.raises(TypeError, match="width must be an integer, got '16'"):
         FixedFormat("16")
+    with pytest.raises(TypeError, match="half_unit must be True or False, got 1"):
+        FloatFormat(7, 4, 10, half_unit=1)
     with pytest.raises(ValueError, match='zero must be "flag" or "exponent", got \'z\''):
         FloatFormat(7, 4, 10, "z")
     with pytest.raises(ValueError, match='overflow must be "saturate" or "wrap", got \'clip\''):
@@ -144,7 +172,7 @@ def test_formats_are_immutable():
             format.bias = 3
 
 
-@pytest.mark.parametrize(("name", "completed"), [("M7E4", "M7E4b10"), ("M7E4z", "M7E4b10z")])
+@pytest.mark.parametrize(("name", "completed"), [("M7E4", "M7E4b10"), ("M7E4z", "M7E4b10z"), ("M7E4zh", "M7E4b10zh")])
 def test_a_template_says_that_it_has_no_bias(name, completed):
     format = parse_format(name)
     assert format.is_template
@@ -171,13 +199,13 @@ def test_the_ranges_in_the_design():
 
 @given(floats)
 def test_float_ranges(format):
-    assert Fraction(format.max) == Fraction(2) ** (2**format.exponent - 1 - format.bias) * (
-        2 - Fraction(1, 2**format.mantissa)
-    )
-    assert Fraction(format.tiny) == Fraction(2) ** (-format.bias + (format.zero == "exponent"))
+    half = Fraction(1, 2 ** (format.mantissa + 1)) if format.half_unit else 0
+    unit = Fraction(1, 2**format.mantissa)
+    assert Fraction(format.max) == Fraction(2) ** (2**format.exponent - 1 - format.bias) * (2 - unit + half)
+    assert Fraction(format.tiny) == Fraction(2) ** (-format.bias + (format.zero == "exponent")) * (1 + half)
     assert format.min == -format.max
     assert Fraction(2) ** format.emax <= Fraction(format.max) < Fraction(2) ** (format.emax + 1)
-    assert format.tiny == 2.0**format.emin
+    assert 2.0**format.emin <= format.tiny < 2 * 2.0**format.emin
     assert format.bits == 1 + format.mantissa + format.exponent
 
 
@@ -251,6 +279,9 @@ def test_codes_keep_shapes(name):
     ("name", "value"),
     [
         ("M3E4b7", 1 + 2**-4),
+        ("M3E4b7h", 1.0),
+        ("M3E4b7h", 1 + 2**-5),
+        ("M3E4b7h", 2.0**-7),
         ("M3E4b7", 512.0),
         ("M3E4b7", 2.0**-8),
         ("M3E4b7z", 2.0**-7),
@@ -277,6 +308,15 @@ def test_decode_refuses_what_is_no_code(name, top):
             format.decode([0, code])
     with pytest.raises(TypeError, match=f"codes of {name} are integers, got an array of float64"):
         format.decode([1.5])
+
+
+def test_a_half_unit_format_holds_the_ties_of_the_plain_one():
+    """The half that it implies is the bit behind: its values are those of one bit more whose last bit is 1."""
+    plain, half = parse_format("M4E3b3"), parse_format("M3E3b3h")
+    codes = np.arange(2**half.bits)
+    np.testing.assert_array_equal(half.decode(codes), plain.decode(2 * codes + 1))
+    assert half.bits == 7 and (half.max, half.tiny, half.emin, half.emax) == (31.0, 0.1328125, -3, 4)
+    assert str(half) == "M3E3b3h"
 
 
 # --- Second opinions --------------------------------------------------------------------------------------------------

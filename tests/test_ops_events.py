@@ -22,6 +22,9 @@ ACCUMULATORS = (
     "I8f3 product=I8f2w",
     "I8f3w chunk=5",
     "I8f3w product=M4E3b4",
+    "M4E3b4h product=M4E3b6zh chunk=3",
+    "M4E3b4h product=M3E3b6h outer=(M6E4b7 chunk=2 outer=M3E4b6h)",
+    "M4E3b4 product=M4E3b6 chunk=2 rounding=half_up outer=fp32",
 )
 
 

@@ -192,6 +192,8 @@ def test_the_operand_is_left_as_it_was():
     [
         ("M4", None, ValueError, "'M4' is not a tensor format; write a float like \"M4E3\""),
         ("M4E3z", None, ValueError, "'M4E3z' is not a tensor format"),
+        ("M4E3h", None, ValueError, 'M4E3h is a half-unit format: one of sums and products.*Write "M4E3"'),
+        ("M4E3b5h", None, ValueError, "M4E3b5h is a half-unit format"),
         ("I8f4", None, ValueError, "'I8f4' is not a tensor format"),
         ("int1", None, ValueError, "integers have 2 to 24 bits, got 'int1'"),
         ("M4E3b-121", None, ValueError, "values above float32's: .* 128, .* bias must be at least -120"),

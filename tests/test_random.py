@@ -54,7 +54,7 @@ def test_pinned_words(position, expected):
     base = random.base(seed, m, n)
     merge = random.step_word(base ^ np.uint32(random.MERGE), k)
     assert (int(random.step_word(base, k)), int(merge)) == expected
-    assert (random_word(seed, m, n, k), random_word(seed, m, n, k, merge=True)) == expected
+    assert (random_word(seed, m, n, k), random_word(seed, m, n, k, level=1)) == expected
 
 
 def test_parts_of_a_word():

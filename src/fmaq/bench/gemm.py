@@ -19,6 +19,7 @@ from fmaq.ops import linear
 
 SIZES = (256, 512, 1024, 2048)
 PAPER = Accumulator.paper12
+IDEAS_UP_TO = 512  # the larger sizes say the same
 SMALL_VALUES, LARGE_VALUES = 0.05, 4.0  # standard deviations: bounds exclude saturation in chunks of 16; never do
 
 
@@ -72,12 +73,48 @@ KINDS = (
     Kind("int8 into I16, saturating", _int8, Accumulator("I16f0"), 3.0, is_checked=True),
     Kind("int8 into I16w, wrapping", _int8, Accumulator("I16f0w"), 2.5),
 )
+
+
+@dataclass(frozen=True)
+class Idea:
+    """An accumulator that costs little more than another; `avx512` and `others` are the most that it should, times."""
+
+    name: str
+    accumulator: Accumulator
+    plain: Accumulator
+    avx512: float
+    others: float
+    operands: Callable[[int], Tensor] = _small
+    is_checked: bool = False
+
+    @property
+    def target(self) -> float:
+        """On the instruction set in use."""
+        return self.avx512 if kernels.current_target().name == "avx512" else self.others
+
+
+NARROW = Accumulator("M5E4b10 product=M5E4b12")
+HALF_UNIT = Accumulator("M5E4b10h product=M5E4b12h")
+FIXED = Accumulator("I16f8 product=I16f8")
+IDEAS = (
+    Idea("half-unit", HALF_UNIT, NARROW, 1.1, 1.3),
+    Idea("half-unit, saturation checked", HALF_UNIT, NARROW, 1.1, 1.3, _large, True),
+    Idea("nearest_away", replace(NARROW, rounding="nearest_away"), NARROW, 1.8, 2.5),
+    Idea("nearest_away, saturation checked", replace(NARROW, rounding="nearest_away"), NARROW, 1.8, 2.5, _large, True),
+    Idea("outer M10E5", Accumulator(f"{HALF_UNIT} outer=M10E5b16"), HALF_UNIT, 1.1, 1.1),
+    Idea("outer fp32", Accumulator(f"{HALF_UNIT} outer=fp32"), HALF_UNIT, 1.1, 1.3),
+    Idea("fixed, half_up", replace(FIXED, rounding="half_up"), FIXED, 1.6, 1.6, _large, True),
+    Idea("fixed, nearest_even", replace(FIXED, rounding="nearest_even"), FIXED, 1.6, 1.6, _large, True),
+    Idea("fixed, floor", replace(FIXED, rounding="floor"), FIXED, 1.6, 1.6, _large, True),
+)
+
 EVENTS = Kind("events (M7E4)", _small, PAPER, 2.5)
 
 
 def cases(sizes: Sequence[int] = SIZES) -> list[Case]:
-    """Every kind at every size, then the skinny products, two threads, and events."""
+    """Every kind at every size, the ideas, then the skinny products, two threads, and events."""
     squares = [_square(kind, n) for kind in KINDS for n in sizes]
+    squares += [_against_plain(idea, n) for idea in IDEAS for n in sizes if n <= IDEAS_UP_TO]
     skinny = [_skinny(rows) for rows in (1, 8)]
     return [*squares, *skinny, _two_threads(max(sizes)), *(_events(n) for n in sizes)]
 
@@ -112,6 +149,27 @@ def _square(kind: Kind, n: int) -> Case:
         return row.timed(compare(ours, lambda: torch.mm(a[0], b[0]), rounds))
 
     return Case(Row("gemm", _work(n, n, n), kind.name, _from_smallest(n, kind.target), macs=n**3), measure)
+
+
+def _against_plain(idea: Idea, n: int) -> Case:
+    """An accumulator against the one without its idea."""
+
+    def measure(row: Row, rounds: int) -> Row:
+        a, b = idea.operands(n), idea.operands(n + 1)[:, :n, :n].contiguous()
+
+        def ours() -> Tensor:
+            return kernels.matmul(a, b, idea.accumulator)
+
+        row = _with_instructions(row, ours, idea.is_checked)
+        return row.timed(compare(ours, lambda: kernels.matmul(a, b, idea.plain), rounds))
+
+    target = _from_smallest(n, idea.target)
+    return Case(Row("gemm", _work(n, n, n), idea.name, target, against=_short(idea.plain), macs=n**3), measure)
+
+
+def _short(acc: Accumulator) -> str:
+    """The formats alone."""
+    return f"{acc.format}, {acc.product}"
 
 
 def _skinny(m: int, n: int = 1024) -> Case:

@@ -7,8 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fmaq.numerics import Accumulator
-from fmaq.numerics.formats import Format
+from fmaq.numerics import Accumulator, Float32Format, Format
 
 
 def hardware(
@@ -41,10 +40,14 @@ def hardware(
 
 
 def _rows(acc: Accumulator) -> list[dict[str, Any]]:
-    return [_row(acc, "sums", acc.format), _row(acc, "products", acc.product)]
+    roles: list[tuple[str, Format | Float32Format | None]] = [("sums", acc.format), ("products", acc.product)]
+    if acc.outer is not None:
+        levels = acc.levels
+        roles += [("outer" if len(levels) == 1 else f"outer {i}", level.format) for i, level in enumerate(levels, 1)]
+    return [_row(acc, role, format) for role, format in roles]
 
 
-def _row(acc: Accumulator, role: str, format: Format | None) -> dict[str, Any]:
+def _row(acc: Accumulator, role: str, format: Format | Float32Format | None) -> dict[str, Any]:
     if format is None:
         unknown = dict.fromkeys(("bits", "register", "smallest", "largest"))
         return {"accumulator": str(acc), "role": role, "format": "exact", **unknown}

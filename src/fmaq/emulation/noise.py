@@ -11,7 +11,6 @@ Calls are counted on the module, from `attach` on; a copy or a pickle goes on co
 
 from __future__ import annotations
 
-import functools
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -65,7 +64,7 @@ def keyed(accumulator: Accumulator, layer: str, call: int, index: int, purpose: 
     Raises:
         RuntimeError: the number of the call is not known, -1.
     """
-    if not draws(accumulator):
+    if not accumulator.is_stochastic:
         return accumulator
     if call < 0:
         raise RuntimeError(
@@ -75,12 +74,6 @@ def keyed(accumulator: Accumulator, layer: str, call: int, index: int, purpose: 
     distributed = torch.distributed
     rank = distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
     return replace(accumulator, seed=random.derived_seed(accumulator.seed, layer, call, index, rank, purpose))
-
-
-@functools.lru_cache(maxsize=1024)
-def draws(accumulator: Accumulator) -> bool:
-    """Some rounding of an accumulator is stochastic."""
-    return "stochastic" in str(accumulator)
 
 
 def note_number(module: nn.Module, number: int) -> None:

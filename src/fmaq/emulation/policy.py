@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 
 from fmaq.emulation import vector_files
 from fmaq.emulation.in_short import in_short
-from fmaq.emulation.noise import BY_CALL, NOISE, draws
+from fmaq.emulation.noise import BY_CALL, NOISE
 from fmaq.emulation.vectors import Vector
 from fmaq.emulation.whole_files import write_bytes
 from fmaq.numerics import Accumulator
@@ -125,7 +125,7 @@ class Rule:
         """Something is rounded stochastically, by random numbers of its call."""
         rules = [rule for rule in (self, *self.of_products()) if rule.noise == BY_CALL]
         parts = [part for rule in rules for part in (rule.accumulator, rule.backward)]
-        return any(isinstance(part, Accumulator) and draws(part) for part in parts)
+        return any(isinstance(part, Accumulator) and part.is_stochastic for part in parts)
 
     def of_products(self) -> list[Rule]:
         """The rules of the products that differ."""

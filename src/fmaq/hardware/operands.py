@@ -133,7 +133,7 @@ def parse_operand(name: Any, role: str = "operand") -> Operand:
         format = parse_format(name)
     except ValueError:
         format = None
-    if not isinstance(format, FloatFormat) or format.zero != "flag":
+    if not isinstance(format, FloatFormat) or format.zero != "flag" or format.half_unit:
         how = 'write a float like "M4E3" or "int8"'
         raise ValueError(f"{role} format {text!r} is not one of the unit's; {how}{meant_by(text)}")
     if format.mantissa > MAX_MANTISSA or format.exponent > MAX_EXPONENT:

@@ -84,6 +84,8 @@ class IeeeFormat:
         return np.where(np.abs(rounded) > self.max, np.copysign(np.inf, x), rounded)
 
 
+ROUNDINGS = ("toward_zero", "nearest_even", "stochastic")  # that the unit has
+
 IEEE = {"ieee32": IeeeFormat("ieee32", 23, 8), "ieee16": IeeeFormat("ieee16", 10, 5)}
 
 
@@ -141,6 +143,15 @@ class Unit:
             raise ValueError(f'accumulator "{acc}" is a template: hardware needs a bias, like "{acc.format}b10"')
         if not acc.underflow:
             raise ValueError("underflow=False is a stage of training, and no hardware does it: leave it out")
+        for what, is_given in (
+            (f"rounding={acc.rounding}", acc.rounding not in ROUNDINGS),
+            (f"product_rounding={acc.product_rounding}", acc.product_rounding is not None),
+            (f"the half-unit format {acc.format}", acc.format.half_unit),
+            (f"the half-unit product {acc.product}", acc.product is not None and acc.product.half_unit),
+            (f"outer={acc.outer}", acc.outer is not None),
+        ):
+            if is_given:
+                raise ValueError(f"no hardware is generated yet for {what}: leave it out of {acc}")
         for format in (acc.format, acc.product):
             if isinstance(format, FixedFormat) and self.product_range[1] + format.fraction + 1 > MAX_WINDOW:
                 raise ValueError(

@@ -7,7 +7,8 @@ float64 lanes. Only these know how to round; `choose` picks one for an accumulat
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from dataclasses import replace
+from typing import ClassVar, Self
 
 from llvmlite import ir
 
@@ -16,66 +17,51 @@ from fmaq.kernels.lanes import Lanes
 from fmaq.numerics import Accumulator
 
 
-class Arithmetic(ABC):
-    """How a kernel computes; immutable and hashable, since kernels are cached by it.
+class Merging(ABC):
+    """How sums of chunks, or of the level below, are merged: t ← Q(t + s).
 
     Attributes:
-        acc: the accumulator; its seed does not count.
-        element_bytes: width of a lane.
-        flushes: the processor flushes what is no normal number to zero.
+        chunk: how many make one sum of this level; None is all.
         sees_loss: has `unchanged`.
-        sees_overflow: has `overflowing_step` and `overflowing_merge`.
-        by_chunk: a tile's chunk is computed `unclamped` where its bounds prove that nothing in it can saturate.
+        sees_overflow: has `overflowing_merge` (and `overflowing_step`).
+        sees_events: has `observed_merge` (and `observed_step`).
     """
 
-    acc: Accumulator
-    element_bytes: ClassVar[int]
-    flushes: ClassVar[bool]
+    chunk: int | None = None
     sees_loss: ClassVar[bool] = True
     sees_overflow: ClassVar[bool] = False
-    by_chunk: bool = False
 
     @property
-    @abstractmethod
-    def toward_zero(self) -> bool:
-        """The processor rounds toward zero meanwhile, else to the nearest."""
-
-    @property
-    def needs_random(self) -> bool:
-        """Steps take random words."""
-        return self.acc.rounding == "stochastic"
-
-    @property
-    def unclamped(self) -> Arithmetic:
-        """The same without saturation in a chunk."""
-        return self
+    def sees_events(self) -> bool:
+        """Counts events."""
+        return False
 
     def zero(self, v: Lanes) -> Value:
         """An empty sum."""
         return v.constant(0.0)
 
     @abstractmethod
-    def step(self, v: Lanes, x: Value, w: Value, s: Value, word: Value | None) -> Value:
-        """FMAq(x, w, s), sums held as the arithmetic likes, an empty one as `zero`."""
-
-    @abstractmethod
     def merge(self, v: Lanes, t: Value, s: Value, word: Value | None) -> Value:
-        """Q_acc(t + s)."""
+        """Q(t + s)."""
 
     def finish(self, v: Lanes, total: Value) -> Value:
         """The value of a finished sum."""
         return total
 
-    def observed_step(self, v: Lanes, x: Value, w: Value, s: Value, word: Value | None) -> tuple[Value, list[Value]]:
-        """FMAq(x, w, s), and masks of lanes from which `events` tells what happened.
+    def passed(self, v: Lanes, total: Value) -> Value:
+        """A finished sum as the next level takes it: times a power of two that was agreed on."""
+        return total
+
+    def looking(self) -> Self:
+        """The same for kernels that look at sums, not only at the last one."""
+        return self
+
+    def observed_merge(self, v: Lanes, t: Value, s: Value, word: Value | None) -> tuple[Value, list[Value]]:
+        """Q(t + s), and masks of lanes from which `events` tells what happened.
 
         Raises:
             NotImplementedError: this arithmetic does not look.
         """
-        raise NotImplementedError(f"{type(self).__name__} sees no events")
-
-    def observed_merge(self, v: Lanes, t: Value, s: Value, word: Value | None) -> tuple[Value, list[Value]]:
-        """Q_acc(t + s), and masks; as `observed_step`."""
         raise NotImplementedError(f"{type(self).__name__} sees no events")
 
     def events(self, b: ir.IRBuilder, masks: list[Value]) -> list[Value]:
@@ -88,10 +74,65 @@ class Arithmetic(ABC):
         """In which lanes a sum is the same as before."""
         return v.b.fcmp_ordered("==", before, after)
 
-    def overflowing_step(self, v: Lanes, x: Value, w: Value, s: Value, word: Value | None) -> tuple[Value, Value]:
-        """FMAq(x, w, s), and in which lanes the product or the sum overflows."""
-        raise NotImplementedError(f"{type(self).__name__} sees no overflow")
+    def is_empty(self, v: Lanes, total: Value) -> Value:
+        """In which lanes a sum is zero."""
+        return v.b.fcmp_ordered("==", total, v.constant(0.0))
 
     def overflowing_merge(self, v: Lanes, t: Value, s: Value, word: Value | None) -> tuple[Value, Value]:
-        """Q_acc(t + s), and in which lanes it overflows."""
+        """Q(t + s), and in which lanes it overflows."""
+        raise NotImplementedError(f"{type(self).__name__} sees no overflow")
+
+
+class Arithmetic(Merging):
+    """How a kernel computes; immutable and hashable, since kernels are cached by it.
+
+    Its own merges are those of an accumulator without outer levels.
+
+    Attributes:
+        acc: the accumulator; its seed does not count.
+        levels: how sums of chunks are merged, the innermost first; none: as `merge` does.
+        element_bytes: width of a lane.
+        flushes: the processor flushes what is no normal number to zero.
+        by_chunk: a tile's chunk is computed `unclamped` where its bounds prove that nothing in it can saturate.
+    """
+
+    acc: Accumulator
+    element_bytes: ClassVar[int]
+    flushes: ClassVar[bool]
+    levels: tuple[Merging, ...] = ()
+    by_chunk: bool = False
+
+    @property
+    @abstractmethod
+    def toward_zero(self) -> bool:
+        """The processor rounds toward zero meanwhile, else to the nearest."""
+
+    @property
+    def needs_random(self) -> bool:
+        """Steps, or merges, take random words."""
+        return self.acc.is_stochastic
+
+    @property
+    def merging(self) -> tuple[Merging, ...]:
+        """The levels, or itself."""
+        return self.levels or (self,)
+
+    def looking(self) -> Self:
+        return replace(self, levels=tuple(level.looking() for level in self.levels))  # type: ignore[type-var]
+
+    @property
+    def unclamped(self) -> Arithmetic:
+        """The same without saturation in a chunk."""
+        return self
+
+    @abstractmethod
+    def step(self, v: Lanes, x: Value, w: Value, s: Value, word: Value | None) -> Value:
+        """FMAq(x, w, s), sums held as the arithmetic likes, an empty one as `zero`."""
+
+    def observed_step(self, v: Lanes, x: Value, w: Value, s: Value, word: Value | None) -> tuple[Value, list[Value]]:
+        """FMAq(x, w, s), and masks; as `observed_merge`."""
+        raise NotImplementedError(f"{type(self).__name__} sees no events")
+
+    def overflowing_step(self, v: Lanes, x: Value, w: Value, s: Value, word: Value | None) -> tuple[Value, Value]:
+        """FMAq(x, w, s), and in which lanes the product or the sum overflows."""
         raise NotImplementedError(f"{type(self).__name__} sees no overflow")

@@ -1,21 +1,24 @@
-"""Fast arithmetic, toward zero, in 32-bit lanes, for formats and operands for which it is provably exact.
+"""Fast arithmetic in 32-bit lanes, for formats and operands for which it is provably exact.
 
 The processor rounds toward zero and flushes to zero. Operands are scaled by powers of two on packing, so that
 magnitudes lie where that is of use.
 
 * `Float32`: the smallest magnitude of products, and of sums, is scaled to float32's smallest normal
   number, so that truncation is one AND, and underflow is free; a fused multiply-add by a power of two brings a product
-  into the scale of the sums. Rounding toward zero twice is rounding once, so 24 bits on the way do no harm.
-* `Fixed32`: products are truncated to 32-bit integers, and added as such. A wrapping sum is wrapped once.
+  into the scale of the sums. Rounding toward zero twice is rounding once, so 24 bits on the way do no harm. The half
+  of a half-unit format is one OR more; with it, a zero is a subnormal number, which the processor takes as zero.
+* `Fixed32`: products are rounded to 32-bit integers, and added as such. A wrapping sum is wrapped once.
 """
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass, replace
 
 from llvmlite import ir
 
-from fmaq.kernels.arithmetic import Arithmetic
+from fmaq.kernels.arithmetic import Arithmetic, Merging
+from fmaq.kernels.grids import on_float_grid
 from fmaq.kernels.ir_blocks import I1, Value
 from fmaq.kernels.lanes import Lanes
 from fmaq.numerics import Accumulator, FixedFormat, FloatFormat, Format
@@ -25,7 +28,7 @@ FLOAT32_EMIN = -126
 
 @dataclass(frozen=True)
 class Float32(Arithmetic):
-    """Float formats, toward zero, in float32 lanes; the checks that operands make needless are left out.
+    """Float formats, toward zero or half-unit, in float32 lanes; the checks that operands make needless are left out.
 
     Args:
         acc: float formats.
@@ -35,6 +38,9 @@ class Float32(Arithmetic):
         product_clamped: some product may exceed the largest.
         sum_clamped: some sum in a chunk may exceed the largest.
         by_chunk: whether they may is known better for a tile and a chunk, from bounds taken while packing.
+        levels: see `Arithmetic`.
+        is_clean: a zero with a half unit, which is a subnormal number, is made a zero again, since LLVM knows that it
+            compares unequal to zero where nothing is flushed.
     """
 
     acc: Accumulator
@@ -43,15 +49,21 @@ class Float32(Arithmetic):
     product_clamped: bool
     sum_clamped: bool = True
     by_chunk: bool = False
+    levels: tuple[Merging, ...] = ()
+    is_clean: bool = False
 
     element_bytes = 4
     flushes = True
     toward_zero = True
     sees_overflow = True
+    sees_events = True
 
     @property
     def unclamped(self) -> Float32:
         return replace(self, product_clamped=False, sum_clamped=False, by_chunk=False)
+
+    def looking(self) -> Float32:
+        return replace(super().looking(), is_clean=True)
 
     def _scale(self, format: Format) -> int:
         """The exponent that brings the format's smallest magnitude to where the processor flushes what is below."""
@@ -83,11 +95,11 @@ class Float32(Arithmetic):
 
     def _product(self, v: Lanes, x: Value, w: Value) -> Value:
         p = self._rounded_product(v, x, w)
-        return _clamp(v, p, self._product_limit) if self.product_clamped else p
+        return clamp(v, p, self._product_limit) if self.product_clamped else p
 
     def _rounded_product(self, v: Lanes, x: Value, w: Value) -> Value:
         p = v.mul(x, w)
-        return v.keep_bits(p, 23 - _float(self.acc.product).mantissa) if self.product_masked else p
+        return truncated(v, p, _float(self.acc.product), self.is_clean) if self.product_masked else p
 
     @property
     def _product_limit(self) -> float:
@@ -98,64 +110,48 @@ class Float32(Arithmetic):
         return _float(self.acc.format).max * 2.0**self.sum_scale
 
     def _sum(self, v: Lanes, total: Value, clamped: bool) -> Value:
-        total = v.keep_bits(total, 23 - _float(self.acc.format).mantissa)
-        return _clamp(v, total, self._sum_limit) if clamped else total
+        total = self._rounded_sum(v, total)
+        return clamp(v, total, self._sum_limit) if clamped else total
 
-    # Events. A step of the scaled numbers loses nothing that is looked at, if no operand was flushed on packing, and a
-    # product, which is rounded, has no longer mantissa than a sum (`choose`).
+    def _rounded_sum(self, v: Lanes, total: Value) -> Value:
+        return truncated(v, total, _float(self.acc.format), self.is_clean)
+
+    # Events. A step of the scaled numbers loses nothing that is looked at, if no operand was flushed on packing, and
+    # mantissas are short enough (`choose`).
 
     def observed_step(self, v: Lanes, x: Value, w: Value, s: Value, word: Value | None) -> tuple[Value, list[Value]]:
         zero = v.constant(0.0)
         p, overflows = self._rounded_product(v, x, w), None
         if self.product_clamped:
-            overflows = _is_beyond(v, p, self._product_limit)
-            p = _clamp(v, p, self._product_limit)
+            overflows = is_beyond(v, p, self._product_limit)
+            p = clamp(v, p, self._product_limit)
         is_term = v.b.and_(v.b.fcmp_unordered("!=", x, zero), v.b.fcmp_unordered("!=", w, zero))
         lift = 2.0 ** (self.sum_scale - self.product_scale)
         after, masks = self._observed_sum(v, p, lift, s, self.sum_clamped)
-        return after, [overflows or _nowhere(v), is_term, *masks]
+        return after, [overflows or nowhere(v), is_term, *masks]
 
     def observed_merge(self, v: Lanes, t: Value, s: Value, word: Value | None) -> tuple[Value, list[Value]]:
         after, masks = self._observed_sum(v, s, 1.0, t, clamped=True)
-        return after, [_nowhere(v), _nowhere(v), *masks]
+        return after, [nowhere(v), nowhere(v), *masks]
 
     def _observed_sum(self, v: Lanes, p: Value, lift: float, s: Value, clamped: bool) -> tuple[Value, list[Value]]:
-        """p·lift + s in its register; whether it overflows, p is zero, the sum is, it is s, and it is not exact.
-
-        The sum is exact if it, less p·lift, is s again. Where s is zero, p alone may be flushed, and so may that
-        difference: `events` tells.
-        """
-        b, zero = v.b, v.constant(0.0)
-        rounded = v.keep_bits(v.fma(p, v.constant(lift), s), 23 - _float(self.acc.format).mantissa)
-        after, overflows = rounded, _nowhere(v)
-        if clamped:
-            after, overflows = _clamp(v, rounded, self._sum_limit), _is_beyond(v, rounded, self._sum_limit)
-        return after, [
-            overflows,
-            b.fcmp_ordered("==", p, zero),
-            b.fcmp_ordered("==", after, zero),
-            b.fcmp_ordered("==", after, s),
-            b.fcmp_unordered("!=", v.fma(p, v.constant(-lift), after), s),
-        ]
+        """p·lift + s in its register, and masks."""
+        total = v.fma(p, v.constant(lift), s)
+        rounded = self._rounded_sum(v, total)
+        limit = self._sum_limit if clamped else None
+        return observed_sum(v, p, lift, s, total, rounded, limit, not _float(self.acc.format).half_unit)
 
     def events(self, b: ir.IRBuilder, masks: list[Value]) -> list[Value]:
-        product_overflows, is_term, sum_overflows, p_is_zero, is_zero, is_same, is_inexact = masks
-        product_underflows = b.and_(is_term, p_is_zero)
-        stays_zero = b.and_(b.not_(p_is_zero), is_same)
-        sum_underflows = b.and_(is_zero, b.or_(is_inexact, stays_zero))
-        events = b.or_(b.or_(p_is_zero, sum_underflows), b.or_(product_overflows, sum_overflows))
-        full = b.and_(b.not_(events), is_same)
-        partial = b.and_(b.not_(b.or_(events, is_same)), is_inexact)
-        return [product_overflows, product_underflows, sum_overflows, sum_underflows, full, partial]
+        return sum_events(b, masks)
 
     # Overflows alone are seen whatever is flushed: what is flushed does not overflow.
 
     def overflowing_step(self, v: Lanes, x: Value, w: Value, s: Value, word: Value | None) -> tuple[Value, Value]:
         if self.product_exact:
             return self._limited_sum(v, v.fma(x, w, s), self.sum_clamped)
-        p, of_product = self._rounded_product(v, x, w), _nowhere(v)
+        p, of_product = self._rounded_product(v, x, w), nowhere(v)
         if self.product_clamped:
-            p, of_product = _clamp(v, p, self._product_limit), _is_beyond(v, p, self._product_limit)
+            p, of_product = clamp(v, p, self._product_limit), is_beyond(v, p, self._product_limit)
         lift = v.constant(2.0 ** (self.sum_scale - self.product_scale))
         after, of_sum = self._limited_sum(v, v.fma(p, lift, s), self.sum_clamped)
         return after, v.b.or_(of_product, of_sum)
@@ -166,8 +162,8 @@ class Float32(Arithmetic):
     def _limited_sum(self, v: Lanes, total: Value, clamped: bool) -> tuple[Value, Value]:
         total = self._sum(v, total, clamped=False)
         if not clamped:
-            return total, _nowhere(v)
-        return _clamp(v, total, self._sum_limit), _is_beyond(v, total, self._sum_limit)
+            return total, nowhere(v)
+        return clamp(v, total, self._sum_limit), is_beyond(v, total, self._sum_limit)
 
 
 def _float(format: Format | None) -> FloatFormat:
@@ -175,79 +171,185 @@ def _float(format: Format | None) -> FloatFormat:
     return format
 
 
-def _nowhere(v: Lanes) -> Value:
+def observed_sum(
+    v: Lanes, p: Value, lift: float, s: Value, total: Value, rounded: Value, limit: float | None, is_truncated: bool
+) -> tuple[Value, list[Value]]:
+    """A sum in its register; whether it overflows, p is zero, the sum is, it is s, and it is not exact.
+
+    A truncated sum is exact if it, less p·lift, is s again. Where s is zero, p alone may be flushed, and so may that
+    difference: `sum_events` tells. One with a half unit is exact if it is the sum before, and that was.
+
+    Args:
+        total: p·lift + s.
+        rounded: on the format's grid.
+        limit: the largest magnitude; None where it cannot be exceeded.
+    """
+    b, zero = v.b, v.constant(0.0)
+    after, overflows = rounded, nowhere(v)
+    if limit is not None:
+        after, overflows = clamp(v, rounded, limit), is_beyond(v, rounded, limit)
+    inexact = b.fcmp_unordered("!=", v.fma(p, v.constant(-lift), after if is_truncated else total), s)
+    if not is_truncated:
+        inexact = b.or_(inexact, b.fcmp_unordered("!=", after, total))
+    return after, [
+        overflows,
+        b.fcmp_ordered("==", p, zero),
+        b.fcmp_ordered("==", after, zero),
+        b.fcmp_ordered("==", after, s),
+        inexact,
+    ]
+
+
+def sum_events(b: ir.IRBuilder, masks: list[Value]) -> list[Value]:
+    """`numerics.reference.EVENTS`, of masks of a product, whether it overflows and is a term, and of `observed_sum`."""
+    product_overflows, is_term, sum_overflows, p_is_zero, is_zero, is_same, is_inexact = masks
+    product_underflows = b.and_(is_term, p_is_zero)
+    stays_zero = b.and_(b.not_(p_is_zero), is_same)
+    sum_underflows = b.and_(is_zero, b.or_(is_inexact, stays_zero))
+    events = b.or_(b.or_(p_is_zero, sum_underflows), b.or_(product_overflows, sum_overflows))
+    full = b.and_(b.not_(events), is_same)
+    partial = b.and_(b.not_(b.or_(events, is_same)), is_inexact)
+    return [product_overflows, product_underflows, sum_overflows, sum_underflows, full, partial]
+
+
+def truncated(v: Lanes, x: Value, format: FloatFormat, is_clean: bool) -> Value:
+    """x toward zero, or to half a unit; `is_clean` as of `Float32`."""
+    rounded = on_float_grid(v, x, format, "toward_zero")
+    if not (is_clean and format.half_unit):
+        return rounded
+    return v.b.select(v.b.fcmp_ordered("==", x, v.constant(0.0)), v.constant(0.0), rounded)
+
+
+def nowhere(v: Lanes) -> Value:
+    """No lane."""
     return ir.Constant(v.mask, [ir.Constant(I1, 0)] * v.count)
 
 
-def _is_beyond(v: Lanes, x: Value, limit: float) -> Value:
+def is_beyond(v: Lanes, x: Value, limit: float) -> Value:
+    """Which magnitudes are above a limit."""
     return v.b.fcmp_ordered(">", v.magnitude(x), v.constant(limit))
 
 
-def _clamp(v: Lanes, x: Value, limit: float) -> Value:
+def clamp(v: Lanes, x: Value, limit: float) -> Value:
+    """Magnitudes limited."""
     return v.clamp(x, -limit, limit)
 
 
-@dataclass(frozen=True)
-class Fixed32(Arithmetic):
-    """Fixed formats, toward zero, in int32 lanes, which the loops carry as the bits of float32.
+class Int32Sums(Merging):
+    """Sums of a fixed format as int32, which the loops carry as the bits of float32."""
 
-    Products arrive in steps of the format: below 2^24 they are truncated exactly, above they saturate.
+    def is_empty(self, v: Lanes, total: Value) -> Value:
+        return self.unchanged(v, self.zero(v), total)
+
+    @property
+    @abstractmethod
+    def format(self) -> FixedFormat:
+        """Of the sums."""
+
+    def finish(self, v: Lanes, total: Value) -> Value:
+        return v.mul(to_nearest(v, self._in_range(v, total), self.format.width), v.constant(self.format.tiny))
+
+    def passed(self, v: Lanes, total: Value) -> Value:
+        """In units."""
+        return v.b.sitofp(self._in_range(v, total), v.vector)
+
+    def unchanged(self, v: Lanes, before: Value, after: Value) -> Value:
+        changed = v.b.xor(v.bits(before), v.bits(after))
+        if self.format.overflow == "wrap":
+            # The bits above are wrapped only at the end.
+            changed = v.b.shl(changed, v.bit_constant(32 - self.format.width))
+        return v.b.icmp_signed("==", changed, v.bit_constant(0))
+
+    def add_whole(self, v: Lanes, s: Value, p: Value, clamped: bool) -> Value:
+        """s and an integer."""
+        total = v.b.add(v.bits(s), p)
+        if clamped:
+            half = 2 ** (self.format.width - 1)
+            for sign, limit in (("<", half - 1), (">", -half)):
+                bound = v.bit_constant(limit)
+                total = v.b.select(v.b.icmp_signed(sign, total, bound), total, bound)
+        return v.from_bits(total)
+
+    def _in_range(self, v: Lanes, total: Value) -> Value:
+        whole = v.bits(total)
+        return wrapped(v, whole, self.format.width) if self.format.overflow == "wrap" else whole
+
+
+WHOLE_ANCHOR, HALVES_ANCHOR = 1.5 * 2.0**23, 1.5 * 2.0**22  # among which float32 counts in ones, and in halves
+
+
+@dataclass(frozen=True)
+class Fixed32(Int32Sums, Arithmetic):
+    """Fixed formats in int32 lanes.
+
+    Products arrive in steps of the format. Toward zero: below 2^24 they are truncated exactly, above they saturate.
+    Otherwise a fused multiply-add brings the exact product among float32 numbers whose last place is a step, or half of
+    one: there the processor rounds to the nearest, or down (toward zero, from above), and the bits count the steps.
 
     Args:
         acc: fixed format, and a fixed product format of the same fraction, or none where products are whole steps.
         product_limited: some product may be out of the product format's range.
         sum_clamped: some sum in a chunk may be out of range.
-        by_chunk: see `Float32`.
+        by_chunk, levels: see `Float32`.
     """
 
     acc: Accumulator
     product_limited: bool
     sum_clamped: bool = True
     by_chunk: bool = False
+    levels: tuple[Merging, ...] = ()
 
     element_bytes = 4
     flushes = True
-    toward_zero = True
+
+    @property
+    def rounding(self) -> str:
+        """Of products."""
+        return "toward_zero" if self.acc.product is None else self.acc.rounding_of_products
+
+    @property
+    def toward_zero(self) -> bool:
+        return self.rounding != "nearest_even"
+
+    @property
+    def needs_random(self) -> bool:
+        return bool(self.levels) and any(level.rounding == "stochastic" for level in self.acc.levels)
+
+    @property
+    def format(self) -> FixedFormat:
+        return _fixed(self.acc.format)
 
     @property
     def unclamped(self) -> Fixed32:
         return replace(self, product_limited=False, sum_clamped=False, by_chunk=False)
 
     def step(self, v: Lanes, x: Value, w: Value, s: Value, word: Value | None) -> Value:
-        p = v.mul(x, w)
+        whole = self._product(v, x, w)
+        product = self.acc.product
+        if isinstance(product, FixedFormat) and self.product_limited and product.overflow == "wrap":
+            whole = wrapped(v, whole, product.width)
+        return self.add_whole(v, s, whole, self.sum_clamped and self.format.overflow == "saturate")
+
+    def merge(self, v: Lanes, t: Value, s: Value, word: Value | None) -> Value:
+        return self.add_whole(v, t, v.bits(s), clamped=self.format.overflow == "saturate")
+
+    def _product(self, v: Lanes, x: Value, w: Value) -> Value:
+        """x·w as an integer, limited where it saturates."""
+        if self.rounding == "toward_zero":
+            return v.b.fptosi(self._limited(v, v.mul(x, w), 0.0), v.bit_vector)
+        anchor = HALVES_ANCHOR if self.rounding == "half_up" else WHOLE_ANCHOR
+        counted = v.bits(self._limited(v, v.fma(x, w, v.constant(anchor)), anchor))
+        at_zero = v.bits(v.constant(anchor))
+        if self.rounding == "half_up":
+            return v.b.ashr(v.b.sub(counted, v.b.sub(at_zero, v.bit_constant(1))), v.bit_constant(1))
+        return v.b.sub(counted, at_zero)
+
+    def _limited(self, v: Lanes, x: Value, zero: float) -> Value:
         product = self.acc.product
         if isinstance(product, FixedFormat) and self.product_limited and product.overflow == "saturate":
             half = 2.0 ** (product.width - 1)
-            p = v.clamp(p, -half, half - 1)
-        whole = v.b.fptosi(p, v.bit_vector)
-        if isinstance(product, FixedFormat) and self.product_limited and product.overflow == "wrap":
-            whole = wrapped(v, whole, product.width)
-        return self._add(v, s, whole, self.sum_clamped and _fixed(self.acc.format).overflow == "saturate")
-
-    def merge(self, v: Lanes, t: Value, s: Value, word: Value | None) -> Value:
-        return self._add(v, t, v.bits(s), clamped=_fixed(self.acc.format).overflow == "saturate")
-
-    def finish(self, v: Lanes, total: Value) -> Value:
-        format = _fixed(self.acc.format)
-        whole = v.bits(total)
-        if format.overflow == "wrap":
-            whole = wrapped(v, whole, format.width)
-        return v.mul(to_nearest(v, whole, format.width), v.constant(format.tiny))
-
-    def unchanged(self, v: Lanes, before: Value, after: Value) -> Value:
-        changed, format = v.b.xor(v.bits(before), v.bits(after)), _fixed(self.acc.format)
-        if format.overflow == "wrap":
-            changed = v.b.shl(changed, v.bit_constant(32 - format.width))  # the bits above are wrapped only at the end
-        return v.b.icmp_signed("==", changed, v.bit_constant(0))
-
-    def _add(self, v: Lanes, s: Value, p: Value, clamped: bool) -> Value:
-        total = v.b.add(v.bits(s), p)
-        if clamped:
-            half = 2 ** (self.acc.format.bits - 1)
-            for sign, limit in (("<", half - 1), (">", -half)):
-                bound = v.bit_constant(limit)
-                total = v.b.select(v.b.icmp_signed(sign, total, bound), total, bound)
-        return v.from_bits(total)
+            return v.clamp(x, zero - half, zero + half - 1)
+        return x
 
 
 def _fixed(format: Format) -> FixedFormat:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fmaq.kernels.arithmetic import Arithmetic
-from fmaq.kernels.arithmetic64 import General64
+from fmaq.kernels.arithmetic64 import general
 from fmaq.kernels.choose import Choice
 from fmaq.kernels.compile import Compiled, compile_module
 from fmaq.kernels.geometry import Geometry
@@ -117,8 +117,10 @@ class Backward:
             return None
         choice = problem._choose(acc, target, a, b)
         arithmetic = choice.arithmetic
-        if not (arithmetic.sees_loss if self.wanted.sees_loss else arithmetic.sees_overflow):
-            choice = Choice(General64(replace(acc, seed=0)))
+        sees = "sees_loss" if self.wanted.sees_loss else "sees_overflow"
+        if not all(getattr(each, sees) for each in (arithmetic, *arithmetic.levels)):
+            choice = Choice(general(replace(acc, seed=0)))
+        choice = replace(choice, arithmetic=choice.arithmetic.looking())
         rows, vectors = target.tile
         tile = Tile(min(rows, problem.rows), vectors)
         kernel = gradient_kernel(choice.arithmetic, acc.chunk, target, tile, self.wanted)

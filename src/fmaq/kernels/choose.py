@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass, replace
 
-from fmaq.kernels.arithmetic import Arithmetic
+from fmaq.kernels.arithmetic import Arithmetic, Merging
 from fmaq.kernels.arithmetic32 import FLOAT32_EMIN, Fixed32, Float32
-from fmaq.kernels.arithmetic64 import General64
+from fmaq.kernels.arithmetic64 import General64, general
+from fmaq.kernels.grids import BY_TRUNCATION
+from fmaq.kernels.levels32 import FixedLevel32, FloatLevel32, Single32
 from fmaq.kernels.ranges import Range
 from fmaq.kernels.rounded32 import Rounded32
 from fmaq.kernels.targets import Target
 from fmaq.kernels.whole32 import Whole32
-from fmaq.numerics import Accumulator, FixedFormat, FloatFormat
-from fmaq.numerics.formats import Format
+from fmaq.numerics import Accumulator, FixedFormat, Float32Format, FloatFormat, Format, Level
 
 Fast = Float32 | Rounded32 | Fixed32 | Whole32
 
 NORM_SLACK = 2.0**-80  # above what squares lose that are too small for float32, times norms of at most 2^40
 
 LONGEST_OBSERVED = 20  # bits of mantissa, so that a sum's last one is far above float32's
+OBSERVED_TOGETHER = 19  # of a sum and of its term, where the sum has a half unit or is an outer one
+NEAREST_TOGETHER = 20  # of a sum and of its term, so that float32's rounding before changes no rounding to the nearest
+
+MOST_GROWTH = 16.0  # by rounding, up to which bounds of chunks are worth taking
 
 MOST_TERMS = 2**14  # whose squares float32 adds up with a relative error below 2^−9
 
@@ -58,7 +64,7 @@ def choose(
     """
     if acc.seed:
         acc = replace(acc, seed=0)  # a kernel is told its seed at run time, and serves them all
-    shift = _usual_bias(acc)
+    shift = _usual_bias(acc, depth)
     if shift:
         of_scaled = replace(a, largest=math.ldexp(a.largest, -shift), smallest=math.ldexp(a.smallest, -shift))
         choice = _choose(_moved(acc, shift), target, of_scaled, b, depth, use_bounds, is_counting)
@@ -68,21 +74,34 @@ def choose(
     return _choose(acc, target, a, b, depth, use_bounds, is_counting)
 
 
-def _usual_bias(acc: Accumulator) -> int:
+def _usual_bias(acc: Accumulator, depth: int) -> int:
     """What to add to biases so that accumulators that differ in range alone share a kernel; A is scaled likewise."""
-    if not isinstance(acc.format, FloatFormat) or isinstance(acc.product, FixedFormat) or not acc.underflow:
+    formats = [acc.format, acc.product, *(level.format for level in acc.levels)]
+    if not acc.underflow or any(isinstance(format, FixedFormat) for format in formats):
         return 0
+    assert isinstance(acc.format, FloatFormat)
     shift = 2 ** (acc.format.exponent - 1) - 1 - (acc.format.bias or 0)
+    below: Format | Float32Format = acc.format
+    for level in acc.levels:
+        if isinstance(level.format, Float32Format):
+            fits = _fits_single(below, acc.underflow, depth)  # where it ends is not moved along
+        else:
+            fits = level.format.emin - shift >= FLOAT32_EMIN and level.format.emax - shift <= 127
+        if acc.outer is not None and not fits:
+            return 0
+        below = level.format
     return shift if abs(shift) <= 126 else 0
 
 
 def _moved(acc: Accumulator, by: int) -> Accumulator:
-    """The accumulator with larger biases."""
+    """The accumulator with larger biases, on all levels."""
+    outer = acc.outer
+    moved = _moved(outer, by) if isinstance(outer, Accumulator) else _moved_format(outer, by)
+    return replace(acc, format=_moved_format(acc.format, by), product=_moved_format(acc.product, by), outer=moved)  # type: ignore[arg-type]
 
-    def moved(format: Format | None) -> Format | None:
-        return replace(format, bias=(format.bias or 0) + by) if isinstance(format, FloatFormat) else format
 
-    return replace(acc, format=moved(acc.format), product=moved(acc.product))  # type: ignore[arg-type]
+def _moved_format(format: Format | Float32Format | None, by: int) -> Format | Float32Format | None:
+    return replace(format, bias=(format.bias or 0) + by) if isinstance(format, FloatFormat) else format
 
 
 def _choose(
@@ -91,27 +110,42 @@ def _choose(
     found = (_fixed if isinstance(acc.format, FixedFormat) else _float32)(acc, target, a, b, depth)
     if found is not None and is_counting:
         found = _counting(found, a, b)
-    if found is None:
-        return Choice(General64(acc))
+    levels = None if found is None else _levels(acc, target, found[0], depth)
+    if found is None or levels is None or (is_counting and not _see_events(acc, levels)):
+        return Choice(general(acc))
     arithmetic, scales, terms = found
+    arithmetic = replace(arithmetic, levels=levels)
+    if is_counting:
+        arithmetic = arithmetic.looking()
     if not use_bounds or not arithmetic.sum_clamped:
         return Choice(arithmetic, *scales)
     return _bounded(arithmetic, scales, a, b, terms)
 
 
 def _counting(found: Found, a: Range, b: Range) -> Found | None:
-    """The same where `Float32` sees every event: see there."""
+    """The same where `Float32` or `Rounded32` sees every event: see there."""
     arithmetic, _, terms = found
     product, format = arithmetic.acc.product, arithmetic.acc.format
-    if not isinstance(arithmetic, Float32) or not isinstance(product, FloatFormat):
+    if not isinstance(arithmetic, (Float32, Rounded32)) or not isinstance(product, FloatFormat):
         return None
     arithmetic = replace(arithmetic, product_exact=False)
-    scales = _flushing_scales(arithmetic.product_scale, a, b)
-    is_short = product.mantissa <= format.mantissa <= LONGEST_OBSERVED  # type: ignore[union-attr]
+    scales = _scales(arithmetic, a, b)
+    p, m = product.significant, format.significant
+    is_truncated = isinstance(arithmetic, Float32) and not format.half_unit
+    is_short = p <= m <= LONGEST_OBSERVED if is_truncated else m + max(m, p) <= OBSERVED_TOGETHER
     if scales is None or not is_short or not _constants_fit(arithmetic):
+        return None
+    if isinstance(arithmetic, Rounded32) and not _has_headroom(arithmetic, a, b, product.max):
         return None
     is_flushed = min(a.below + scales[0], b.below + scales[1]) < FLOAT32_EMIN
     return None if is_flushed else (arithmetic, scales, terms)
+
+
+def _see_events(acc: Accumulator, levels: tuple[Merging, ...]) -> bool:
+    """Outer levels see every event of their merges."""
+    formats = [acc.format, *(level.format for level in acc.levels)] if levels else []
+    together = [x.significant + y.significant for x, y in itertools.pairwise(formats)]
+    return all(level.sees_events for level in levels) and max(together, default=0) <= OBSERVED_TOGETHER
 
 
 def _bounded(arithmetic: Fast, scales: tuple[int, int], a: Range, b: Range, terms: int) -> Choice:
@@ -119,21 +153,36 @@ def _bounded(arithmetic: Fast, scales: tuple[int, int], a: Range, b: Range, term
     acc = arithmetic.acc
     units = (-a.above - scales[0], -b.above - scales[1])
     growth = _growth(acc, terms)
-    if max(map(abs, units)) > 126 or growth > 2 or terms > MOST_TERMS:
+    if max(map(abs, units)) > 126 or growth > MOST_GROWTH or terms > MOST_TERMS:
         return Choice(arithmetic, *scales)
     span = 2.0 ** -(a.above + b.above) / growth * (1 - 2.0**-8)
-    norm_limit = (acc.format.max * span) ** 2 - NORM_SLACK
+    largest = acc.format.max
+    if isinstance(acc.product, FixedFormat):
+        largest -= terms * _away(acc.product, acc.rounding_of_products)
+    norm_limit = max(largest * span, 0.0) ** 2 - NORM_SLACK
     product_limit = min((acc.product or acc.format).max * span, 2.0**126)
     norm_limit = min(max(norm_limit, -1.0), 2.0**126)
     return Choice(replace(arithmetic, by_chunk=True), *scales, *units, norm_limit, product_limit)
 
 
+def _away(format: Format, rounding: str) -> float:
+    """The most by which rounding can increase a magnitude: of a fixed format; of a float one, relative to it."""
+    if rounding == "toward_zero" and not format.half_unit:
+        return 0.0
+    unit = format.tiny if isinstance(format, FixedFormat) else 2.0**-format.mantissa
+    is_near = format.half_unit or rounding in ("nearest_even", "nearest_away", "half_up")
+    return unit / 2 if is_near else unit
+
+
 def _growth(acc: Accumulator, terms: int) -> float:
-    """How much larger than the exact one rounding can make a product, or a sum of `terms` of them."""
-    if acc.rounding == "toward_zero" or isinstance(acc.format, FixedFormat):
+    """How many times as large as the exact one rounding can make a product, or a sum of `terms` of them, in floats."""
+    if isinstance(acc.format, FixedFormat):
         return 1.0
-    formats = [f for f in (acc.format, acc.product) if isinstance(f, FloatFormat)]
-    return (1 + max(2.0**-f.mantissa for f in formats)) ** min(terms + 1, 1000)
+    away = _away(acc.format, acc.rounding)
+    if isinstance(acc.product, FloatFormat):
+        away = max(away, _away(acc.product, acc.rounding_of_products))
+    exponent = (terms + 1) * math.log1p(away)
+    return math.exp(exponent) * (1 + 2.0**-40) if exponent < 80 else math.inf
 
 
 def _terms(acc: Accumulator, depth: int) -> int:
@@ -153,15 +202,18 @@ def _float32(acc: Accumulator, target: Target, a: Range, b: Range, depth: int) -
     largest = a.largest * b.largest * growth
     is_exact, is_masked, is_clamped = True, False, False
     if isinstance(acc.product, FloatFormat):
-        tiny = acc.product.tiny if acc.underflow else 2.0**FLOAT32_EMIN
-        is_masked = a.significant + b.significant > acc.product.mantissa + 1
+        tiny = 2.0 ** (acc.product.emin if acc.underflow else FLOAT32_EMIN)
+        is_masked = acc.product.half_unit or a.significant + b.significant > acc.product.mantissa + 1
         is_clamped = largest > acc.product.max
         is_exact = not is_masked and not is_clamped and a.smallest * b.smallest >= tiny
         largest = min(largest, acc.product.max)
     is_summed_up = largest * terms * growth > acc.format.max
-    kind = Float32 if acc.rounding == "toward_zero" else Rounded32
-    arithmetic = kind(acc, is_exact, is_masked, is_clamped, is_summed_up or is_clamped)
-    if not _rounds_exactly(acc) or not _constants_fit(arithmetic):
+    checks = (acc, is_exact, is_masked, is_clamped, is_summed_up or is_clamped)
+    is_short = a.significant + b.significant <= 24
+    truncates = acc.rounding == "toward_zero" and not (is_masked and acc.rounding_of_products != "toward_zero")
+    arithmetic = Float32(*checks) if truncates else Rounded32(*checks, product_short=is_short)
+    is_right = _rounds_sums(acc) and (not is_masked or _rounds_products(acc, is_short))
+    if not is_right or not _constants_fit(arithmetic):
         return None
     if isinstance(arithmetic, Rounded32) and not _has_headroom(arithmetic, a, b, largest):
         return None
@@ -169,22 +221,140 @@ def _float32(acc: Accumulator, target: Target, a: Range, b: Range, depth: int) -
     return None if scales is None else (arithmetic, scales, terms)
 
 
-def _rounds_exactly(acc: Accumulator) -> bool:
-    """What float32 loses on the way cannot change a rounding.
+def _rounds_sums(acc: Accumulator) -> bool:
+    """What float32 loses of a sum cannot change its rounding.
 
-    Toward zero, nothing can. Stochastic rounding looks at the `random_bits` behind the last that is kept. To the
-    nearest, a product is rounded once; a sum that float32 rounds first is rounded twice, which differs from once only
-    next to a tie of the format. A sum loses bits only if its terms lie more than 23 places apart, and then it lies next
-    to the larger one, which is no tie: a sum has no more bits than the format, nor has a product, if its mantissa is no
+    Where the processor truncates, it cannot if the rounding asks for no bit that float32 has not. To the nearest, even,
+    the processor rounds so, too: a sum that it rounds first is rounded twice, which differs from once only next to a
+    tie of the format. A sum loses bits only if its terms lie more than 23 places apart, and then it lies next to the
+    larger one, which is no tie: a sum has no more bits than the format, nor has a product, if its mantissa is no
     longer. With no mantissa, the bit that decides a tie is the hidden one.
     """
     m = acc.format.mantissa  # type: ignore[union-attr]
-    p = acc.product.mantissa if isinstance(acc.product, FloatFormat) else None
-    if acc.rounding == "toward_zero":
+    if acc.rounding == "nearest_even":
+        p = acc.product.significant if isinstance(acc.product, FloatFormat) else None
+        return p is not None and 1 <= p <= m <= 10
+    return _is_right_by_truncation(acc.rounding, m, acc.random_bits)
+
+
+def _rounds_products(acc: Accumulator, is_short: bool) -> bool:
+    """What float32 loses of a product, nothing if it is short, cannot change its rounding."""
+    assert isinstance(acc.product, FloatFormat)
+    m, rounding = acc.product.mantissa, acc.rounding_of_products
+    if rounding == "stochastic":
+        return m + acc.random_bits <= 23 and (is_short or acc.rounding != "nearest_even")
+    if is_short:
         return True
-    if acc.rounding == "stochastic":
-        return max(m, p or 0) + acc.random_bits <= 23
-    return p is not None and 1 <= p <= m <= 10
+    if acc.rounding == "nearest_even":
+        return rounding == "nearest_even"
+    return _is_right_by_truncation(rounding, m, acc.random_bits)
+
+
+def _is_right_by_truncation(rounding: str, mantissa: int, random_bits: int) -> bool:
+    """A number that is truncated to float32 is rounded as it would be without."""
+    if rounding == "stochastic":
+        return mantissa + random_bits <= 23
+    return rounding in BY_TRUNCATION and (rounding == "toward_zero" or mantissa <= 22)
+
+
+# --- Levels -----------------------------------------------------------------------------------------------------------
+
+
+def _levels(acc: Accumulator, target: Target, arithmetic: Fast, depth: int) -> tuple[Merging, ...] | None:
+    """The merges of sums of chunks in 32-bit lanes; None where they are not exact. None needed: they are its own."""
+    if acc.outer is None:
+        return ()
+    is_float = isinstance(arithmetic, (Float32, Rounded32))
+    scale = arithmetic.sum_scale if is_float else acc.format.fraction  # type: ignore[union-attr]
+    below: Format | Float32Format = acc.format
+    found: list[Merging] = []
+    for level in acc.levels:
+        one: Merging | None
+        if isinstance(below, FixedFormat) and below.width > 25:  # float32 does not hold its sums
+            one = None
+        elif isinstance(level.format, Float32Format):
+            one = _single(below, acc.underflow, scale, depth)
+        elif isinstance(level.format, FixedFormat):
+            one = _fixed_level(level, below, scale)
+        elif not target.fused:
+            one = None
+        else:
+            one = _float_level(level, acc.underflow, below, scale, arithmetic.toward_zero)
+        if one is None:
+            return None
+        found.append(one)
+        below, scale = level.format, level.format.fraction if isinstance(one, FixedLevel32) else one.scale  # type: ignore
+    return tuple(found)
+
+
+def _ends(format: Format | Float32Format, underflow: bool) -> tuple[int, int]:
+    """Exponents of the last bit of the smallest value, and above that of the largest."""
+    if isinstance(format, FixedFormat):
+        return -format.fraction, format.emax + 1
+    return (format.emin if underflow else FLOAT32_EMIN) - format.significant, format.emax + 1
+
+
+def _fits_single(below: Format | Float32Format, underflow: bool, depth: int) -> bool:
+    """Float32 sums of up to `depth` terms are neither subnormal nor infinite."""
+    low, high = _ends(below, underflow)
+    return low >= FLOAT32_EMIN and high + depth.bit_length() <= 127
+
+
+def _single(below: Format | Float32Format, underflow: bool, scale: int, depth: int) -> Single32 | None:
+    if not _fits_single(below, underflow, depth):
+        return None
+    low, high = _ends(below, underflow)
+    own = _nearest_scale(scale, FLOAT32_EMIN - low, 126 - high - depth.bit_length())
+    return None if own is None else Single32(scale, own)
+
+
+def _fixed_level(level: Level, below: Format | Float32Format, scale: int) -> FixedLevel32 | None:
+    """Terms are multiples of the level's unit, and fit in an int32."""
+    format = level.format
+    assert isinstance(format, FixedFormat)
+    if not isinstance(below, FixedFormat) or not 0 <= format.fraction - below.fraction <= 126:
+        return None
+    is_narrow = format.width <= 30 or format.overflow == "wrap"
+    return FixedLevel32(level, scale) if is_narrow and below.emax + format.fraction <= 30 else None
+
+
+def _float_level(
+    level: Level, underflow: bool, below: Format | Float32Format, scale: int, toward_zero: bool
+) -> FloatLevel32 | None:
+    format = level.format
+    assert isinstance(format, FloatFormat)
+    low, high = map(list, zip(_ends(format, underflow), _ends(below, underflow), strict=True))
+    is_exact = max(high) + 1 - min(low) <= 24
+    if not is_exact and not _merges_right(level, below, toward_zero):
+        return None
+    if level.rounding == "stochastic" and format.mantissa + level.random_bits > 23:
+        return None
+    smallest = format.emin if underflow else FLOAT32_EMIN
+    highest = 126 - max(high)
+    free = FLOAT32_EMIN - smallest
+    if level.rounding == "toward_zero" and _nearest_scale(scale, free, min(free, highest)) == free:
+        return FloatLevel32(level, underflow, scale, free)
+    own = _nearest_scale(scale, free + 1, highest)  # what may be rounded up to the smallest is not flushed
+    return None if own is None else FloatLevel32(level, underflow, scale, own)
+
+
+def _merges_right(level: Level, below: Format | Float32Format, toward_zero: bool) -> bool:
+    """What float32 loses of t + s cannot change its rounding; see `_rounds_sums`."""
+    m = level.format.mantissa  # type: ignore[union-attr]
+    if level.rounding == "nearest_even":  # on bits, so that it does not matter how the processor rounds
+        return m >= 1 and below.significant <= m and m + below.significant <= NEAREST_TOGETHER
+    return toward_zero and _is_right_by_truncation(level.rounding, m, level.random_bits)
+
+
+def _nearest_scale(scale: int, low: int, high: int) -> int | None:
+    """The exponent from `low` to `high` that is nearest to that of the terms; None where no power of two brings it."""
+    if low > high:
+        return None
+    own = min(max(scale, low), high)
+    return own if abs(own - scale) <= 126 and abs(own) <= 126 else None
+
+
+# --- Fixed point, and scales ------------------------------------------------------------------------------------------
 
 
 def _constants_fit(arithmetic: Float32 | Rounded32) -> bool:
@@ -204,7 +374,7 @@ def _fixed(acc: Accumulator, target: Target, a: Range, b: Range, depth: int) -> 
     if low < FLOAT32_EMIN or high > 60:
         return None
     terms = _terms(acc, depth)
-    found = _whole32(acc, target, a, b, terms) or _fixed32(acc, a, b, terms)
+    found = _whole32(acc, target, a, b, terms) or _fixed32(acc, target, a, b, terms)
     return None if found is None else (found, scales, terms)
 
 
@@ -224,26 +394,38 @@ def _whole32(acc: Accumulator, target: Target, a: Range, b: Range, terms: int) -
     return Whole32(acc, format.overflow == "saturate" and largest * terms > format.max) if fits else None
 
 
-def _fixed32(acc: Accumulator, a: Range, b: Range, terms: int) -> Fixed32 | None:
-    """`Fixed32` where products fit in int32 and are truncated exactly."""
+def _fixed32(acc: Accumulator, target: Target, a: Range, b: Range, terms: int) -> Fixed32 | None:
+    """`Fixed32` where products fit in int32 and are rounded exactly; sums of them need no rounding."""
     format, product = acc.format, acc.product
     assert isinstance(format, FixedFormat)
-    if acc.rounding != "toward_zero" or (format.overflow == "saturate" and format.width > 30):
+    if format.overflow == "saturate" and format.width > 30:
         return None
     steps = a.largest * b.largest * 2.0**format.fraction
     if isinstance(product, FixedFormat) and product.fraction == format.fraction:
         is_limited = steps >= 2.0 ** (product.width - 1) - 1
-        fits = product.width <= 24 if product.overflow == "saturate" else steps < 2.0**24
+        most = _most_steps(acc.rounding_of_products, target)
+        fits = 2.0 ** (product.width - 1) <= most if product.overflow == "saturate" else steps + 1 < most
     elif product is None and a.is_whole and b.is_whole and format.fraction >= 0:
         is_limited, fits = False, steps < 2.0**24
     else:
         return None
     if not fits:
         return None
-    largest = min(a.largest * b.largest, product.max if isinstance(product, FixedFormat) else float("inf"))
+    largest = a.largest * b.largest
+    if isinstance(product, FixedFormat):
+        largest = min(largest + _away(product, acc.rounding_of_products), -product.min)
     may_saturate = format.overflow == "saturate" and largest * terms > format.max
     is_clamped = is_limited and product is not None and product.overflow == "saturate"
     return Fixed32(acc, is_limited, may_saturate or is_clamped)
+
+
+def _most_steps(rounding: str, target: Target) -> float:
+    """Up to how many steps `Fixed32` rounds products exactly."""
+    if rounding == "toward_zero":
+        return 2.0**24
+    if rounding in ("nearest_even", "floor") and target.fused:
+        return 2.0**22
+    return 2.0**21 if rounding == "half_up" and target.fused else 0.0
 
 
 def _has_headroom(arithmetic: Rounded32, a: Range, b: Range, largest: float) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from llvmlite import ir
 
-from fmaq.kernels.arithmetic import Arithmetic
+from fmaq.kernels.arithmetic import Arithmetic, Merging
 from fmaq.kernels.gemm import COUNTERS, Gemm
 from fmaq.kernels.ir_blocks import I64, Value, element, i64, load
 from fmaq.kernels.lanes import Lanes
@@ -33,10 +33,16 @@ class CountingGemm(Gemm):
         return [*(after for after, _ in seen), *of_steps, *counted[len(EVENTS) :]]
 
     def _merge(
-        self, v: Lanes, totals: list[Value], sums: list[Value], words: list[Value | None], counted: list[Value]
+        self,
+        v: Lanes,
+        merging: Merging,
+        totals: list[Value],
+        sums: list[Value],
+        words: list[Value | None],
+        counted: list[Value],
     ) -> list[Value]:
-        seen = [self.arithmetic.observed_merge(v, t, s, word) for t, s, word in zip(totals, sums, words, strict=True)]
-        of_merges = _count(v, self.arithmetic, counted[len(EVENTS) :], [masks for _, masks in seen])
+        seen = [merging.observed_merge(v, t, s, word) for t, s, word in zip(totals, sums, words, strict=True)]
+        of_merges = _count(v, merging, counted[len(EVENTS) :], [masks for _, masks in seen])
         return [*(after for after, _ in seen), *counted[: len(EVENTS)], *of_merges]
 
     def _store_counters(self, v: Lanes, counted: list[Value]) -> None:
@@ -45,7 +51,7 @@ class CountingGemm(Gemm):
             v.b.store(sum_so_far, element(v.b, self._counters_at, i64(i), I64))
 
 
-def _count(v: Lanes, arithmetic: Arithmetic, counters: list[Value], cells: list[list[Value]]) -> list[Value]:
+def _count(v: Lanes, arithmetic: Merging, counters: list[Value], cells: list[list[Value]]) -> list[Value]:
     """Add the events that the masks of all cells tell of, as many cells at a time as a word has bits for."""
     at_once = WORD // v.count
     for first in range(0, len(cells), at_once):

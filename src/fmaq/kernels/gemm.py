@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 from llvmlite import ir
 
-from fmaq.kernels.arithmetic import Arithmetic
+from fmaq.kernels.arithmetic import Arithmetic, Merging
 from fmaq.kernels.control import FloatControl
 from fmaq.kernels.ir_blocks import (
     F32,
@@ -38,10 +38,11 @@ from fmaq.kernels.lanes import Lanes
 from fmaq.kernels.packing import FLOAT32_BYTES, PACKING_TYPE
 from fmaq.kernels.parameters import Parameters, Tile
 from fmaq.kernels.targets import Target
-from fmaq.numerics import random
+from fmaq.numerics import Accumulator, Level, random
 from fmaq.numerics.reference import EVENTS
 
 CACHE_LINE = 64
+MANY = 2**61  # more steps than there are
 COUNTERS = 2 * len(EVENTS)  # of steps, then of merges
 
 
@@ -58,6 +59,7 @@ class Gemm:
         self.target = target
         self.tile = tile
         self.width = tile.vectors * target.lanes(arithmetic.element_bytes)
+        self.spans = _spans([chunk, *(level.chunk for level in arithmetic.merging[:-1])])
         self.module = ir.Module("fmaq")
 
     def build(self) -> ir.Module:
@@ -87,11 +89,10 @@ class Gemm:
         a, packed, buffer, words, self._counters_at, depth, *bounds = function.args
         v = self._lanes(b)
         cells = [(r, i) for r in range(self.tile.rows) for i in range(self.tile.vectors)]
-        zeros = [self.arithmetic.zero(v)] * len(cells)
         draw = self._drawing(v, words, cells)
 
-        def one_chunk(index: Value, start: Value, end: Value, carried: list[Value]) -> list[Value]:
-            totals, counted = carried[: len(cells)], carried[len(cells) :]
+        def chunk(start: Value, end: Value, counted: list[Value]) -> list[Value]:
+            """The sums of a chunk, and the counters after it."""
 
             def steps(arithmetic: Arithmetic) -> list[Value]:
                 def one_step(k: Value, carried: list[Value]) -> list[Value]:
@@ -99,23 +100,48 @@ class Gemm:
                     pairs = [(xs[r], ws[i]) for r, i in cells]
                     return self._step(v, arithmetic, pairs, carried[: len(cells)], draw(k, 0), carried[len(cells) :])
 
-                return for_range(b, start, end, [*zeros, *counted], one_step)
+                return for_range(b, start, end, [*[arithmetic.zero(v)] * len(cells), *counted], one_step)
 
-            if self.arithmetic.by_chunk:
-                is_safe = self._cannot_saturate(b, index, *bounds)
-                carried = either(b, is_safe, lambda: steps(self.arithmetic.unclamped), lambda: steps(self.arithmetic))
-            else:
-                carried = steps(self.arithmetic)
-            drawn = draw(b.sub(end, i64(1)), random.MERGE)
-            return self._merge(v, totals, carried[: len(cells)], drawn, carried[len(cells) :])
+            if not self.arithmetic.by_chunk:
+                return steps(self.arithmetic)
+            is_safe = self._cannot_saturate(b, self._index(b, start), *bounds)
+            return either(b, is_safe, lambda: steps(self.arithmetic.unclamped), lambda: steps(self.arithmetic))
 
-        carried = for_chunks(b, depth, self.chunk, [*zeros, *self._counters(v)], one_chunk)
+        def merged(level: int, start: Value, end: Value, counted: list[Value]) -> list[Value]:
+            """The sums of a level, and the counters after them; level 0 is that of a chunk."""
+            if level == 0:
+                return chunk(start, end, counted)
+            merging = self.arithmetic.merging[level - 1]
+
+            def one(_: Value, start: Value, end: Value, carried: list[Value]) -> list[Value]:
+                totals, counted = carried[: len(cells)], carried[len(cells) :]
+                found = merged(level - 1, start, end, counted)
+                drawn = draw(b.sub(end, i64(1)), level)
+                sums = self._passed(v, level, found[: len(cells)])
+                return self._merge(v, merging, totals, sums, drawn, found[len(cells) :])
+
+            zeros = [merging.zero(v)] * len(cells)
+            return for_chunks(b, end, self.spans[level - 1], [*zeros, *counted], one, start)
+
+        carried = merged(len(self.arithmetic.merging), i64(0), depth, self._counters(v))
         totals = carried[: len(cells)]
         self._store_counters(v, carried[len(cells) :])
         for (r, i), total in zip(cells, totals, strict=True):
-            v.store(self.arithmetic.finish(v, total), element(b, buffer, i64(r * self.width + i * v.count), F32))
+            value = self.arithmetic.merging[-1].finish(v, total)
+            v.store(value, element(b, buffer, i64(r * self.width + i * v.count), F32))
         b.ret_void()
         return function
+
+    def _index(self, b: ir.IRBuilder, start: Value) -> Value:
+        """Of the chunk that starts there."""
+        return i64(0) if self.chunk is None else b.sdiv(start, i64(self.chunk))
+
+    def _passed(self, v: Lanes, level: int, sums: list[Value]) -> list[Value]:
+        """Sums of the level below, as this one takes them."""
+        if not self.arithmetic.levels:
+            return sums
+        below = self.arithmetic if level == 1 else self.arithmetic.levels[level - 2]
+        return [below.passed(v, s) for s in sums]
 
     # What a step and a merge do to all cells; `events` and `histograms` carry counters along.
 
@@ -139,9 +165,15 @@ class Gemm:
         return [arithmetic.step(v, x, w, s, word) for (x, w), s, word in zip(pairs, sums, words, strict=True)]
 
     def _merge(
-        self, v: Lanes, totals: list[Value], sums: list[Value], words: list[Value | None], counted: list[Value]
+        self,
+        v: Lanes,
+        merging: Merging,
+        totals: list[Value],
+        sums: list[Value],
+        words: list[Value | None],
+        counted: list[Value],
     ) -> list[Value]:
-        return [self.arithmetic.merge(v, t, s, word) for t, s, word in zip(totals, sums, words, strict=True)]
+        return [merging.merge(v, t, s, word) for t, s, word in zip(totals, sums, words, strict=True)]
 
     def _store_counters(self, v: Lanes, counted: list[Value]) -> None:
         pass
@@ -157,22 +189,23 @@ class Gemm:
     def _drawing(
         self, v: Lanes, words: Value, cells: list[tuple[int, int]]
     ) -> Callable[[Value, int], list[Value | None]]:
-        """The random words of a step, or with a salt of a merge, for every cell; None where rounding takes none."""
+        """The random words of a step (level 0) or of a level's merge, for every cell; None where nothing takes any."""
         b = v.b
         bases = []
         if self.arithmetic.needs_random:
             addresses = [element(b, words, i64(r * self.width + i * v.count), I32) for r, i in cells]
             bases = [b.load(address, typ=v.words, align=4) for address in addresses]
 
-        def draw(k: Value, salt: int) -> list[Value | None]:
+        def draw(k: Value, level: int) -> list[Value | None]:
             if not bases:
                 return [None] * len(cells)
             at = v.splat(b.mul(b.trunc(k, I32), ir.Constant(I32, random.STEP)))
+            salt = random.MERGE * level & 0xFFFFFFFF
             drawn = [v.mix(b.add(b.xor(base, v.word(salt)), at)) for base in bases]
             acc = self.arithmetic.acc
-            return (
-                [b.or_(word, v.word(random.lowest_bits(acc.random_bits))) for word in drawn] if acc.centred else drawn
-            )
+            rounded: Accumulator | Level = acc.levels[level - 1] if level else acc
+            odd = v.word(random.lowest_bits(rounded.random_bits))
+            return [b.or_(word, odd) for word in drawn] if rounded.centred else drawn
 
         return draw
 
@@ -330,6 +363,18 @@ class Gemm:
             offsets[name] = end
             end += _up_to_a_line(size)
         return offsets, end
+
+
+def _spans(chunks: list[int | None]) -> list[int | None]:
+    """Steps in a chunk, and in a sum of each level but the last; None is all."""
+    spans: list[int | None] = []
+    span = 1
+    for chunk in chunks:
+        if chunk is None or span * chunk >= MANY:
+            return spans + [None] * (len(chunks) - len(spans))
+        span *= chunk
+        spans.append(span)
+    return spans
 
 
 def _up_to_a_line(size: int) -> int:

@@ -39,7 +39,6 @@ from fmaq.kernels.lanes import Lanes
 from fmaq.kernels.packing import FLOAT32_BYTES
 from fmaq.kernels.parameters import FIELDS, Parameters, Tile
 from fmaq.kernels.targets import Target
-from fmaq.numerics import random
 
 BYTE = 8
 
@@ -96,10 +95,10 @@ class GradientGemm(Gemm):
         a, packed, words, masks, merges, depth, *bounds = function.args
         v = self._lanes(b)
         cells = [(r, i) for r in range(self.tile.rows) for i in range(self.tile.vectors)]
-        zeros = [v.constant(0.0)] * len(cells)
         draw = self._drawing(v, words, cells)
+        merges_at = self._levels_of_merges(b, merges, depth)
 
-        def one_chunk(index: Value, start: Value, end: Value, totals: list[Value]) -> list[Value]:
+        def chunk(start: Value, end: Value) -> list[Value]:
             def steps(arithmetic: Arithmetic) -> list[Value]:
                 def one_step(k: Value, sums: list[Value]) -> list[Value]:
                     xs, ws = self._operands(v, a, packed, k)
@@ -110,23 +109,47 @@ class GradientGemm(Gemm):
                     self._store_masks(v, masks, k, [passes for _, passes in seen])
                     return [after for after, _ in seen]
 
-                return for_range(b, start, end, zeros, one_step)
+                return for_range(b, start, end, [arithmetic.zero(v)] * len(cells), one_step)
 
-            if self.arithmetic.by_chunk:
-                is_safe = self._cannot_saturate(b, index, *bounds)
-                sums = either(b, is_safe, lambda: steps(self.arithmetic.unclamped), lambda: steps(self.arithmetic))
-            else:
-                sums = steps(self.arithmetic)
-            if not self.wanted.is_recursive:
-                return []
-            drawn = draw(b.sub(end, i64(1)), random.MERGE)
-            seen = [self._look_at_merge(v, t, s, word) for t, s, word in zip(totals, sums, drawn, strict=True)]
-            self._store_masks(v, merges, index, [passes for _, passes in seen])
-            return [after for after, _ in seen]
+            if not self.arithmetic.by_chunk:
+                return steps(self.arithmetic)
+            is_safe = self._cannot_saturate(b, self._index(b, start), *bounds)
+            return either(b, is_safe, lambda: steps(self.arithmetic.unclamped), lambda: steps(self.arithmetic))
 
-        for_chunks(b, depth, self.chunk, zeros if self.wanted.is_recursive else [], one_chunk)
+        def merged(level: int, start: Value, end: Value) -> list[Value]:
+            """The sums of a level; level 0 is that of a chunk."""
+            if level == 0:
+                return chunk(start, end)
+
+            def one(index: Value, start: Value, end: Value, totals: list[Value]) -> list[Value]:
+                sums = merged(level - 1, start, end)
+                drawn = draw(b.sub(end, i64(1)), level)
+                seen = self._look_at_merges(v, level, totals, sums, drawn)
+                self._store_masks(v, merges_at[level - 1], index, [passes for _, passes in seen])
+                return [after for after, _ in seen]
+
+            zeros = [self.arithmetic.merging[level - 1].zero(v)] * len(cells)
+            return for_chunks(b, end, self.spans[level - 1], zeros, one, start)
+
+        def alone(_: Value, start: Value, end: Value, nothing: list[Value]) -> list[Value]:
+            chunk(start, end)
+            return nothing
+
+        if self.wanted.is_recursive:
+            merged(len(self.arithmetic.merging), i64(0), depth)
+        else:
+            for_chunks(b, depth, self.chunk, [], alone)
         b.ret_void()
         return function
+
+    def _levels_of_merges(self, b: ir.IRBuilder, merges: Value, depth: Value) -> list[Value]:
+        """Where the masks of each level's merges are, one level behind the other."""
+        places = []
+        for span in self.spans:
+            places.append(merges)
+            size = b.mul(_chunks(b, depth, span)[0], i64(self.tile.rows * self.mask_bytes))
+            merges = element(b, merges, size, I8)
+        return places
 
     def _look(
         self, v: Lanes, arithmetic: Arithmetic, x: Value, w: Value, s: Value, word: Value | None
@@ -138,14 +161,22 @@ class GradientGemm(Gemm):
         after, overflows = arithmetic.overflowing_step(v, x, w, s, word)
         return after, v.b.not_(overflows)
 
-    def _look_at_merge(self, v: Lanes, t: Value, s: Value, word: Value | None) -> tuple[Value, Value]:
-        """A merge, and in which lanes it does not overflow, or is not lost."""
-        if self.wanted.sees_loss:
-            after = self.arithmetic.merge(v, t, s, word)
-            is_same = self.arithmetic.unchanged(v, t, after)
-            return after, v.b.or_(v.b.not_(is_same), self.arithmetic.unchanged(v, v.constant(0.0), s))
-        after, overflows = self.arithmetic.overflowing_merge(v, t, s, word)
-        return after, v.b.not_(overflows)
+    def _look_at_merges(
+        self, v: Lanes, level: int, totals: list[Value], sums: list[Value], words: list[Value | None]
+    ) -> list[tuple[Value, Value]]:
+        """Merges, and in which lanes they do not overflow, or are not lost."""
+        merging = self.arithmetic.merging
+        mine, below = merging[level - 1], merging[level - 2] if level > 1 else self.arithmetic
+        seen = []
+        for t, s, passed, word in zip(totals, sums, self._passed(v, level, sums), words, strict=True):
+            if self.wanted.sees_loss:
+                after = mine.merge(v, t, passed, word)
+                is_same, is_empty = mine.unchanged(v, t, after), below.is_empty(v, s)
+                seen.append((after, v.b.or_(v.b.not_(is_same), is_empty)))
+            else:
+                after, overflows = mine.overflowing_merge(v, t, passed, word)
+                seen.append((after, v.b.not_(overflows)))
+        return seen
 
     def _store_masks(self, v: Lanes, masks: Value, index: Value, passes: list[Value]) -> None:
         """Masks of all cells, as the words [row] at an index: as many lanes at a time as are whole bytes."""
@@ -182,25 +213,38 @@ class GradientGemm(Gemm):
             b.store(of_step(k), words_at(masks, k), align=1)
             return []
 
-        def one_chunk(from_last: Value, later: list[Value]) -> list[Value]:
-            chunks, chunk = _chunks(b, depth, self.chunk)
-            index = b.sub(b.sub(chunks, i64(1)), from_last)
-            start = b.mul(index, chunk)
-            end = _smaller(b, b.add(start, chunk), depth)
-            later = [b.and_(later[0], b.load(words_at(merges, index), typ=self.words, align=1))]
+        every = ir.Constant(self.words, [ir.Constant(self.words.element, -1)] * self.tile.rows)
 
-            def one_back(i: Value, later: list[Value]) -> list[Value]:
-                k = b.sub(b.sub(end, i64(1)), i)
-                alpha = b.and_(later[0], of_step(k))
-                b.store(alpha, words_at(masks, k), align=1)
-                return [alpha]
+        def settle(array: Value, count: Value, size: int | None, above: Value | None) -> None:
+            """Of terms from the last to the first, `size` of them a sum, that goes on where `above` lets it."""
 
-            for_range(b, i64(0), b.sub(end, start), later, one_back)
-            return later
+            def one_sum(from_last: Value, _: list[Value]) -> list[Value]:
+                sums, length = _chunks(b, count, size)
+                index = b.sub(b.sub(sums, i64(1)), from_last)
+                start = b.mul(index, length)
+                end = _smaller(b, b.add(start, length), count)
+                later = every if above is None else b.load(words_at(above, index), typ=self.words, align=1)
+
+                def one_back(i: Value, later: list[Value]) -> list[Value]:
+                    at = b.sub(b.sub(end, i64(1)), i)
+                    found = of_step(at) if array is masks else b.load(words_at(array, at), typ=self.words, align=1)
+                    alpha = b.and_(later[0], found)
+                    b.store(alpha, words_at(array, at), align=1)
+                    return [alpha]
+
+                for_range(b, i64(0), b.sub(end, start), [later], one_back)
+                return []
+
+            for_range(b, i64(0), _chunks(b, count, size)[0], [], one_sum)
 
         if self.wanted.is_recursive:
-            every = ir.Constant(self.words, [ir.Constant(self.words.element, -1)] * self.tile.rows)
-            for_range(b, i64(0), _chunks(b, depth, self.chunk)[0], [every], one_chunk)
+            places = self._levels_of_merges(b, merges, depth)
+            counts = [_chunks(b, depth, span)[0] for span in self.spans]
+            sizes = [self.chunk, *(level.chunk for level in self.arithmetic.merging[:-1]), None]
+            above = None
+            for array, count, size in reversed(list(zip([masks, *places], [depth, *counts], sizes, strict=True))):
+                settle(array, count, size, above)
+                above = array
         elif self.wanted.sees_loss:
             for_range(b, i64(0), depth, [], one)
         b.ret_void()
@@ -422,14 +466,14 @@ class GradientGemm(Gemm):
 
         The array `panel` of columns is behind the others, and read beyond its end, but only where masks are zero.
         """
-        chunks = 1 if self.chunk is None else -(-depth // self.chunk)
+        merges = sum(1 if span is None else -(-depth // span) for span in self.spans)
         more = depth + self.group
         offsets, end = super().scratch_layout(more, block_rows)
         sizes = {
             "at_true_panel": FLOAT32_BYTES * more * self.width,
             "at_true_block": FLOAT32_BYTES * more * block_rows,
             "at_masks": self.tile.rows * self.mask_bytes * more,
-            "at_merges": self.tile.rows * self.mask_bytes * chunks,
+            "at_merges": self.tile.rows * self.mask_bytes * merges,
             "at_grad_panel": FLOAT32_BYTES * more * self.width,
         }
         for name, size in sizes.items():

@@ -71,8 +71,12 @@ def for_chunks(
     chunk: int | None,
     initial: Sequence[Value],
     body: Callable[[Value, Value, Value, list[Value]], Sequence[Value]],
+    first: Value | None = None,
 ) -> list[Value]:
-    """`values = body(index, start, end, values)` for every chunk of 0 … depth − 1; None is one chunk for all of it."""
+    """`values = body(index, start, end, values)` for every chunk of first … depth − 1; None is one chunk for all of it.
+
+    `first`, 0 unless given, is where a chunk starts; indices count from 0 there.
+    """
 
     def one(start: Value, carried: list[Value]) -> list[Value]:
         index, *values = carried
@@ -82,7 +86,8 @@ def for_chunks(
             end = b.select(b.icmp_signed("<", whole, depth), whole, depth)
         return [b.add(index, i64(1)), *body(index, start, end, values)]
 
-    return for_range(b, i64(0), depth, [i64(0), *initial], one, step=chunk or 2**62)[1:]
+    start, index = (i64(0), i64(0)) if first is None else (first, b.sdiv(first, i64(chunk or 2**62)))
+    return for_range(b, start, depth, [index, *initial], one, step=chunk or 2**62)[1:]
 
 
 def element(b: ir.IRBuilder, pointer: Value, index: Value, of: ir.Type) -> Value:

@@ -25,6 +25,7 @@ class Lanes:
         self.count = target.lanes(element_bytes)
         self.element = F64 if self.is_double else F32
         self.integer = I64 if self.is_double else I32
+        self.mantissa = 52 if self.is_double else 23
         self.vector = ir.VectorType(self.element, self.count)
         self.bit_vector = ir.VectorType(self.integer, self.count)
         self.words = ir.VectorType(I32, self.count)
@@ -83,6 +84,27 @@ class Lanes:
         """x·y + z, rounded once."""
         return self._call("llvm.fma", x, y, z)
 
+    def add_to_nearest(self, x: Value, y: Value) -> Value:
+        """x + y of float32 lanes to the nearest, ties to even, however the processor rounds.
+
+        Elsewhere than on AVX-512, in float64 lanes: only a sum of terms more than 53 places apart is not exact there,
+        and it lies next to the larger one, which float32 holds.
+        """
+        if self.target.name == "avx512":
+            add = self.declare("llvm.x86.avx512.add.ps.512", self.vector, [self.vector, self.vector, I32])
+            to_nearest_without_exceptions = 8
+            return self.b.call(add, [x, y, I32(to_nearest_without_exceptions)])
+        wide, words = ir.VectorType(F64, self.count), ir.VectorType(I64, self.count)
+
+        def word(value: int) -> Value:
+            return ir.Constant(words, [ir.Constant(I64, value)] * self.count)
+
+        dropped = 52 - 23
+        bits = self.b.bitcast(self.b.fadd(self.b.fpext(x, wide), self.b.fpext(y, wide)), words)
+        last = self.b.and_(self.b.lshr(bits, word(dropped)), word(1))
+        rounded = self.b.and_(self.b.add(self.b.add(bits, word((1 << (dropped - 1)) - 1)), last), word(-1 << dropped))
+        return self.b.fptrunc(self.b.bitcast(rounded, wide), self.vector)
+
     def magnitude(self, x: Value) -> Value:
         """|x|."""
         return self._call("llvm.fabs", x)
@@ -136,6 +158,10 @@ class Lanes:
     def from_bits(self, x: Value) -> Value:
         """Lanes from their bit patterns."""
         return self.b.bitcast(x, self.vector)
+
+    def sign_bits(self, x: Value) -> Value:
+        """All bits set where the sign is, none elsewhere: −1 or 0."""
+        return self.b.ashr(self.bits(x), self.bit_constant(self.integer.width - 1))
 
     def keep_bits(self, x: Value, dropped: int) -> Value:
         """x without its lowest bits."""

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fmaq.kernels.arithmetic import Arithmetic
-from fmaq.kernels.arithmetic64 import General64
+from fmaq.kernels.arithmetic64 import general
 from fmaq.kernels.choose import Choice, choose
 from fmaq.kernels.compile import Compiled, compile_module
 from fmaq.kernels.events import CountingGemm
@@ -121,7 +121,7 @@ class Problem:
         """Fill `c`, of finite operands, and count exponents: (2, BINS), of rounded products, then of partial sums."""
         if self.c.numel() == 0 or self.depth == 0:
             return np.zeros((2, BINS), np.int64)
-        choice = Choice(General64(replace(acc, seed=0)))
+        choice = Choice(general(replace(acc, seed=0)))
         found = self._launch(self._kernel(choice, acc, current_target(), HistogramGemm), choice, acc)
         bins = found.reshape(2, BINS, -1).sum(2)
         # A tile's rows and columns beyond the last have zeros, too.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from fmaq.kernels.arithmetic import Arithmetic
+from fmaq.kernels.arithmetic import Arithmetic, Merging
 from fmaq.kernels.arithmetic32 import to_nearest, wrapped
 from fmaq.kernels.ir_blocks import Value
 from fmaq.kernels.lanes import Lanes
@@ -26,17 +26,22 @@ class Whole32(Arithmetic):
         acc: fixed format; no product is rounded or out of its format's range.
         sum_clamped: some sum in a chunk may be out of range.
         by_chunk: whether it may is known better for a tile and a chunk.
+        levels: see `Arithmetic`.
     """
 
     acc: Accumulator
     sum_clamped: bool = True
     by_chunk: bool = False
+    levels: tuple[Merging, ...] = ()
 
     element_bytes = 4
     flushes = True
     toward_zero = True
-    needs_random = False
     sees_loss = False
+
+    @property
+    def needs_random(self) -> bool:
+        return bool(self.levels) and any(level.rounding == "stochastic" for level in self.acc.levels)
 
     @property
     def _format(self) -> FixedFormat:
@@ -69,6 +74,12 @@ class Whole32(Arithmetic):
         else:
             units = to_nearest(v, wrapped(v, v.bits(total), self._format.width), self._format.width)
         return v.mul(units, v.constant(self._format.tiny))
+
+    def passed(self, v: Lanes, total: Value) -> Value:
+        """In units."""
+        if self._saturates:
+            return v.sub(total, v.constant(HALF))
+        return v.b.sitofp(wrapped(v, v.b.fptosi(total, v.bit_vector), self._format.width), v.vector)
 
     def _limited(self, v: Lanes, x: Value) -> Value:
         limit = 2.0 ** (self._format.width - 1) - HALF

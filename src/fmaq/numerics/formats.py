@@ -13,10 +13,10 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-FLOAT_NAME = re.compile(r"M(\d+)E(\d+)(?:b(-?\d+))?(z?)")
+FLOAT_NAME = re.compile(r"M(\d+)E(\d+)(?:b(-?\d+))?(z?)(h?)")
 FIXED_NAME = re.compile(r"I(\d+)(?:f(-?\d+))?(w?)")
 EXPONENT_FIRST = re.compile(r"(?:torch\.)?(?:fp|float)?\d*_?e(\d+)m(\d+)(b-?\d+)?(?:z|fn|fnuz|b11fnuz)?", re.IGNORECASE)
-MANTISSA_FIRST = re.compile(r"m(\d+)e(\d+)(b-?\d+)?(z?)", re.IGNORECASE)
+MANTISSA_FIRST = re.compile(r"m(\d+)e(\d+)(b-?\d+)?(z?h?)", re.IGNORECASE)
 TYPES = {
     "M10E5": ("fp16", "float16", "half", "torch.float16"),
     "M7E8": ("bf16", "bfloat16", "torch.bfloat16"),
@@ -32,8 +32,8 @@ def meant_by(name: Any) -> str:
         exponent, mantissa, bias = match.groups()
         return f'; did you mean "M{mantissa}E{exponent}{(bias or "").lower()}"? Here the mantissa stands first'
     if match := MANTISSA_FIRST.fullmatch(text):
-        mantissa, exponent, bias, z = match.groups()
-        return f'; did you mean "M{mantissa}E{exponent}{(bias or "").lower()}{z.lower()}"?'
+        mantissa, exponent, bias, ending = match.groups()
+        return f'; did you mean "M{mantissa}E{exponent}{(bias or "").lower()}{ending.lower()}"?'
     for own in (text.lower(), text[:1].upper() + text[1:].lower()):
         if FIXED_NAME.fullmatch(own) or re.fullmatch(r"int\d+", own):
             return f'; did you mean "{own}"?'
@@ -63,13 +63,20 @@ def _codes(codes: ArrayLike, bits: int, format: Format) -> NDArray[np.int64]:
 class FloatFormat:
     """Sign and magnitude ±2^e·(1+i/2^M), 0 ≤ i < 2^M, and zero; no infinities, NaN or subnormals.
 
+    A *half-unit biased* format (Hormigo and Villalba, "Measuring improvement when using HUB formats to implement
+    floating-point systems under round-to-nearest", 2016) holds ±2^e·(1+(i+½)/2^M) instead: the register keeps i, the
+    half is implied. Dropping bits then leaves the middle of the interval that they told apart, which is rounding to the
+    nearest at the price of truncation.
+
     Args:
-        mantissa: M, explicit bits of the significand, 0 to 23.
+        mantissa: M, explicit bits of the significand, 0 to 23 (22 with half_unit).
         exponent: E, bits of the exponent, 1 to 8.
         bias: b, −700 to 700, so that an exponent code c means e = c − b. None makes a *template*, whose
             bias is still to be chosen.
         zero: `"flag"`, zero is known apart from the code and e starts at −b (arXiv 2401.14110);
             `"exponent"`, exponent code 0 means zero and e starts at 1 − b (flush-to-zero hardware).
+        half_unit: a half of the last place is implied behind it, `"M5E4b10h"`. Such a register truncates; a magnitude
+            below 2^emin is flushed, one of 2^(emax+1) or more overflows.
 
     Raises:
         TypeError, ValueError: a field is of the wrong type or out of its range.
@@ -79,9 +86,13 @@ class FloatFormat:
     exponent: int
     bias: int | None = None
     zero: Literal["flag", "exponent"] = "flag"
+    half_unit: bool = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "mantissa", _whole(self.mantissa, "mantissa", 0, 23))
+        if not isinstance(self.half_unit, bool):
+            raise TypeError(f"half_unit must be True or False, got {self.half_unit!r}")
+        what = "mantissa of a half-unit format" if self.half_unit else "mantissa"
+        object.__setattr__(self, "mantissa", _whole(self.mantissa, what, 0, 23 - self.half_unit))
         object.__setattr__(self, "exponent", _whole(self.exponent, "exponent", 1, 8))
         if self.bias is not None:
             object.__setattr__(self, "bias", _whole(self.bias, "bias", -700, 700))
@@ -90,17 +101,21 @@ class FloatFormat:
 
     @classmethod
     def parse(cls, name: str) -> FloatFormat:
-        """The format of a name such as `"M7E4b10"`, `"M7E4b10z"` (zero="exponent") or the template `"M7E4"`."""
+        """The format of a name such as `"M7E4b10"`, or the template `"M7E4"`.
+
+        Behind it, "z" means zero="exponent" and "h" half_unit: `"M7E4b10z"`, `"M5E4b10h"`, `"M5E4b10zh"`.
+        """
         match = FLOAT_NAME.fullmatch(name.strip())
         if match is None:
             how = 'write M<mantissa>E<exponent>b<bias>, like "M7E4b10"'
             raise ValueError(f"{name!r} is not a float format; {how}{meant_by(name)}")
-        mantissa, exponent, bias, z = match.groups()
-        return cls(int(mantissa), int(exponent), None if bias is None else int(bias), "exponent" if z else "flag")
+        mantissa, exponent, b, z, h = match.groups()
+        bias = None if b is None else int(b)
+        return cls(int(mantissa), int(exponent), bias, "exponent" if z else "flag", bool(h))
 
     def __str__(self) -> str:
         bias = "" if self.bias is None else f"b{self.bias}"
-        return f"M{self.mantissa}E{self.exponent}{bias}{'z' if self.zero == 'exponent' else ''}"
+        return f"M{self.mantissa}E{self.exponent}{bias}{'z' * (self.zero == 'exponent')}{'h' * self.half_unit}"
 
     @property
     def is_template(self) -> bool:
@@ -130,14 +145,19 @@ class FloatFormat:
         return 2**self.exponent - 1 - self._bias()
 
     @property
+    def significant(self) -> int:
+        """Bits behind the leading one that values have: M, and the implied half."""
+        return self.mantissa + self.half_unit
+
+    @property
     def tiny(self) -> float:
-        """The smallest magnitude above zero, 2^emin."""
-        return float(np.ldexp(1.0, self.emin))
+        """The smallest magnitude above zero, 2^emin (and half a unit)."""
+        return float(np.ldexp(1.0 + self.half_unit * 2.0**-self.significant, self.emin))
 
     @property
     def max(self) -> float:
-        """The largest magnitude, 2^emax·(2 − 2^−M)."""
-        return float(np.ldexp(2.0 - 2.0**-self.mantissa, self.emax))
+        """The largest magnitude, 2^emax·(2 − 2^−M), or of half-unit formats 2^emax·(2 − 2^−(M+1))."""
+        return float(np.ldexp(2.0 - 2.0**-self.significant, self.emax))
 
     @property
     def min(self) -> float:
@@ -158,7 +178,7 @@ class FloatFormat:
         """
         v = np.asarray(values, np.float64)
         significand, e = np.frexp(np.abs(v))
-        i = np.ldexp(2 * significand - 1, self.mantissa)
+        i = np.ldexp(2 * significand - 1, self.mantissa) - 0.5 * self.half_unit
         e = e.astype(np.int64) - 1
         fits = (v == 0) | ((e >= self.emin) & (e <= self.emax) & (i == np.floor(i)))
         if not np.all(fits & np.isfinite(v)):
@@ -181,8 +201,8 @@ class FloatFormat:
         """
         c = _codes(codes, self.bits + (self.zero == "flag"), self)
         field = (c >> self.mantissa) & ((1 << self.exponent) - 1)
-        i = c & ((1 << self.mantissa) - 1)
-        magnitude = np.ldexp(1 + np.ldexp(i.astype(np.float64), -self.mantissa), field - self._bias())
+        i = (c & ((1 << self.mantissa) - 1)) + 0.5 * self.half_unit
+        magnitude = np.ldexp(1 + np.ldexp(i, -self.mantissa), field - self._bias())
         is_zero = (c >> self.bits) == 1 if self.zero == "flag" else field == 0
         value = np.where(is_zero, 0.0, np.where((c >> (self.bits - 1)) & 1, -magnitude, magnitude))
         return float(value) if value.ndim == 0 else value
@@ -228,6 +248,16 @@ class FixedFormat:
     def is_template(self) -> bool:
         """Always False: a fixed format has no bias to choose."""
         return False
+
+    @property
+    def half_unit(self) -> bool:
+        """Always False: only float formats are."""
+        return False
+
+    @property
+    def significant(self) -> int:
+        """Bits behind the leading one that values have at most, W − 2."""
+        return self.width - 2
 
     @property
     def bits(self) -> int:
@@ -281,8 +311,33 @@ class FixedFormat:
 Format = FloatFormat | FixedFormat
 
 
+@dataclass(frozen=True)
+class Float32Format:
+    """IEEE 754's float32, written `"fp32"`, as the outermost level of a sum: to the nearest even, with subnormals.
+
+    What rounds above the largest becomes infinite.
+    """
+
+    mantissa = 23
+    significant = 23
+    emin = -126
+    emax = 127
+    bits = 32
+    half_unit = False
+    is_template = False
+    tiny = 2.0**-149
+    max = 2.0**128 - 2.0**104
+    min = -max
+
+    def __str__(self) -> str:
+        return "fp32"
+
+
+FLOAT32 = Float32Format()
+
+
 def parse_format(name: str | Format) -> Format:
-    """A format from its name: `"M7E4b10"`, `"M7E4b10z"`, `"M7E4"` (template), `"I16f4"`, `"I16f4w"`.
+    """A format from its name: `"M7E4b10"`, `"M7E4b10z"`, `"M5E4b10h"`, `"M7E4"` (template), `"I16f4"`, `"I16f4w"`.
 
     Raises:
         TypeError: not a name nor a format.
@@ -299,6 +354,6 @@ def parse_format(name: str | Format) -> Format:
         return FixedFormat.parse(name)
     raise ValueError(
         f'{name!r} is not a format; write a float like "M7E4b10" (M<mantissa>E<exponent>b<bias>, "z" behind it for '
-        f'zero at exponent code 0) or a fixed one like "I16f4" (I<width>f<fraction>, "w" behind it to wrap)'
-        f"{meant_by(name)}"
+        f'zero at exponent code 0, "h" for half-unit) or a fixed one like "I16f4" (I<width>f<fraction>, "w" behind it '
+        f"to wrap){meant_by(name)}"
     )

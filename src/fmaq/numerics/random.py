@@ -58,17 +58,13 @@ def step_word(base: Words, k: int) -> Words:
     return mix(base + np.uint32((k * STEP) & 0xFFFFFFFF))
 
 
-def centred(word: Words, bits: int) -> Words:
-    """A word from which both R are odd: ⌊f·2^bits⌋ + R ≥ 2^bits then is so with the probability f, on average over f.
-
-    With R of all integers it is ⌊f·2^bits⌋/2^bits, half a unit less on average. An odd R = 2R' + 1 is the middle of the
-    interval that the R' of one bit less stands for.
-    """
-    return word | np.uint32(lowest_bits(bits))
-
-
 def lowest_bits(bits: int) -> int:
-    """Where the last bits of both R are in a word."""
+    """Where the last bits of both R are in a word: centred rounding sets them.
+
+    ⌊f·2^bits⌋ + R ≥ 2^bits then is so with the probability f, on average over f. With R of all integers it is
+    ⌊f·2^bits⌋/2^bits, half a unit less on average. An odd R = 2R' + 1 is the middle of the interval that the R' of one
+    bit less stands for.
+    """
     return 1 << (16 - bits) | 1 << (32 - bits)
 
 

@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fmaq.numerics import random
-from fmaq.numerics.accumulator import Accumulator
-from fmaq.numerics.formats import FixedFormat, FloatFormat, Format
+from fmaq.numerics.accumulator import ROUNDINGS, Accumulator, Level
+from fmaq.numerics.formats import FixedFormat, Float32Format, FloatFormat, Format
 
 Array = NDArray[np.float64]
 Mask = NDArray[np.bool_]
@@ -36,39 +36,73 @@ def exact_sum(s: ArrayLike, p: ArrayLike) -> Array:
     s, p = np.asarray(s, np.float64), np.asarray(p, np.float64)
     total = s + p
     p_part = total - s
-    error = (s - (total - p_part)) + (p - p_part)
+    error = np.where(np.isfinite(total), (s - (total - p_part)) + (p - p_part), 0.0)
     even = (total.view(np.int64) & 1) == 0
     outward = np.where(error > 0, np.inf, -np.inf)
     return np.where((error != 0) & even, np.nextafter(total, outward), total)
 
 
-def _unit(magnitude: Array, format: Format) -> Array:
+def _unit(magnitude: Array, format: Format | Float32Format) -> Array:
     """The unit in the last place of the format's grid at a magnitude, with exponents unbounded."""
     if isinstance(format, FixedFormat):
         return np.full_like(magnitude, np.ldexp(1.0, -format.fraction))
     _, e = np.frexp(magnitude)
-    return np.ldexp(1.0, e - 1 - format.mantissa)
+    unit = np.ldexp(1.0, e - 1 - format.mantissa)
+    return np.maximum(unit, format.tiny) if isinstance(format, Float32Format) else unit  # float32's subnormals
 
 
-def round_to_grid(x: ArrayLike, format: Format, rounding: str, random_bits: int = 0, r: ArrayLike = 0) -> Array:
-    """x rounded to the format's grid, its range unbounded.
+def _goes_away(
+    whole: Array, discarded: Array, is_negative: Mask, rounding: str, random_bits: int, r: ArrayLike
+) -> Mask:
+    """Which magnitudes of `whole` units and a discarded fraction of one are rounded away from zero.
 
-    `stochastic`: with f the discarded fraction of a unit, away from zero if ⌊f·2^random_bits⌋ + r ≥ 2^random_bits.
+    `stochastic`: with f the discarded fraction of a unit, if ⌊f·2^random_bits⌋ + r ≥ 2^random_bits.
+
+    Raises:
+        ValueError: an unknown rounding.
     """
+    match rounding:
+        case "toward_zero":
+            return np.zeros_like(is_negative)
+        case "nearest_even":
+            return (discarded > 0.5) | ((discarded == 0.5) & (whole % 2 == 1))
+        case "nearest_away":
+            return discarded >= 0.5
+        case "floor":
+            return is_negative & (discarded > 0)
+        case "half_up":
+            return (discarded > 0.5) | ((discarded == 0.5) & ~is_negative)
+        case "odd":
+            return (discarded > 0) & (whole % 2 == 0)
+        case "stochastic":
+            return np.floor(discarded * 2.0**random_bits) + np.asarray(r) >= 2.0**random_bits
+    raise ValueError(f"rounding must be one of {', '.join(ROUNDINGS)}, got {rounding!r}")
+
+
+def round_to_grid(
+    x: ArrayLike, format: Format | Float32Format, rounding: str, random_bits: int = 0, r: ArrayLike = 0
+) -> Array:
+    """x rounded to the format's grid, its range unbounded; to a half-unit format, toward zero, and half a unit added.
+
+    Raises:
+        ValueError: an unknown rounding, or one that a half-unit format does not take.
+    """
+    if format.half_unit and rounding != "toward_zero":
+        raise ValueError(f'the half-unit format {format} only takes "toward_zero", got {rounding!r}')
     x = np.asarray(x, np.float64)
     magnitude = np.abs(x)
     unit = _unit(magnitude, format)
     units = magnitude / unit  # exact: a unit is a power of two
     whole = np.floor(units)
-    if rounding == "nearest_even":
-        whole = np.rint(units)
-    elif rounding == "stochastic":
-        whole = whole + (np.floor((units - whole) * 2.0**random_bits) + r >= 2.0**random_bits)
-    return np.copysign(whole * unit, x)
+    away = _goes_away(whole, units - whole, np.signbit(x), rounding, random_bits, r)
+    half = np.where(magnitude > 0, 0.5, 0.0) if format.half_unit else 0.0
+    return np.copysign((whole + away + half) * unit, x)
 
 
-def _into_range(rounded: Array, format: Format, underflow: bool) -> Array:
+def _into_range(rounded: Array, format: Format | Float32Format, underflow: bool) -> Array:
     """What a register keeps of a value on the grid: flush below the smallest, saturate or wrap above the largest."""
+    if isinstance(format, Float32Format):
+        return np.where(np.abs(rounded) > format.max, np.copysign(np.inf, rounded), rounded)
     if isinstance(format, FixedFormat):
         if format.overflow == "wrap":
             span = np.ldexp(1.0, format.width - format.fraction)
@@ -76,20 +110,20 @@ def _into_range(rounded: Array, format: Format, underflow: bool) -> Array:
             wrapped = np.where(wrapped < format.min, wrapped + span, wrapped)
             return np.where(wrapped > format.max, wrapped - span, wrapped)
         return np.clip(rounded, format.min, format.max)
-    tiny = format.tiny if underflow else FLOAT32_TINY
-    kept = np.where(np.abs(rounded) < tiny, 0.0, rounded)
+    smallest = np.ldexp(1.0, format.emin) if underflow else FLOAT32_TINY
+    kept = np.where(np.abs(rounded) < smallest, 0.0, rounded)
     return np.clip(kept, -format.max, format.max)
 
 
 def quantize(
     x: ArrayLike,
-    format: Format,
+    format: Format | Float32Format,
     rounding: str = "toward_zero",
     underflow: bool = True,
     random_bits: int = 0,
     r: ArrayLike = 0,
 ) -> Array:
-    """Q(x): round to the grid, then flush what is below the smallest magnitude, then saturate (or wrap).
+    """Q(x): round to the grid, then flush what is below 2^emin, then saturate (or wrap; float32 becomes infinite).
 
     Args:
         x: any shape, finite.
@@ -100,7 +134,7 @@ def quantize(
     return _into_range(round_to_grid(x, format, rounding, random_bits, r), format, underflow)
 
 
-def _fold_for_wrap(p: Array, format: Format) -> Array:
+def _fold_for_wrap(p: Array, format: Format | Float32Format) -> Array:
     """A huge product, modulo the span of a wrapping sum, so that adding it loses nothing.
 
     A product has at most 48 significant bits, so one of 2^48 steps or more is a whole number of steps: no rounding
@@ -121,6 +155,7 @@ class Step:
 
     Attributes:
         k: position of the step; of a merge, that of its chunk's last step.
+        level: 0 of a step; of a merge, which of `Accumulator.levels` makes it, counted from 1.
         exact_product: x·w.
         p: Q_prod(x·w).
         before: s before the step.
@@ -131,6 +166,7 @@ class Step:
     """
 
     k: int
+    level: int
     exact_product: Array | None
     p: Array
     before: Array
@@ -151,30 +187,38 @@ class Step:
         return (term != 0) & (self.after == self.before)
 
 
-def _beyond(rounded: Array, format: Format) -> Mask:
+def _beyond(rounded: Array, format: Format | Float32Format) -> Mask:
     return (rounded > format.max) | (rounded < format.min)
 
 
-def _add(
-    acc: Accumulator, k: int, x_w: Array | None, p: Array, s: Array, product_overflows: Mask, r: ArrayLike
-) -> Step:
-    """Q_acc(p + s), as a step (or, without x·w, a merge)."""
+def _of_sums(acc: Accumulator) -> Level:
+    """How a step's sum is rounded."""
+    return Level(acc.format, acc.rounding, acc.random_bits, acc.chunk, acc.centred)
+
+
+@np.errstate(invalid="ignore")  # float32 sums of infinities
+def _add(level: Level, underflow: bool, p: Array, s: Array, r: ArrayLike) -> tuple[Array, Array, Mask]:
+    """p + s, exact up to rounding to odd; Q(p + s) of a level; and where it overflows."""
     total = exact_sum(s, p)
-    rounded = round_to_grid(total, acc.format, acc.rounding, acc.random_bits, r)
-    overflows = _beyond(rounded, acc.format)
-    folded = exact_sum(s, _fold_for_wrap(p, acc.format))
-    after = quantize(folded, acc.format, acc.rounding, acc.underflow, acc.random_bits, r)
-    return Step(k, x_w, p, s, total, after, product_overflows, overflows)
+    overflows = _beyond(round_to_grid(total, level.format, level.rounding, level.random_bits, r), level.format)
+    folded = exact_sum(s, _fold_for_wrap(p, level.format))
+    return total, quantize(folded, level.format, level.rounding, underflow, level.random_bits, r), overflows
 
 
-def _drawn(acc: Accumulator, word: random.Words, k: int) -> random.Words:
-    """The random word of step k of outputs whose words are `word`."""
-    drawn = random.step_word(word, k)
-    return random.centred(drawn, acc.random_bits) if acc.centred else drawn
+def _product(acc: Accumulator, x_w: Array, r: ArrayLike) -> tuple[Array, Mask]:
+    """Q_prod(x·w), and where it overflows."""
+    if acc.product is None:
+        return x_w, np.zeros(x_w.shape, bool)
+    rounding, random_bits = acc.rounding_of_products, acc.random_bits
+    overflows = _beyond(round_to_grid(x_w, acc.product, rounding, random_bits, r), acc.product)
+    return quantize(x_w, acc.product, rounding, acc.underflow, random_bits, r), overflows
 
 
 def steps(a: ArrayLike, b: ArrayLike, acc: Accumulator, rows: ArrayLike | None = None) -> Iterator[Step]:
     """Every step of a·b in order of k and, behind the last of each chunk, its merge (`after` is the result so far).
+
+    A merge that completes a level's sum is followed by the merge of that sum into the next level. The last one of all
+    has the result.
 
     Args:
         a: (M, K), finite. b: (K, N), finite.
@@ -185,30 +229,37 @@ def steps(a: ArrayLike, b: ArrayLike, acc: Accumulator, rows: ArrayLike | None =
     positions = np.arange(m) if rows is None else np.asarray(rows)
     word = random.base(acc.seed, positions[:, None], np.arange(n)[None, :])
     nowhere = np.zeros((m, n), bool)
-    s, t = np.zeros((m, n)), np.zeros((m, n))
+    levels = (_of_sums(acc), *acc.levels)
+    sums = [np.zeros((m, n)) for _ in levels]
+    counts = [0] * len(levels)  # of terms in each sum
+    chunks = [acc.chunk, *(level.chunk for level in acc.levels)]
     for k in range(depth):
-        step_word = _drawn(acc, word, k)
-        sum_r = random.sum_bits(step_word, acc.random_bits)
+        step_word = random.step_word(word, k)
         x_w = a[:, k, None] * b[None, k, :]  # exact: 24 bits times 24 bits
-        p, product_overflows = x_w, nowhere
-        if acc.product is not None:
-            r = random.product_bits(step_word, acc.random_bits)
-            p = quantize(x_w, acc.product, acc.rounding, acc.underflow, acc.random_bits, r)
-            product_overflows = _beyond(round_to_grid(x_w, acc.product, acc.rounding, acc.random_bits, r), acc.product)
-        step = _add(acc, k, x_w, p, s, product_overflows, sum_r)
-        yield step
-        s = step.after
-        if k + 1 == depth or (acc.chunk is not None and (k + 1) % acc.chunk == 0):
-            r = random.sum_bits(_drawn(acc, word ^ np.uint32(random.MERGE), k), acc.random_bits)
-            merge = _add(acc, k, None, s, t, nowhere, r)
-            yield merge
-            s, t = np.zeros((m, n)), merge.after
+        p, product_overflows = _product(acc, x_w, random.product_bits(step_word, acc.random_bits) | acc.centred)
+        r = random.sum_bits(step_word, acc.random_bits) | acc.centred
+        total, after, overflows = _add(levels[0], acc.underflow, p, sums[0], r)
+        yield Step(k, 0, x_w, p, sums[0], total, after, product_overflows, overflows)
+        sums[0] = after
+        counts[0] += 1
+        for i, level in enumerate(levels[1:], 1):
+            if k + 1 < depth and counts[i - 1] != chunks[i - 1]:
+                break
+            salted = word ^ np.uint32(random.MERGE * i & 0xFFFFFFFF)
+            r = random.sum_bits(random.step_word(salted, k), level.random_bits) | level.centred
+            p = sums[i - 1]
+            total, after, overflows = _add(level, acc.underflow, p, sums[i], r)
+            yield Step(k, i, None, p, sums[i], total, after, nowhere, overflows)
+            sums[i - 1], counts[i - 1] = np.zeros((m, n)), 0
+            sums[i] = after
+            counts[i] += 1
 
 
 def matmul(a: ArrayLike, b: ArrayLike, acc: Accumulator, rows: ArrayLike | None = None) -> Array:
     """(M, K) times (K, N): every output is the chunked dot product of a row and a column.
 
-    A non-finite operand makes every output that depends on it NaN. Returns float64, every value one of `acc.format`.
+    A non-finite operand makes every output that depends on it NaN. Returns float64, every value one of the outermost
+    format.
     """
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     finite_a, finite_b = np.isfinite(a), np.isfinite(b)
@@ -226,12 +277,10 @@ def dot(x: ArrayLike, w: ArrayLike, acc: Accumulator) -> float:
 
 def fmaq(x: float, w: float, s: float, acc: Accumulator) -> float:
     """One FMAq(x, w, s) = Q_acc(Q_prod(x·w) + s); rounding is not stochastic, which needs a position."""
-    if acc.rounding == "stochastic":
+    if "stochastic" in (acc.rounding, acc.rounding_of_products):
         raise ValueError("one step has no position (m, n, k) for stochastic rounding; use dot or matmul")
-    p = np.asarray(np.float64(x) * np.float64(w))
-    if acc.product is not None:
-        p = quantize(p, acc.product, acc.rounding, acc.underflow)
-    return float(_add(acc, 0, None, p, np.asarray(s, np.float64), np.zeros((), bool), 0).after)
+    p, _ = _product(acc, np.asarray(np.float64(x) * np.float64(w)), 0)
+    return float(_add(_of_sums(acc), acc.underflow, p, np.asarray(s, np.float64), 0)[1])
 
 
 # --- What each step lost ----------------------------------------------------------------------------------------------
@@ -265,7 +314,10 @@ def step_events(step: Step) -> dict[str, Mask]:
 
 
 def count_events(a: ArrayLike, b: ArrayLike, acc: Accumulator) -> dict[str, int]:
-    """How often each event happens in the steps of a·b and, as `merge_…`, in its merges, and the totals of both."""
+    """How often each event happens in the steps of a·b and, as `merge_…`, in its merges, and the totals of both.
+
+    A merge, of whichever level, is judged by the level that makes it.
+    """
     counts = {name: 0 for name in (*EVENTS, *(f"merge_{event}" for event in EVENTS), "steps", "merges")}
     for step in steps(a, b, acc):
         prefix, total = ("", "steps") if step.exact_product is not None else ("merge_", "merges")
@@ -282,7 +334,8 @@ def estimator_masks(a: ArrayLike, b: ArrayLike, acc: Accumulator, estimator: str
     """α of every step, (K, M, N): 1 where the gradient passes (arXiv 2401.14110, section 4).
 
     `of` stops at steps that overflow, `diff` at steps that are lost; `immediate` looks at the step alone, `recursive`
-    also at everything its term passes through later: the rest of its chunk, its chunk's merge and all later merges.
+    also at everything its term passes through later: the rest of its chunk, its chunk's merge and all later merges into
+    the same sum, the merge of that sum into the next level, and so on.
     """
     if estimator not in ESTIMATORS:
         raise ValueError(f"estimator must be one of {', '.join(ESTIMATORS)}, got {estimator!r}")
@@ -299,15 +352,13 @@ def estimator_masks(a: ArrayLike, b: ArrayLike, acc: Accumulator, estimator: str
         for step in mine:
             passes[step.k] = ~stops(step)
         return passes
-    later_merges = np.ones(passes.shape[1:], bool)
-    in_chunk = later_merges
+    later = [np.ones(passes.shape[1:], bool)] * (len(acc.levels) + 1)  # of each level, in its sum and those above
     for step in reversed(trace):
-        if step.exact_product is None:
-            later_merges = later_merges & ~stops(step)
-            in_chunk = later_merges
+        later[step.level] = later[step.level] & ~stops(step)
+        if step.level:
+            later[step.level - 1] = later[step.level]  # where a sum of the level below ends
         else:
-            in_chunk = in_chunk & ~stops(step)
-            passes[step.k] = in_chunk
+            passes[step.k] = later[0]
     return passes
 
 
@@ -328,7 +379,12 @@ def quantize_tensor(x: ArrayLike, format: FloatFormat, amax: float | None = None
 
     Without a bias in the format, b = 2^E − 1 − ⌊log2 amax⌋, amax = max|x| unless it is given: the largest magnitude is
     just representable (arXiv 2401.14110, section 3). Normal numbers start at 2^(1−b); below, the step is 2^(1−b−M).
+
+    Raises:
+        ValueError: the format is half-unit, which is one of sums and products.
     """
+    if format.half_unit:
+        raise ValueError(f"{format} is a half-unit format, which is none of weights and activations")
     x = np.asarray(x, np.float64)
     largest = np.abs(x).max(initial=0.0) if amax is None else amax
     if largest == 0 and not x.any():

@@ -97,8 +97,7 @@ def _events(left: Tensor, right: Tensor, acc: Accumulator) -> Events:
     counts = kernels.count_events(left, right, acc)
     names = [*EVENTS, *(f"merge_{event}" for event in EVENTS)]
     outputs, depth = left.shape[0] * left.shape[1] * right.shape[2], left.shape[2]
-    chunks = -(-depth // (acc.chunk or max(depth, 1)))
-    return Events(zip(names, counts, strict=True), steps=outputs * depth, merges=outputs * chunks)
+    return Events(zip(names, counts, strict=True), steps=outputs * depth, merges=outputs * acc.merges(depth))
 
 
 def _finite_operands(a: Tensor, b: Tensor, acc: AccumulatorLike) -> tuple[Accumulator, Tensor, Tensor]:

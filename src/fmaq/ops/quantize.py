@@ -121,7 +121,7 @@ def parse_tensor_format(name: str | FloatFormat) -> FloatFormat | int:
     """A tensor's format: a float such as `"M4E3"` (a bias in the name fixes it), or the bits of `"int8"`.
 
     Raises:
-        TypeError, ValueError: neither, or a float with values above float32's.
+        TypeError, ValueError: neither, a half-unit float, or one with values above float32's.
     """
     if isinstance(name, str) and (match := INTEGER_NAME.fullmatch(name.strip())):
         bits = int(match[1])
@@ -135,6 +135,11 @@ def parse_tensor_format(name: str | FloatFormat) -> FloatFormat | int:
     if not isinstance(format, FloatFormat) or format.zero != "flag":
         how = 'write a float like "M4E3" or "M4E3b5", or "int8"'
         raise ValueError(f"{name!r} is not a tensor format; {how}{meant_by(name)}")
+    if format.half_unit:
+        raise ValueError(
+            f"{format} is a half-unit format: one of sums and products, whose implied half no weight and no activation "
+            f'has. Write "{str(format).removesuffix("h")}"'
+        )
     if format.bias is not None and format.emax > 127:
         raise ValueError(
             f"{format} has values above float32's: its largest exponent is {format.emax}, float32's 127; "
@@ -163,8 +168,8 @@ def quantize(x: Tensor, format: str | FloatFormat, channel: int | None = None, a
 
     Raises:
         TypeError: x is not a tensor of a supported dtype, or `format` no name and no FloatFormat.
-        ValueError: `format` names none, or has values above float32's; x has no dimension `channel`; or `amax` does not
-            fit, or is given beside a bias.
+        ValueError: `format` names none, is half-unit, or has values above float32's; x has no dimension `channel`;
+            or `amax` does not fit, or is given beside a bias.
     """
     parsed, x = parse_tensor_format(format), widen(x, "x")
     _check_channel(x, channel)
