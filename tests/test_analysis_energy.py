@@ -10,10 +10,14 @@ pytest.importorskip("amaranth", reason="needs the extra fmaq[hardware]")
 pytest.importorskip("pyosys", reason="needs the extra fmaq[hardware]")
 
 import fmaq
-from fmaq.analysis import model_energy
+from fmaq import ops
+from fmaq.analysis import energy, model_energy
+from fmaq.emulation import listening
+from fmaq.hardware import streams
 from fmaq.hardware.layers import Layer, energy_by_layer
 from fmaq.hardware.liberty import find_library
 from fmaq.hardware.streams import of_layer
+from fmaq.hardware.unit import Unit
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -135,3 +139,20 @@ def test_it_prints_itself():
     assert row.split()[:7] == ["0", "M3E3b4", "7", "M3E3b6", "7", "M1E2", "M1E2"]
     assert total.split()[0] == "all" and len(total.split()) == 3
     assert isinstance(found.to_dataframe(), pd.DataFrame) and len(found) == 1
+
+
+def test_the_operands_of_an_integer_engine_are_its_codes() -> None:
+    """Under static ranges the largest code may be any: what is recorded is not brought to the top of the range."""
+    torch.manual_seed(0)
+    model, x = torch.nn.Linear(12, 3, bias=False), torch.randn(4, 12)
+    policy = fmaq.Policy("I24f0", weight="int8", activation="int8", weight_per_channel=True, a_max=20.0)
+    recorder = energy._Recorder(None, None)
+    fmaq.attach(model, policy)
+    with listening(recorder):
+        model(x)
+    (layer,) = recorder.layers()
+    codes = ops.integer_codes(x, "int8", amax=20.0)[0]
+    assert codes.abs().max() < 40 and layer.streams.are_codes
+    unit = Unit.of("I24f0", "int8", "int8")
+    found = unit.activation.decode(streams.trace(unit, layer.streams)["x"])
+    assert set(map(tuple, found.T.tolist())) == set(map(tuple, codes.tolist()))

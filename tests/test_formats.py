@@ -6,6 +6,7 @@ import gfloat
 import ml_dtypes
 import numpy as np
 import pytest
+import torch
 from gfloat.formats import format_info_ocp_e4m3, format_info_ocp_e5m2
 from hypothesis import given
 from hypothesis import strategies as st
@@ -297,6 +298,17 @@ def test_codes_keep_shapes(name):
 def test_encode_refuses_what_the_format_does_not_hold(name, value):
     with pytest.raises(ValueError, match=f"is not a value of {name}; quantize it first"):
         parse_format(name).encode([1.0, value])
+
+
+def test_what_is_subnormal_in_a_tensors_format_is_encoded_by_the_operands():
+    import fmaq
+    from fmaq.hardware import parse_operand
+
+    values = fmaq.quantize(torch.tensor([1.0, 2.0**-8, 3 * 2.0**-10]), "M4E3b7").double().numpy()
+    with pytest.raises(ValueError, match=r"below the smallest magnitude, 0.0078125. .*parse_operand encodes those"):
+        FloatFormat.parse("M4E3b7").encode(values)
+    operand = parse_operand("M4E3b7")
+    assert operand.decode(operand.encode(values)).tolist() == values.tolist() == [1.0, 2.0**-8, 3 * 2.0**-10]
 
 
 @pytest.mark.parametrize(("name", "top"), [("M3E4b7", 511), ("M3E4b7z", 255), ("I8f2", 255)])

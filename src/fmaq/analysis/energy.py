@@ -238,7 +238,7 @@ def _streams(product: Product) -> Streams | None:
     if pair is None or 0 in (*pair[0].shape, *pair[1].shape):
         return None
     a, b = (x.detach()[:, :MAX_STEPS].double().cpu().numpy() for x in pair)
-    return of_layer(product.layer or product.kind, a, b)
+    return of_layer(product.layer or product.kind, a, b, are_codes=product.scale is not None)
 
 
 def _rows(product: Product) -> tuple[Tensor, Tensor] | None:

@@ -20,7 +20,17 @@ from fmaq import ops
 from fmaq.emulation import contractions
 from fmaq.emulation.calls import Call
 from fmaq.emulation.contractions import BatchedProduct, CannotContract
-from fmaq.emulation.products import Request, announce, autocast_dtype, compute, is_heard, why_not, why_untouched
+from fmaq.emulation.policy import CHOSEN_FIELDS
+from fmaq.emulation.products import (
+    Request,
+    announce,
+    autocast_dtype,
+    compute,
+    heads_of,
+    is_heard,
+    why_not,
+    why_untouched,
+)
 from fmaq.emulation.sizes import CountingMacs, macs_of_recurrence
 from fmaq.numerics import Accumulator
 from fmaq.ops.attention import attend
@@ -209,6 +219,10 @@ def _attention(met: Met) -> Tensor:
         dtype = autocast_dtype(query) or query.dtype
         score = functools.partial(met.product, "attention_scores")
         mix = functools.partial(met.product, "attention_values")
+        if bound["enable_gqa"] and _is_by_query_head(met.call, query.shape[-3]):
+            groups = query.shape[-3] // key.shape[-3]
+            key, value = (x.repeat_interleave(groups, -3) for x in (key, value))
+            bound["enable_gqa"] = False
         with torch.autocast(query.device.type, enabled=False):
             query, key, value = (x.to(dtype).float() for x in (query, key, value))
             return attend(query, key, value, score, mix, **bound).to(dtype)
@@ -219,6 +233,15 @@ def _attention(met: Met) -> Tensor:
     announce(met.call, "attention_scores", (query, key.mT), reason, width, scores * width)
     announce(met.call, "attention_values", (probabilities, value), reason, key.shape[-2], scores * value.shape[-1])
     return result
+
+
+def _is_by_query_head(call: Call, heads: int) -> bool:
+    """A rule of attention's two products has numbers for so many heads: it was calibrated on repeated keys."""
+    rule = call.attachment.rule
+    if rule is None:
+        return False
+    both = [rule.for_product(f"attention_{what}", call.products + i) for i, what in enumerate(("scores", "values"))]
+    return any(heads_of(getattr(one, name)) == heads for one in both for name in CHOSEN_FIELDS)
 
 
 def _multi_head_attention(met: Met) -> Any:

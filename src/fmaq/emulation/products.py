@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from fmaq.emulation.calls import Call
 from fmaq.emulation.noise import REPEATED, keyed, note_number
 from fmaq.emulation.operands import Operands, multiplied
-from fmaq.emulation.policy import FP32, Rule
+from fmaq.emulation.policy import CHOSEN_FIELDS, FP32, Rule
+from fmaq.emulation.vectors import Vector
 from fmaq.numerics import Accumulator
 from fmaq.ops.operands import OPERAND_DTYPES
 
@@ -165,10 +166,30 @@ def compute(call: Call, request: Request) -> Tensor:
     if rule is None or why_untouched(rule, request.operands, is_outer) is not None:
         result = request.torch_product(*request.operands)
     else:
+        rule = _by_head(rule, request)
         result, operands = _computed(call, request, rule)
     macs = result.numel() * request.steps if request.macs is None else request.macs
-    announce(call, request.kind, operands, reason, request.steps, macs, request.options)
+    announce(call, request.kind, operands, reason, request.steps, macs, request.options, rule)
     return result
+
+
+def _by_head(rule: Rule, request: Request) -> Rule:
+    """The rule for as many heads as attention has here: keys that are shared by a group may come repeated."""
+    b = request.operands[1]
+    if not request.kind.startswith("attention") or b.dim() < 4:
+        return rule
+    repeated: dict[str, Any] = {}
+    for name in CHOSEN_FIELDS:
+        vector = getattr(rule, name)
+        times = 1 if vector is None else b.shape[-3] // (heads_of(vector) or b.shape[-3])
+        if times > 1 and times * heads_of(vector) == b.shape[-3]:
+            repeated[name] = vector.repeated(times)
+    return replace(rule, **repeated) if repeated else rule
+
+
+def heads_of(vector: Vector | None) -> int:
+    """How many heads have a number of their own; 0 where none has."""
+    return vector.shape[-2] if vector is not None and len(vector.shape) > 1 and vector.shape[-2] > 1 else 0
 
 
 def _computed(call: Call, request: Request, rule: Rule) -> tuple[Tensor, Operands]:
@@ -272,9 +293,14 @@ def announce(
     steps: int | None = None,
     macs: int | None = None,
     options: dict[str, Any] | None = None,
+    rule: Rule | None = None,
 ) -> None:
-    """Tell the listeners of a product that was computed, and warn of one that the policy wants emulated and is not."""
-    rule, name = rule_of(call, kind), call.attachment.name
+    """Tell the listeners of a product that was computed, and warn of one that the policy wants emulated and is not.
+
+    Args:
+        rule: that it was computed by, where that is not simply the layer's.
+    """
+    rule, name = rule or rule_of(call, kind), call.attachment.name
     index = call.products
     call.products += 1
     found = operands if isinstance(operands, Operands) else Operands(operands)

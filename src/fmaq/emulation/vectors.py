@@ -63,6 +63,10 @@ class Vector:
         """The numbers as a tensor, not to be written into."""
         return self._tensor
 
+    def repeated(self, times: int) -> Vector:
+        """Every entry of the last dimension but one so many times in a row: a head's for a group of heads."""
+        return Vector(np.repeat(self._values, times, axis=-2), whole=self._values.dtype == np.int32)
+
     def to_plain(self) -> Any:
         """A number, or nested lists of them: float32 in its shortest decimal form, which reads back the same."""
         if self._values.dtype == np.int32:

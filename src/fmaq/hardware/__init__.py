@@ -9,6 +9,7 @@ from __future__ import annotations
 from fmaq.hardware.cost import MacSynthesis, Point, Synthesis, synthesize, synthesize_mac
 from fmaq.hardware.gatecount import Estimate, estimate
 from fmaq.hardware.liberty import LibertyError, Library, find_library, installed_libraries
+from fmaq.hardware.operands import parse_operand
 from fmaq.hardware.proof import Proof, prove
 from fmaq.hardware.streams import Streams, gaussian, of_layer
 from fmaq.hardware.synthesis import SynthesisError
@@ -30,6 +31,7 @@ __all__ = [
     "gaussian",
     "installed_libraries",
     "of_layer",
+    "parse_operand",
     "prove",
     "synthesize",
     "synthesize_mac",

@@ -29,11 +29,13 @@ class Streams:
     Attributes:
         source: what they are, for tables.
         activations, weights: (steps, lanes), not yet quantized.
+        are_codes: they are the integers of an integer engine already.
     """
 
     source: str
     activations: Values
     weights: Values
+    are_codes: bool = False
 
 
 def gaussian(steps: int = 128, lanes: int = 128, seed: int = 0) -> Streams:
@@ -42,7 +44,9 @@ def gaussian(steps: int = 128, lanes: int = 128, seed: int = 0) -> Streams:
     return Streams("gaussian", np.maximum(rng.standard_normal((steps, lanes)), 0), rng.standard_normal((steps, lanes)))
 
 
-def of_layer(source: str, activations: ArrayLike, weights: ArrayLike, seed: int = 0) -> Streams:
+def of_layer(
+    source: str, activations: ArrayLike, weights: ArrayLike, seed: int = 0, are_codes: bool = False
+) -> Streams:
     """Lanes drawn from a layer's product of activations (M, K) and weights (N, K), recorded from a model.
 
     At most 256 outputs are drawn, without replacement, and the first 256 elements of each are taken.
@@ -56,7 +60,7 @@ def of_layer(source: str, activations: ArrayLike, weights: ArrayLike, seed: int 
     outputs = a.shape[0] * w.shape[0]
     chosen = np.random.default_rng(seed).choice(outputs, min(outputs, MAX_LANES), replace=False)
     rows, columns = np.divmod(chosen, w.shape[0])
-    return Streams(source, a[rows, :MAX_STEPS].T, w[columns, :MAX_STEPS].T)
+    return Streams(source, a[rows, :MAX_STEPS].T, w[columns, :MAX_STEPS].T, are_codes)
 
 
 def fit(unit: Unit, streams: Streams) -> Unit:
@@ -85,9 +89,12 @@ def trace(unit: Unit, streams: Streams, seed: int = 0, rescale: bool = True) -> 
     """
     steps, lanes = streams.weights.shape
     rng = np.random.default_rng(seed)
+    x, w = streams.activations, streams.weights
+    if not streams.are_codes:
+        x, w = _quantized(x, unit.activation, rescale), _quantized(w, unit.weight, rescale)
     vectors = {
-        "x": unit.activation.encode(_quantized(streams.activations, unit.activation, rescale)),
-        "w": unit.weight.encode(_quantized(streams.weights, unit.weight, rescale)),
+        "x": unit.activation.encode(x),
+        "w": unit.weight.encode(w),
         "s": np.zeros((steps, lanes), np.int64),
     }
     for name, width in unit.inputs.items():

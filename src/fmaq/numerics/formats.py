@@ -183,7 +183,12 @@ class FloatFormat:
         fits = (v == 0) | ((e >= self.emin) & (e <= self.emax) & (i == np.floor(i)))
         if not np.all(fits & np.isfinite(v)):
             wrong = v[~(fits & np.isfinite(v))].flat[0]
-            raise ValueError(f"{wrong!r} is not a value of {self}; quantize it first")
+            is_small = 0 < abs(wrong) < 2.0**self.emin
+            hint = (
+                f": it is below the smallest magnitude, {self.tiny:g}. A tensor's format of that name has subnormals "
+                "there; fmaq.hardware.parse_operand encodes those"
+            )
+            raise ValueError(f"{wrong!r} is not a value of {self}; quantize it first{hint if is_small else ''}")
         sign = np.signbit(v).astype(np.int64) << (self.bits - 1)
         code = sign | (e + self._bias()) << self.mantissa | np.where(v == 0, 0, i).astype(np.int64)
         code = np.where(v == 0, 0 if self.zero == "exponent" else 1 << self.bits, code)
