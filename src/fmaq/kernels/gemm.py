@@ -143,9 +143,12 @@ class Gemm:
 
     @property
     def _has_pairs(self) -> bool:
-        """Steps go in twos: VPTERNLOG overwrites what it rounds, and one step alone would end in copying every sum."""
-        acc = self.arithmetic.acc
-        return self.target.name == "avx512" and acc.format.half_unit and isinstance(self.arithmetic, Float32)
+        """Steps go in twos.
+
+        AVX-512's VPTERNLOG overwrites what it rounds, so that a single step would end in copying every sum. Elsewhere
+        the loop itself costs less.
+        """
+        return isinstance(self.arithmetic, Float32) and self.arithmetic.acc.format.half_unit
 
     def _index(self, b: ir.IRBuilder, start: Value) -> Value:
         """Of the chunk that starts there."""
