@@ -165,9 +165,12 @@ def channel_bounds(weight: Tensor, accumulator: AccumulatorLike, input_max: Rang
         input_max: see `input_range`.
 
     Raises:
-        TypeError, ValueError: the weight has no dimension, or values that are not finite; or of the other arguments.
+        TypeError, ValueError: the weight has no dimension, or values that are not finite; the accumulator has outer
+            levels; or of the other arguments.
     """
     acc, (low, high) = Accumulator.parse(accumulator), _within_float32(*input_range(input_max))
+    if acc.outer is not None:
+        raise ValueError(f"bounds do not know outer levels yet: leave outer={acc.outer} out of the accumulator")
     wide = widen(weight, "weight")
     if wide.dim() < 2:
         raise ValueError(f"weight must be (channels, K) or (channels, in, *kernel), got {tuple(weight.shape)}")
@@ -175,7 +178,7 @@ def channel_bounds(weight: Tensor, accumulator: AccumulatorLike, input_max: Rang
         raise ValueError("weight has values that are not finite; no sum of theirs has a bound")
     w = wide.detach().flatten(1).t().double().numpy()
     ends = (w * low, w * high)  # exact: 24 bits times 24 bits
-    highest, lowest = _walk(np.maximum(*ends), acc), _walk(-np.minimum(*ends), acc)
+    highest, lowest = _walk(np.maximum(*ends), acc, 1.0), _walk(-np.minimum(*ends), acc, -1.0)
     sums, products = (Extremes(-below, above) for below, above in zip(lowest, highest, strict=True))
     return ChannelBounds(acc, low, high, sums, None if acc.product is None else products)
 
@@ -189,27 +192,29 @@ def _within_float32(low: float, high: float) -> tuple[float, float]:
     return ends[0], ends[1]
 
 
-def _walk(terms: Array, acc: Accumulator) -> tuple[Array, Array]:
-    """The largest partial sum and the largest product on the way along terms (K, channels), none of them negative.
+def _walk(terms: Array, acc: Accumulator, sign: float) -> tuple[Array, Array]:
+    """The largest partial sum and the largest product on the way along magnitudes (K, channels) of terms of one sign.
 
     With terms of one sign sums only grow, so it is the last of each chunk and of the sum of chunks.
     """
     depth, channels = terms.shape
-    products = terms if acc.product is None else _rounded(terms, acc, acc.product)
+    products = terms
+    if acc.product is not None:
+        products = _rounded(terms, acc, acc.product, acc.rounding_of_products, sign)
     total, largest = np.zeros(channels), np.zeros(channels)
     chunk = acc.chunk or max(depth, 1)
     for start in range(0, depth, chunk):
         s = np.zeros(channels)
         for p in products[start : start + chunk]:
-            s = _rounded(exact_sum(s, p), acc, acc.format)
-        total = _rounded(exact_sum(total, s), acc, acc.format)
+            s = _rounded(exact_sum(s, p), acc, acc.format, acc.rounding, sign)
+        total = _rounded(exact_sum(total, s), acc, acc.format, acc.rounding, sign)
         largest = np.maximum(largest, np.maximum(s, total))
     return largest, products.max(axis=0, initial=0.0)
 
 
-def _rounded(x: Array, acc: Accumulator, format: Format) -> Array:
-    """The most that rounding can make of magnitudes, the format's range unbounded."""
-    return round_to_grid(x, format, acc.rounding, acc.random_bits, 2**acc.random_bits - 1)
+def _rounded(x: Array, acc: Accumulator, format: Format, rounding: str, sign: float) -> Array:
+    """The most that rounding can make of magnitudes of numbers of a sign, the format's range unbounded."""
+    return np.abs(round_to_grid(sign * x, format, rounding, acc.random_bits, 2**acc.random_bits - 1))
 
 
 def a2q_width(l1_norm: float, input_bits: int, is_signed: bool) -> int:

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from llvmlite import ir
 
 from fmaq.kernels.arithmetic import Arithmetic, Merging
+from fmaq.kernels.arithmetic32 import Float32
 from fmaq.kernels.control import FloatControl
 from fmaq.kernels.ir_blocks import (
     F32,
@@ -100,7 +101,15 @@ class Gemm:
                     pairs = [(xs[r], ws[i]) for r, i in cells]
                     return self._step(v, arithmetic, pairs, carried[: len(cells)], draw(k, 0), carried[len(cells) :])
 
-                return for_range(b, start, end, [*[arithmetic.zero(v)] * len(cells), *counted], one_step)
+                empty = [*[arithmetic.zero(v)] * len(cells), *counted]
+                if not self._has_pairs:
+                    return for_range(b, start, end, empty, one_step)
+
+                def two_steps(k: Value, carried: list[Value]) -> list[Value]:
+                    return one_step(b.add(k, i64(1)), one_step(k, carried))
+
+                paired = b.add(start, b.and_(b.sub(end, start), i64(-2)))
+                return for_range(b, paired, end, for_range(b, start, paired, empty, two_steps, step=2), one_step)
 
             if not self.arithmetic.by_chunk:
                 return steps(self.arithmetic)
@@ -131,6 +140,15 @@ class Gemm:
             v.store(value, element(b, buffer, i64(r * self.width + i * v.count), F32))
         b.ret_void()
         return function
+
+    @property
+    def _has_pairs(self) -> bool:
+        """Steps go in twos.
+
+        AVX-512's VPTERNLOG overwrites what it rounds, so that a single step would end in copying every sum. Elsewhere
+        the loop itself costs less.
+        """
+        return isinstance(self.arithmetic, Float32) and self.arithmetic.acc.format.half_unit
 
     def _index(self, b: ir.IRBuilder, start: Value) -> Value:
         """Of the chunk that starts there."""

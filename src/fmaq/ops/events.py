@@ -21,7 +21,8 @@ class Events(dict[str, int]):
     """Counts by name; the names are attributes, too.
 
     `product_overflow`, `product_underflow`, `accumulator_overflow`, `accumulator_underflow`, `full_swamping` and
-    `partial_swamping` of the steps, the same of the merges of chunks as `merge_…`, and the totals `steps` and `merges`.
+    `partial_swamping` of the steps, the same of the merges as `merge_…`, and the totals `steps` and `merges`. Merges
+    are those of all levels, each judged by the level that makes it.
     """
 
     def __getattr__(self, name: str) -> int:
