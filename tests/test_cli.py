@@ -287,7 +287,8 @@ def test_hardware_prints_the_formats(monkeypatch: pytest.MonkeyPatch, capsys: py
     assert (products["format"], products["smallest"]) == ("M7E4b12", 2**-12)
     text = "M5E4b10h outer=(M10E5b16 chunk=8 outer=fp32)"
     assert run(monkeypatch, "hardware", "formats", text, "--json") == 0
-    sums, first, second = json.loads(capsys.readouterr().out)
+    sums, products, first, second = json.loads(capsys.readouterr().out)
+    assert products["format"] == "exact"
     assert (sums["bits"], sums["largest"], first["role"], first["format"]) == (10, 63.5, "outer 1", "M10E5b16")
     assert (second["role"], second["format"], second["bits"], second["register"]) == ("outer 2", "fp32", 32, 32)
 
