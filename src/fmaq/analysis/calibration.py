@@ -22,10 +22,11 @@ from fmaq.analysis.batches import call, inputs_of
 from fmaq.analysis.fit import SHIFTS, Fit, Trial, placed, relative_error, some_channels
 from fmaq.analysis.fitted import as_vector, fitted, ruled, template_of
 from fmaq.analysis.met import Met
+from fmaq.analysis.operand_ranges import larger_ranges, largest_of_operands
 from fmaq.analysis.samples import MatrixSample, Sample, is_finite, joined, sample
 from fmaq.emulation.attach import attached
 from fmaq.emulation.coverage import undisturbed
-from fmaq.emulation.operands import by_channel, channel_ranges, formats_of, needs_range, sums_codes
+from fmaq.emulation.operands import formats_of, sums_codes
 from fmaq.emulation.policy import FP32, Policy, Rule
 from fmaq.emulation.products import Place, Request, choosing
 from fmaq.numerics import Accumulator, FloatFormat
@@ -186,7 +187,7 @@ class _Fits:
         rule = replace(rule, a_max=None, b_max=None)
         if self.ranges == "dynamic":
             return rule
-        found = self.largest[place] = _larger(self.largest.get(place), largest_of_operands(request, rule))
+        found = self.largest[place] = larger_ranges(self.largest.get(place), largest_of_operands(request, rule))
         return replace(rule, a_max=as_vector(found[0]), b_max=as_vector(found[1]))
 
     @property
@@ -304,34 +305,3 @@ class _Fits:
 
     def _relative_error(self, acc: Accumulator, places: list[Place]) -> float:
         return sum(relative_error(acc, self.samples[place]) for place in places)
-
-
-def largest_of_operands(request: Request, rule: Rule) -> tuple[Tensor | None, Tensor | None]:
-    """The largest finite magnitudes of a product's operands, where their formats need one; see `fmaq.Policy.a_max`."""
-    found: list[Tensor | None] = []
-    for position, (x, format) in enumerate(zip(request.operands, formats_of(rule, request.is_weight), strict=True)):
-        if format is None or not x.numel() or not needs_range(format):
-            found.append(None)
-            continue
-        x = x.detach().float()
-        x = torch.where(torch.isfinite(x), x, 0.0)
-        if position == 1 and by_channel(rule, request.is_weight, x):
-            found.append(channel_ranges(request.kind, x, request.options))
-        else:
-            found.append(x.abs().amax())
-    return found[0], found[1]
-
-
-def _larger(
-    before: tuple[Tensor | None, Tensor | None] | None, found: tuple[Tensor | None, Tensor | None]
-) -> tuple[Tensor | None, Tensor | None]:
-    """Of each operand the larger magnitudes; another number of channels starts anew."""
-    if before is None:
-        return found
-
-    def larger(one: Tensor | None, other: Tensor | None) -> Tensor | None:
-        if one is None or other is None or one.shape != other.shape:
-            return one if other is None else other
-        return torch.maximum(one, other)
-
-    return larger(before[0], found[0]), larger(before[1], found[1])

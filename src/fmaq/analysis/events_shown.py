@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from rich.table import Table
 
-    from fmaq.analysis.observation import Histogram, ProductEvents
+    from fmaq.analysis.product_events import Histogram, ProductEvents
 
 MOST_ROWS = 40
 """Of the figure."""
