@@ -43,6 +43,34 @@ SMALL = [
     # Products that are always far below a step of their format.
     ("M2E3b-4 product=I6f-3 rounding=nearest_even", "M2E1b1", "M0E2b3"),
     ("I8f-3 product=I6f-4 rounding=stochastic random_bits=2", "M1E1b1", "M0E1b3"),
+    ("M2E3b-4 product=I6f-3 rounding=odd", "M2E1b1", "M0E2b3"),
+    # Half-unit sums and products, alone and together.
+    ("M3E3b4h product=M3E3b6h", "M1E2", "M1E2"),
+    ("M3E3b4h product=M1E3b4zh", "M2E2", "M1E2"),
+    ("M1E3b5h product=M4E2b3h", "M2E2", "M2E2"),
+    ("M0E3b5h product=M0E3b5h", "M2E2", "M2E2"),
+    ("M2E3b2zh", "M2E2", "M1E2"),
+    ("M4E3b2h", "int4", "M1E2"),
+    ("I8f4 product=M2E3b4h", "M2E2", "M2E2"),
+    ("M3E3b4h product=I6f3 product_rounding=half_up", "M2E2", "M1E2"),
+    # One rounding of products, another of sums; random integers that are odd.
+    ("I6f2 product=I5f1 product_rounding=stochastic rounding=half_up random_bits=3", "M2E2", "M2E2"),
+    ("M2E3b3 product=M1E3b4 product_rounding=odd rounding=stochastic random_bits=3", "M1E2", "M1E2"),
+    ("M1E2b1 product=M0E2b2 rounding=stochastic random_bits=3 centred=true", "M1E2", "M1E2"),
+    ("I6f2w rounding=stochastic random_bits=3 centred=true", "M2E2", "M2E2"),
+]
+ROUNDED = [
+    (f"{accumulator} rounding={rounding}", *operands)
+    for rounding in ("nearest_away", "floor", "half_up", "odd")
+    for accumulator, *operands in [
+        ("M3E3b4 product=M3E3b6", "M1E2", "M1E2"),
+        ("M2E3b2z product=M1E3b4z", "M2E2", "M1E2"),
+        ("M0E3b5", "M2E2", "M2E2"),
+        ("I8f4", "M2E2", "M2E2"),
+        ("I8f4 product=I6f2", "M2E2", "M2E2"),
+        ("I7f-1 product=I5f-2w", "int4", "int4"),
+        ("I8f-1 product=M4E3b3", "int4", "M1E2"),
+    ]
 ]
 LARGE = [
     ("paper12", "M4E3", "M4E3"),
@@ -56,10 +84,15 @@ LARGE = [
     ("I16f10", "M4E3", "M4E3"),
     ("I16f6w product=M4E4b12 rounding=stochastic random_bits=5", "M4E3", "M4E3"),
     ("I32f0", "int8", "int8"),
+    ("M5E4b10h product=M5E4b12h", "M4E3", "M4E3"),
+    ("M5E4b10h product=M7E4b12h", "int8", "M4E3"),
+    ("M22E8b127h", "M4E3", "M4E3"),
+    ("I12f8 product=I12f8 product_rounding=half_up", "M4E3", "M4E3"),
+    ("M7E4b10 product=M7E4b12 rounding=nearest_away", "M4E3", "M4E3"),
 ]
 
 
-@pytest.mark.parametrize("description", SMALL, ids=lambda d: d[0].replace(" ", ","))
+@pytest.mark.parametrize("description", [*SMALL, *ROUNDED], ids=lambda d: d[0].replace(" ", ","))
 def test_rtl_of_small_formats_for_every_input(description):
     unit = Unit.of(*description)
     vectors = vectors_for(unit)
@@ -77,7 +110,11 @@ def test_rtl_on_100000_vectors(description):
     assert proof.mismatches(unit, codes, unit.golden(vectors)) == 0
 
 
-@pytest.mark.parametrize("description", [LARGE[0], LARGE[6], LARGE[9], SMALL[1]], ids=lambda d: d[0].replace(" ", ","))
+@pytest.mark.parametrize(
+    "description",
+    [LARGE[0], LARGE[6], LARGE[9], *LARGE[11:], *SMALL[10:12], *ROUNDED[-7::2], SMALL[1]],
+    ids=lambda d: d[0].replace(" ", ","),
+)
 def test_every_synthesized_netlist(description):
     found = proof.prove(Unit.of(*description), [find_library()])
     assert found.vectors >= 100_000 or found.exhaustive

@@ -25,7 +25,7 @@ def product(sheet: dp.Sheet, unit: Unit, x: Value, w: Value, rounding: dp.Roundi
     if isinstance(format, FloatFormat):
         real = exact if isinstance(exact, dp.Real) else dp.sign_magnitude(quantize, exact)
         rounded = dp.round_float(quantize, dp.normalise(quantize, real), format.mantissa, rounding)
-        return dp.clear_zero(quantize, dp.into_range(quantize, rounded, format))
+        return dp.complete(quantize, dp.into_range(quantize, rounded, format), format)
     if isinstance(format, FixedFormat):
         value = dp.to_fixed(quantize, exact, -format.fraction - rounding.kept)
         code = dp.into_fixed_range(quantize, dp.round_fixed(quantize, value, rounding), format)
@@ -50,7 +50,7 @@ def accumulate(
         return _accumulate_ieee(sheet, term, s, format)
     if not is_normalised:
         term = dp.normalise(sheet.under("term"), term)
-    register = dp.clear_zero(sheet.under("register"), dp.read_float(s, format))
+    register = dp.complete(sheet.under("register"), dp.read_float(s, format), format)
     total = dp.add(sheet.under("sum"), term, register, format.mantissa + 1, rounding)
     result = dp.normalise(sheet.under("result"), total)
     rounded = dp.round_float(sheet.under("result"), result, format.mantissa, rounding)
@@ -84,8 +84,9 @@ class FmaqUnit(Elaboratable):
         """The datapath."""
         module, ports = Module(), self.inputs
         sheet = dp.Sheet(module)
-        of_product = dp.Rounding(self.unit.rounding, ports.get("r_product"))
-        of_sum = dp.Rounding(self.unit.rounding, ports.get("r_sum"))
+        centred = self.unit.centred
+        of_product = dp.Rounding(self.unit.product_rounding, dp.random_integer(ports.get("r_product"), centred))
+        of_sum = dp.Rounding(self.unit.rounding, dp.random_integer(ports.get("r_sum"), centred))
         p = product(sheet, self.unit, ports["x"], ports["w"], of_product)
         code = accumulate(
             sheet, self.unit, p, ports["s"], of_sum, is_normalised=isinstance(self.unit.product, FloatFormat)
@@ -111,10 +112,10 @@ class Merge(Elaboratable):
         if isinstance(format, FixedFormat):
             term = dp.Fixed(self.s.as_signed(), -format.fraction)
         elif isinstance(format, FloatFormat):
-            term = dp.clear_zero(sheet.under("term"), dp.read_float(self.s, format))
+            term = dp.complete(sheet.under("term"), dp.read_float(self.s, format), format)
         else:
             raise TypeError(f"{format} has no second level")
-        rounding = dp.Rounding(self.unit.rounding, self.r_sum)
+        rounding = dp.Rounding(self.unit.rounding, dp.random_integer(self.r_sum, self.unit.centred))
         module.d.comb += self.y.eq(accumulate(sheet, self.unit, term, self.t, rounding, is_normalised=True))
         return module
 

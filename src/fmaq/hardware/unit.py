@@ -84,8 +84,6 @@ class IeeeFormat:
         return np.where(np.abs(rounded) > self.max, np.copysign(np.inf, x), rounded)
 
 
-ROUNDINGS = ("toward_zero", "nearest_even", "stochastic")  # that the unit has
-
 IEEE = {"ieee32": IeeeFormat("ieee32", 23, 8), "ieee16": IeeeFormat("ieee16", 10, 5)}
 
 
@@ -143,15 +141,8 @@ class Unit:
             raise ValueError(f'accumulator "{acc}" is a template: hardware needs a bias, like "{acc.format}b10"')
         if not acc.underflow:
             raise ValueError("underflow=False is a stage of training, and no hardware does it: leave it out")
-        for what, is_given in (
-            (f"rounding={acc.rounding}", acc.rounding not in ROUNDINGS),
-            (f"product_rounding={acc.product_rounding}", acc.product_rounding is not None),
-            (f"the half-unit format {acc.format}", acc.format.half_unit),
-            (f"the half-unit product {acc.product}", acc.product is not None and acc.product.half_unit),
-            (f"outer={acc.outer}", acc.outer is not None),
-        ):
-            if is_given:
-                raise ValueError(f"no hardware is generated yet for {what}: leave it out of {acc}")
+        if acc.outer is not None:
+            raise ValueError(f"no hardware is generated yet for outer={acc.outer}: leave it out of {acc}")
         for format in (acc.format, acc.product):
             if isinstance(format, FixedFormat) and self.product_range[1] + format.fraction + 1 > MAX_WINDOW:
                 raise ValueError(
@@ -187,13 +178,23 @@ class Unit:
 
     @property
     def rounding(self) -> str:
-        """How product and sum are rounded."""
+        """How the sum is rounded."""
         return "nearest_even" if isinstance(self.accumulator, IeeeFormat) else self.accumulator.rounding
 
     @property
+    def product_rounding(self) -> str:
+        """How the product is rounded, where it has a format."""
+        return "nearest_even" if isinstance(self.accumulator, IeeeFormat) else self.accumulator.rounding_of_products
+
+    @property
     def random_bits(self) -> int:
-        """Width of each random integer; 0 without stochastic rounding."""
-        return self.accumulator.random_bits if self.rounding == "stochastic" else 0  # type: ignore[union-attr]
+        """Width of each random integer; 0 without stochastic rounding of the unit's."""
+        return max(self.inputs.get("r_product", 0), self.inputs.get("r_sum", 0))
+
+    @property
+    def centred(self) -> bool:
+        """Random integers are odd."""
+        return not isinstance(self.accumulator, IeeeFormat) and self.accumulator.centred
 
     @property
     def register_bits(self) -> int:
@@ -221,10 +222,11 @@ class Unit:
     def inputs(self) -> dict[str, int]:
         """Input ports and their widths."""
         ports = {"x": self.activation.bits, "w": self.weight.bits, "s": self.register_bits}
-        if self.random_bits:
-            ports |= {"r_product": self.random_bits} if self.product is not None else {}
-            ports["r_sum"] = self.random_bits
-        return ports
+        if isinstance(self.accumulator, IeeeFormat):
+            return ports
+        bits = self.accumulator.random_bits
+        ports |= {"r_product": bits} if self.product is not None and self.product_rounding == "stochastic" else {}
+        return ports | ({"r_sum": bits} if self.rounding == "stochastic" else {})
 
     def golden(self, vectors: Mapping[str, Codes]) -> Values:
         """The values y must have.
@@ -241,9 +243,10 @@ class Unit:
             with np.errstate(invalid="ignore"):
                 total = np.where(np.isfinite(s), exact_sum(np.where(np.isfinite(s), s, 0), p), s)
             return acc.round(total)
+        of_product, of_sum = (np.asarray(vectors.get(name, 0)) | acc.centred for name in ("r_product", "r_sum"))
         if acc.product is not None:
-            p = quantize(p, acc.product, acc.rounding, True, self.random_bits, vectors.get("r_product", 0))
-        return quantize(exact_sum(s, p), acc.format, acc.rounding, True, self.random_bits, vectors.get("r_sum", 0))
+            p = quantize(p, acc.product, acc.rounding_of_products, True, acc.random_bits, of_product)
+        return quantize(exact_sum(s, p), acc.format, acc.rounding, True, acc.random_bits, of_sum)
 
 
 def dot_products(unit: Unit, x: Codes, w: Codes) -> Values:

@@ -53,10 +53,16 @@ def note(unit: Unit, part: str) -> list[str]:
     what = "y = FMAq(x, w, s)" if part == "unit" else "a dot product in chunks"
     lines = [
         f"{what}: accumulator {unit.accumulator}",
-        f"x: {unit.activation}, w: {unit.weight}, product: {product}, rounding: {unit.rounding}",
+        f"x: {unit.activation}, w: {unit.weight}, product: {product}, rounding: {_roundings(unit)}",
         f"accumulator codes have {unit.register_bits} bits: {_layout(unit)}",
     ]
     return lines + (MAC_PORTS.split("\n") if part == "mac" else [])
+
+
+def _roundings(unit: Unit) -> str:
+    """Of sums and, where it differs, of products."""
+    differs = unit.product is not None and unit.product_rounding != unit.rounding
+    return f"{unit.rounding}, of products {unit.product_rounding}" if differs else unit.rounding
 
 
 def _layout(unit: Unit) -> str:
@@ -65,4 +71,5 @@ def _layout(unit: Unit) -> str:
     if isinstance(format, FixedFormat):
         return "two's complement"
     flag = "zero flag, " if unit.register_bits > format.bits else ""
-    return f"{flag}sign, {format.exponent} exponent, {format.mantissa} mantissa"
+    half = ", and an implied half of the last place" if getattr(format, "half_unit", False) else ""
+    return f"{flag}sign, {format.exponent} exponent, {format.mantissa} mantissa{half}"
