@@ -52,7 +52,6 @@ class Real:
         origin: what exponent code 0 means.
         low, top: the smallest and the largest exponent of a nonzero number's top significand bit.
         has_subnormals: normalised, but for numbers of the smallest exponent.
-        is_half_unit: the lowest significand bit of every number but zero is set.
     """
 
     sign: Value
@@ -62,7 +61,6 @@ class Real:
     low: int
     top: int
     has_subnormals: bool = False
-    is_half_unit: bool = False
 
     @property
     def width(self) -> int:
@@ -306,9 +304,7 @@ def complete(sheet: Sheet, x: Real, format: FloatFormat) -> Real:
     nonzero = x.significand[-1]
     mantissa = sheet.name("mantissa", x.significand[:-1] & nonzero.replicate(x.width - 1))
     half = Cat(nonzero) if format.half_unit else Cat()
-    return Real(
-        x.sign, x.exponent, Cat(half, mantissa, nonzero), x.origin, x.low, x.top, is_half_unit=format.half_unit
-    )
+    return Real(x.sign, x.exponent, Cat(half, mantissa, nonzero), x.origin, x.low, x.top)
 
 
 def read_float(code: Value, format: FloatFormat) -> Real:
@@ -361,8 +357,7 @@ def write_ieee(sheet: Sheet, x: Real, format: IeeeFormat) -> Value:
 def to_fixed(sheet: Sheet, x: Real | Fixed, lsb: int) -> Fixed:
     """A number in two's complement down to 2^lsb and, one place below, a sticky bit.
 
-    That is the floor, and whether it is exact. The number's own bits below become the sticky bit. A Real is shifted
-    right from the place of its largest exponent.
+    That is the floor, and whether it is exact. The number's own bits below become the sticky bit.
     """
     if isinstance(x, Fixed):
         if x.lsb >= lsb:
@@ -371,6 +366,13 @@ def to_fixed(sheet: Sheet, x: Real | Fixed, lsb: int) -> Fixed:
         inexact = x.value[:drop].any() if drop < len(x.value) else x.value.any()
         whole = x.value[drop:] if drop < len(x.value) else x.value[-1]
         return Fixed(sheet.name("value", Cat(inexact, whole).as_signed()), lsb - 1)
+    magnitude = place_fixed(sheet, x, lsb)
+    signs = Cat(magnitude ^ x.sign.replicate(len(magnitude)), x.sign).as_signed()
+    return Fixed(sheet.name("value", signs + x.sign, len(magnitude) + 1), lsb - 1)
+
+
+def place_fixed(sheet: Sheet, x: Real, lsb: int) -> Value:
+    """A magnitude down to 2^lsb and, one place below, a sticky bit: shifted right from the place of the largest one."""
     window = max(x.top - lsb + 1, x.width)
     placed = Cat(Const(0, window - x.width), x.significand)
     # The largest exponent is all shifts undone; the distance below it says how many are done.
@@ -383,9 +385,24 @@ def to_fixed(sheet: Sheet, x: Real | Fixed, lsb: int) -> Fixed:
     surplus = window - (x.top - lsb + 1)
     if surplus:
         shifted = Cat(shifted[: surplus + 1].any(), shifted[surplus + 1 :])
-    magnitude = sheet.name("magnitude", shifted)
-    signs = Cat(magnitude ^ x.sign.replicate(len(magnitude)), x.sign).as_signed()
-    return Fixed(sheet.name("value", signs + x.sign, len(magnitude) + 1), lsb - 1)
+    return sheet.name("magnitude", shifted)
+
+
+def round_to_fixed(sheet: Sheet, x: Real | Fixed, lsb: int, rounding: Rounding) -> Value:
+    """The signed whole number of 2^lsb that a number is rounded to.
+
+    A Real is rounded as a magnitude: −(m + 1) is ~m and −m is ~m + 1, so the carry of the rounding and that of two's
+    complement are one.
+    """
+    if isinstance(x, Fixed):
+        return round_fixed(sheet, to_fixed(sheet, x, lsb - rounding.kept), rounding)
+    drop = rounding.kept + 1
+    magnitude = place_fixed(sheet, x, lsb - rounding.kept)
+    magnitude = Cat(magnitude, Const(0, max(0, drop + 1 - len(magnitude))))
+    kept, dropped = jam(magnitude[drop:], magnitude[:drop], rounding), magnitude[:drop]
+    up = increment(sheet, kept, dropped, rounding, x.sign)
+    carry = sheet.name("carry", x.sign if up is None else x.sign ^ up)
+    return sheet.name("whole", Cat(kept ^ x.sign.replicate(len(kept)), x.sign).as_signed() + carry)
 
 
 def round_fixed(sheet: Sheet, x: Fixed, rounding: Rounding) -> Value:

@@ -27,8 +27,7 @@ def product(sheet: dp.Sheet, unit: Unit, x: Value, w: Value, rounding: dp.Roundi
         rounded = dp.round_float(quantize, dp.normalise(quantize, real), format.mantissa, rounding)
         return dp.complete(quantize, dp.into_range(quantize, rounded, format), format)
     if isinstance(format, FixedFormat):
-        value = dp.to_fixed(quantize, exact, -format.fraction - rounding.kept)
-        code = dp.into_fixed_range(quantize, dp.round_fixed(quantize, value, rounding), format)
+        code = dp.into_fixed_range(quantize, dp.round_to_fixed(quantize, exact, -format.fraction, rounding), format)
         return dp.Fixed(sheet.name("product", code.as_signed()), -format.fraction)
     return exact
 
