@@ -104,7 +104,6 @@ def test_adversarial_vectors_cancel_saturate_and_underflow():
         ("paper12", "I8f0", "M4E3", "weight format 'I8f0' is not one of the unit's"),
         ("M7E4", "M4E3", "M4E3", "is a template: hardware needs a bias"),
         ("M7E4b10 underflow=false", "M4E3", "M4E3", "underflow=False is a stage of training"),
-        ("paper12 outer=fp32", "M4E3", "M4E3", "no hardware is generated yet for outer=fp32"),
         ("paper12", "M4E3h", "M4E3", "weight format 'M4E3h' is not one of the unit's"),
         ("I16f60", "M4E3", "M4E3", "choose fewer fraction bits"),
         ("ieee32", "int8", "M4E3", "takes float operands"),

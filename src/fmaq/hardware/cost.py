@@ -81,10 +81,12 @@ class MacSynthesis(Synthesis):
     Attributes:
         flip_flops: how many bits of register.
         flip_flop_area: NAND2 equivalents of these.
+        total: format of the dot products: of the second level, where it has one of its own (`outer=`).
     """
 
     flip_flops: int
     flip_flop_area: float
+    total: str
 
 
 def synthesize(
@@ -145,6 +147,7 @@ def synthesize_mac_unit(unit: Unit, library: Library, streams: Streams) -> MacSy
         streams=streams.source,
         flip_flops=len(areas),
         flip_flop_area=sum(areas) / library.nand2,
+        total=str(unit.total),
     )
 
 
@@ -200,10 +203,9 @@ def mac_design(unit: Unit, name: str = synthesis.TOP) -> str:
     """The same of the chunked multiply-accumulate around the unit.
 
     Raises:
-        ValueError: the accumulator is an IEEE baseline, which has no chunks.
+        ValueError: as `Unit.merge`.
     """
-    if isinstance(unit.accumulator, IeeeFormat):
-        raise ValueError(f"the baseline {unit.accumulator} has a unit, and no chunked multiply-accumulate")
+    _ = unit.merge
     back, rtl = _amaranth()
     top = rtl.Mac(unit)
     return _rtlil(back, top, name)

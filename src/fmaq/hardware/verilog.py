@@ -6,7 +6,7 @@ import re
 
 from fmaq.hardware import synthesis
 from fmaq.hardware.cost import DESIGNS, check_part
-from fmaq.hardware.unit import Unit
+from fmaq.hardware.unit import RegisterFormat, Unit, register_bits
 from fmaq.numerics import FixedFormat
 
 MAC_PORTS = """clk, rst (synchronous); x and w are taken where valid; last comes with the last step of a dot product.
@@ -54,9 +54,13 @@ def note(unit: Unit, part: str) -> list[str]:
     lines = [
         f"{what}: accumulator {unit.accumulator}",
         f"x: {unit.activation}, w: {unit.weight}, product: {product}, rounding: {_roundings(unit)}",
-        f"accumulator codes have {unit.register_bits} bits: {_layout(unit)}",
+        f"accumulator codes have {unit.register_bits} bits: {_layout(unit.format)}",
     ]
-    return lines + (MAC_PORTS.split("\n") if part == "mac" else [])
+    if part != "mac":
+        return lines
+    if unit.total != unit.format:
+        lines.append(f"codes of the total, {unit.total}, have {register_bits(unit.total)} bits: {_layout(unit.total)}")
+    return [*lines, *MAC_PORTS.split("\n")]
 
 
 def _roundings(unit: Unit) -> str:
@@ -65,11 +69,10 @@ def _roundings(unit: Unit) -> str:
     return f"{unit.rounding}, of products {unit.product_rounding}" if differs else unit.rounding
 
 
-def _layout(unit: Unit) -> str:
-    """What the bits of an accumulator's code are, from the top."""
-    format = unit.format
+def _layout(format: RegisterFormat) -> str:
+    """What the bits of a register's code are, from the top."""
     if isinstance(format, FixedFormat):
         return "two's complement"
-    flag = "zero flag, " if unit.register_bits > format.bits else ""
+    flag = "zero flag, " if register_bits(format) > format.bits else ""
     half = ", and an implied half of the last place" if getattr(format, "half_unit", False) else ""
     return f"{flag}sign, {format.exponent} exponent, {format.mantissa} mantissa{half}"
