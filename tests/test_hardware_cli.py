@@ -198,7 +198,7 @@ def test_prove_counts_mismatches(fmaq):
         (("rtl", "M7E4"), "hardware needs a bias"),
         (
             ("table", "--operands", "int5"),
-            "operands must be one of M4E3, int8, got 'int5'; for others give accumulators",
+            "operands must be one of M4E3, int8, levels, got 'int5'; for others give accumulators",
         ),
         (("table", "paper12", "-w", "int99"), "weight format 'int99' does not fit the unit"),
         (("rtl", "paper12", "--name", "module"), "'module' is no name of a Verilog module"),

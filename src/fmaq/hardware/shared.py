@@ -1,4 +1,4 @@
-"""Multiply-accumulates that share one merging adder: as many lanes as a chunk has steps, each one cycle behind the last.
+"""Multiply-accumulates that share one merging adder: as many lanes as a chunk has steps, each a cycle behind the last.
 
 Every lane merges once in c steps, at its own cycle, so that one adder serves c lanes without a queue. The operands of
 lane i come i cycles after those of lane 0, as in a systolic array; a dot product has a whole number of chunks, the last
@@ -69,7 +69,10 @@ class SharedMerge(Elaboratable):
 
 
 class Shared(Elaboratable):
-    """`count` lanes and their adder. Ports of lane i: `x_i`, `w_i`, `total_i`, `done_i`; of lane 0 `valid` and `last`."""
+    """`count` lanes and their adder.
+
+    Ports of lane i: `x_i`, `w_i`, `total_i`, `done_i`; of lane 0 alone `valid` and `last`.
+    """
 
     def __init__(self, unit: Unit, count: int) -> None:
         self.valid, self.last = Signal(name="valid"), Signal(name="last")
@@ -111,5 +114,5 @@ def _any(codes: list[Signal]) -> Value:
     """The OR of codes, of which at most one is not zero, as a tree."""
     while len(codes) > 1:
         pairs = zip(codes[::2], codes[1::2], strict=False)
-        codes = [a | b for a, b in pairs] + codes[len(codes) // 2 * 2 :]  # type: ignore[misc]
+        codes = [a | b for a, b in pairs] + codes[len(codes) // 2 * 2 :]
     return codes[0]
