@@ -43,8 +43,9 @@ def check_name(name: str) -> str:
 
 
 def _flat_names(rtlil: str, name: str) -> str:
-    """Modules inside the top one as `name_merge`, which needs no escape in Verilog, not `name.merge`."""
-    return re.sub(rf"^(module|  cell) \\{name}\.", rf"\1 \\{name}_", rtlil, flags=re.MULTILINE)
+    """Modules inside the top one as `name_lane_fmaq`, which needs no escape in Verilog, not `name.lane.fmaq`."""
+    inside = rf"^(?:module|  cell) \\{name}\.\S+"
+    return re.sub(inside, lambda match: match[0].replace(".", "_"), rtlil, flags=re.MULTILINE)
 
 
 def note(unit: Unit, part: str) -> list[str]:
