@@ -317,7 +317,7 @@ def test_a_table_of_multiply_accumulates():
     assert rows[0].area_to_wide == mac.area / hardware.synthesize_mac("M5E3b4", "M1E2", "M1E2").area
     assert "gates" not in columns("mac")
     assert len(markdown(study, find_library(), rows, "mac").splitlines()[4].split("|")) == len(columns("mac")) + 2
-    with pytest.raises(ValueError, match="part must be one of unit, mac, got 'core'"):
+    with pytest.raises(ValueError, match="part must be one of unit, mac, shared, got 'core'"):
         run_study(study, find_library(), part="core")
 
 

@@ -227,12 +227,13 @@ class Mac(Elaboratable):
 
     def __init__(self, unit: Unit) -> None:
         self.unit, self.lane = unit, Lane(unit)
+        self.x, self.w, self.valid, self.last = self.lane.x, self.lane.w, self.lane.valid, self.lane.last
+        self.total, self.done = self.lane.total, self.lane.done
 
     @property
     def ports(self) -> list[Signal]:
         """Inputs, then outputs; clk and rst join them."""
-        lane = self.lane
-        return [lane.x, lane.w, lane.valid, lane.last, lane.total, lane.done]
+        return [self.x, self.w, self.valid, self.last, self.total, self.done]
 
     def elaborate(self, platform: object) -> Module:
         """A lane and a merging adder of its own, in which nothing changes between merges: that saves its energy."""
