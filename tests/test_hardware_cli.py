@@ -56,6 +56,17 @@ def test_synthesize_as_json(fmaq):
     assert {"area", "delay", "energy", "cells", "front"} <= set(result)
 
 
+def test_synthesize_a_share(fmaq):
+    text = "M2E2b2h product=M2E2b3h chunk=2 outer=M3E3b4"
+    code, out, _ = fmaq("synthesize", text, "-w", "M1E2", "-x", "M1E2", "--part", "shared", "--json")
+    (result,) = json.loads(out)
+    assert code == 0 and result["lanes"] == 2 and result["total"] == "M3E3b4"
+    code, out, _ = fmaq("synthesize", text, "-w", "M1E2", "-x", "M1E2", "--part", "shared")
+    assert code == 0 and "with its share of a merging adder" in out
+    code, _, err = fmaq("synthesize", text, "--part", "shares")
+    assert code != 0 and "part must be one of unit, mac, shared, got 'shares'" in err
+
+
 def read_csv(text):
     return list(csv.DictReader(io.StringIO(text)))
 
@@ -198,7 +209,7 @@ def test_prove_counts_mismatches(fmaq):
         (("rtl", "M7E4"), "hardware needs a bias"),
         (
             ("table", "--operands", "int5"),
-            "operands must be one of M4E3, int8, got 'int5'; for others give accumulators",
+            "operands must be one of M4E3, int8, levels, got 'int5'; for others give accumulators",
         ),
         (("table", "paper12", "-w", "int99"), "weight format 'int99' does not fit the unit"),
         (("rtl", "paper12", "--name", "module"), "'module' is no name of a Verilog module"),

@@ -170,7 +170,39 @@ def test_an_estimate_adds_its_components_up():
     )
 
 
-@pytest.mark.parametrize("accumulator", ["paper12", "M3E3b4 product=M3E3b6", "I16f10"])
+def test_an_estimate_knows_what_each_rounding_takes():
+    formats = "M5E4b10 product=M5E4b12"
+    count = {
+        rounding: {part.name: part.formula for part in hardware.estimate(f"{formats} rounding={rounding}").components}
+        for rounding in ("toward_zero", "nearest_even", "nearest_away", "floor", "half_up", "odd")
+    }
+    wide = 10  # the sum's significand, its guard bit and two carries
+    assert "rounding" not in count["toward_zero"] and "product's rounding" not in count["toward_zero"]
+    assert count["nearest_even"]["rounding"] == f"10 HA + {wide} OR" == count["half_up"]["rounding"]
+    assert count["nearest_away"]["rounding"] == "10 HA"
+    assert count["floor"]["product's rounding"] == "10 HA + 10 OR"
+    assert count["odd"]["product's rounding"] == "10 OR"
+    mixed = hardware.estimate(f"{formats} product_rounding=nearest_even").cells
+    assert "product's rounding" in mixed and "rounding" not in mixed
+
+
+def test_a_half_unit_format_costs_a_bit_of_the_datapath_and_no_rounder():
+    half = "M5E4b10h product=M5E4b12h"
+    truncated, nearest = (f"M5E4b10 product=M5E4b12 rounding={r}" for r in ("toward_zero", "nearest_even"))
+    assert not any("rounding" in name for name in hardware.estimate(half).cells)
+    for figures in (hardware.estimate, hardware.synthesize):
+        areas = [figures(text).area for text in (truncated, half, nearest)]
+        assert areas == sorted(areas)
+        assert areas[1] / areas[0] < 1.08
+    assert hardware.synthesize(half).bits == hardware.synthesize(truncated).bits == 10
+
+
+def test_half_up_products_of_fixed_point_cost_one_carry():
+    plain, half_up = "I12f8 product=I12f8", "I12f8 product=I12f8 product_rounding=half_up"
+    assert hardware.synthesize(half_up).area / hardware.synthesize(plain).area < 1.08
+
+
+@pytest.mark.parametrize("accumulator", ["paper12", "M3E3b4 product=M3E3b6", "I16f10", "M5E4b10h product=M5E4b12h"])
 def test_estimates_are_within_a_factor_of_synthesis(accumulator):
     count, real = hardware.estimate(accumulator), hardware.synthesize(accumulator)
     assert 1.0 < count.area / real.area < 1.7
@@ -285,7 +317,7 @@ def test_a_table_of_multiply_accumulates():
     assert rows[0].area_to_wide == mac.area / hardware.synthesize_mac("M5E3b4", "M1E2", "M1E2").area
     assert "gates" not in columns("mac")
     assert len(markdown(study, find_library(), rows, "mac").splitlines()[4].split("|")) == len(columns("mac")) + 2
-    with pytest.raises(ValueError, match="part must be one of unit, mac, got 'core'"):
+    with pytest.raises(ValueError, match="part must be one of unit, mac, shared, got 'core'"):
         run_study(study, find_library(), part="core")
 
 

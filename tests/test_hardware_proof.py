@@ -15,7 +15,7 @@ from fmaq.hardware.cost import design, mac_design
 from fmaq.hardware.lfsr import lfsr_sequence
 from fmaq.hardware.liberty import find_library
 from fmaq.hardware.rtl import FmaqUnit, Mac
-from fmaq.hardware.unit import Unit
+from fmaq.hardware.unit import Unit, dot_products
 from fmaq.hardware.vectors import is_exhaustive, vectors_for
 from fmaq.numerics import reference
 
@@ -43,6 +43,34 @@ SMALL = [
     # Products that are always far below a step of their format.
     ("M2E3b-4 product=I6f-3 rounding=nearest_even", "M2E1b1", "M0E2b3"),
     ("I8f-3 product=I6f-4 rounding=stochastic random_bits=2", "M1E1b1", "M0E1b3"),
+    ("M2E3b-4 product=I6f-3 rounding=odd", "M2E1b1", "M0E2b3"),
+    # Half-unit sums and products, alone and together.
+    ("M3E3b4h product=M3E3b6h", "M1E2", "M1E2"),
+    ("M3E3b4h product=M1E3b4zh", "M2E2", "M1E2"),
+    ("M1E3b5h product=M4E2b3h", "M2E2", "M2E2"),
+    ("M0E3b5h product=M0E3b5h", "M2E2", "M2E2"),
+    ("M2E3b2zh", "M2E2", "M1E2"),
+    ("M4E3b2h", "int4", "M1E2"),
+    ("I8f4 product=M2E3b4h", "M2E2", "M2E2"),
+    ("M3E3b4h product=I6f3 product_rounding=half_up", "M2E2", "M1E2"),
+    # One rounding of products, another of sums; random integers that are odd.
+    ("I6f2 product=I5f1 product_rounding=stochastic rounding=half_up random_bits=3", "M2E2", "M2E2"),
+    ("M2E3b3 product=M1E3b4 product_rounding=odd rounding=stochastic random_bits=3", "M1E2", "M1E2"),
+    ("M1E2b1 product=M0E2b2 rounding=stochastic random_bits=3 centred=true", "M1E2", "M1E2"),
+    ("I6f2w rounding=stochastic random_bits=3 centred=true", "M2E2", "M2E2"),
+]
+ROUNDED = [
+    (f"{accumulator} rounding={rounding}", *operands)
+    for rounding in ("nearest_away", "floor", "half_up", "odd")
+    for accumulator, *operands in [
+        ("M3E3b4 product=M3E3b6", "M1E2", "M1E2"),
+        ("M2E3b2z product=M1E3b4z", "M2E2", "M1E2"),
+        ("M0E3b5", "M2E2", "M2E2"),
+        ("I8f4", "M2E2", "M2E2"),
+        ("I8f4 product=I6f2", "M2E2", "M2E2"),
+        ("I7f-1 product=I5f-2w", "int4", "int4"),
+        ("I8f-1 product=M4E3b3", "int4", "M1E2"),
+    ]
 ]
 LARGE = [
     ("paper12", "M4E3", "M4E3"),
@@ -56,16 +84,21 @@ LARGE = [
     ("I16f10", "M4E3", "M4E3"),
     ("I16f6w product=M4E4b12 rounding=stochastic random_bits=5", "M4E3", "M4E3"),
     ("I32f0", "int8", "int8"),
+    ("M5E4b10h product=M5E4b12h", "M4E3", "M4E3"),
+    ("M5E4b10h product=M7E4b12h", "int8", "M4E3"),
+    ("M22E8b127h", "M4E3", "M4E3"),
+    ("I12f8 product=I12f8 product_rounding=half_up", "M4E3", "M4E3"),
+    ("M7E4b10 product=M7E4b12 rounding=nearest_away", "M4E3", "M4E3"),
 ]
 
 
-@pytest.mark.parametrize("description", SMALL, ids=lambda d: d[0].replace(" ", ","))
+@pytest.mark.parametrize("description", [*SMALL, *ROUNDED], ids=lambda d: d[0].replace(" ", ","))
 def test_rtl_of_small_formats_for_every_input(description):
     unit = Unit.of(*description)
     vectors = vectors_for(unit)
     assert is_exhaustive(unit)
     codes = synthesis.lower(design(unit)).simulate(vectors)["y"]
-    assert proof.mismatches(unit, codes, unit.golden(vectors)) == 0
+    assert proof.mismatches(unit.format, codes, unit.golden(vectors)) == 0
 
 
 @pytest.mark.parametrize("description", LARGE, ids=lambda d: d[0].replace(" ", ","))
@@ -74,10 +107,14 @@ def test_rtl_on_100000_vectors(description):
     vectors = vectors_for(unit, 100_000)
     codes = synthesis.lower(design(unit)).simulate(vectors)["y"]
     assert len(codes) == 100_000
-    assert proof.mismatches(unit, codes, unit.golden(vectors)) == 0
+    assert proof.mismatches(unit.format, codes, unit.golden(vectors)) == 0
 
 
-@pytest.mark.parametrize("description", [LARGE[0], LARGE[6], LARGE[9], SMALL[1]], ids=lambda d: d[0].replace(" ", ","))
+@pytest.mark.parametrize(
+    "description",
+    [LARGE[0], LARGE[6], LARGE[9], *LARGE[11:], *SMALL[10:12], *ROUNDED[-7::2], SMALL[1]],
+    ids=lambda d: d[0].replace(" ", ","),
+)
 def test_every_synthesized_netlist(description):
     found = proof.prove(Unit.of(*description), [find_library()])
     assert found.vectors >= 100_000 or found.exhaustive
@@ -106,7 +143,7 @@ def test_a_wrong_netlist_is_found():
     unit = Unit.of("paper12")
     vectors = vectors_for(unit, 10_000)
     other = synthesis.lower(design(Unit.of("M7E4b10 product=M7E4b12 rounding=nearest_even")))
-    assert proof.mismatches(unit, other.simulate(vectors)["y"], unit.golden(vectors)) > 100
+    assert proof.mismatches(unit.format, other.simulate(vectors)["y"], unit.golden(vectors)) > 100
 
 
 @pytest.mark.parametrize("description", [LARGE[0], LARGE[3], LARGE[7]], ids=lambda d: d[0].replace(" ", ","))
@@ -124,7 +161,7 @@ def test_rtl_in_amaranths_own_simulator(description):
     simulator = Simulator(top)
     simulator.add_testbench(bench)
     simulator.run()
-    assert proof.mismatches(unit, np.array(codes), unit.golden(vectors)) == 0
+    assert proof.mismatches(unit.format, np.array(codes), unit.golden(vectors)) == 0
 
 
 def run_mac(unit, x, w, pause=()):
@@ -290,6 +327,14 @@ def test_an_integer_engines_dot_products(accumulator, chunk):
         ("M3E3b4 chunk=5 rounding=stochastic random_bits=3", "M1E2", "M1E2"),
         ("M5E4b10z chunk=None", "int4", "int4"),
         ("I16f0", "int8", "int8"),
+        ("M5E4b10h product=M5E4b12h outer=M10E5b16", "M4E3", "M4E3"),
+        ("I10f6 product=I10f6 product_rounding=half_up outer=I16f6", "M4E3", "M4E3"),
+        (
+            "M4E4b10 product=M3E4b12 chunk=4 product_rounding=odd "
+            "outer=(M6E5b16 rounding=stochastic chunk=None random_bits=4)",
+            "M4E3",
+            "M4E3",
+        ),
     ],
     ids=lambda d: ",".join(d).replace(" ", ","),
 )
@@ -297,6 +342,33 @@ def test_netlists_of_the_multiply_accumulate(description):
     found = proof.prove(Unit.of(*description), [find_library()], 20_000, part="mac", iverilog=testbench.has_iverilog())
     assert {"rtl", *(f"unit/{recipe.name}" for recipe in synthesis.RECIPES)} <= set(found.mismatches)
     assert found.holds and found.vectors > 19_000
+
+
+@pytest.mark.parametrize(
+    "accumulator",
+    [
+        "M3E3b4h product=M3E3b6h outer=M10E5b16h",
+        "M4E4b10h outer=(M6E5b16 rounding=nearest_even chunk=None) chunk=3",
+        "M5E4b10h product=M5E4b12h outer=I20f10",
+        "I12f4 outer=M10E5b16",
+        "M3E3b4 outer=fp32 chunk=4",
+        "M5E4b10h outer=fp32 chunk=2",
+        "I12f4 outer=fp32 chunk=4",
+        "M4E4b10 product=M3E4b12 chunk=4 product_rounding=stochastic random_bits=3 centred=true",
+        "M4E4b10 chunk=4 outer=(M6E5b16 rounding=stochastic chunk=None random_bits=4 centred=true)",
+    ],
+)
+def test_rtl_of_the_multiply_accumulate_with_a_level_of_its_own(accumulator):
+    assert proof.prove(Unit.of(accumulator), [], 10_000, part="mac").holds
+
+
+def test_float32_totals_overflow_and_underflow_as_ieee():
+    for unit in (Unit.of("M4E4b-112 outer=fp32 chunk=4", "int8", "int8"), Unit.of("M4E4b126 outer=fp32", "M4E3b60")):
+        assert proof.prove(unit, [], 10_000, part="mac").holds
+    huge = Unit.of("M4E3b-120 product=none chunk=1 outer=fp32", "M0E1b-60", "M0E1b-60")
+    x = np.full((1, 8, 1), 0b01)  # 2^61, whose square is 2^122
+    assert dot_products(huge, x, x).item() == 2.0**125
+    assert np.isinf(dot_products(huge, *[np.full((1, 64, 1), 0b01)] * 2)).all()
 
 
 def test_a_wrong_multiply_accumulate_is_found(monkeypatch):

@@ -39,7 +39,7 @@ def test_two_designs_have_no_module_name_in_common(part):
     unit = Unit.of("M3E3b4 rounding=stochastic random_bits=3", "M1E2", "M1E2")
     names = [set(re.findall(r"^module (\S+?)\(", verilog(unit, part, name), re.MULTILINE)) for name in ("one", "two")]
     assert not names[0] & names[1]
-    assert len(names[0]) == (1 if part == "unit" else 5)  # the top, the unit, the merge and two shift registers
+    assert len(names[0]) == (1 if part == "unit" else 6)  # top, lane, unit, merge and two shift registers
     assert all(module == "one" or module.startswith("one_") for module in names[0])
 
 
@@ -70,6 +70,8 @@ DESCRIPTIONS = [
     ("I12f2 rounding=nearest_even", "M4E3", "int4"),
     ("I16f0", "int8", "int8"),
     ("M4E4b10 product=M3E4b12 chunk=4 rounding=stochastic random_bits=5", "M4E3", "M4E3"),
+    ("M5E4b10h product=M5E4b12h outer=M10E5b16", "M4E3", "M4E3"),
+    ("I10f6 product=I10f6 product_rounding=half_up outer=fp32", "M4E3", "M4E3"),
 ]
 
 
@@ -120,7 +122,7 @@ def test_expected_codes_and_their_masks_hold_for_every_code_of_a_value(accumulat
     unit = Unit.of(accumulator, "M1E2", "M1E2")
     codes = np.arange(1 << unit.register_bits)
     values = unit.format.decode(codes)
-    expected, care = bench.expected_codes(unit, values, codes)
+    expected, care = bench.expected_codes(unit.format, values, codes)
     assert np.all((codes ^ expected) & care == 0)
     # And for no code of another value.
     for shift in (1, 2, 7, 31):
@@ -130,8 +132,36 @@ def test_expected_codes_and_their_masks_hold_for_every_code_of_a_value(accumulat
         assert np.all(((other ^ expected) & care != 0)[differs & ~both_nan])
 
 
-def test_dot_products_are_the_references():
-    unit = Unit.of("M5E4b10 product=M5E4b12 chunk=5")
+@pytest.mark.parametrize(
+    ("accumulator", "message"),
+    [
+        ("M5E4b10h outer=(M8E5b16 chunk=8 outer=fp32)", "has one level above its chunks, and .* has 2: give an outer"),
+        ("M5E4b10h outer=(M8E5b16 chunk=8)", "like outer=M8E5b16"),
+        ("M5E4b140 outer=fp32", "float32 does not hold the sums of M5E4b140"),
+    ],
+)
+def test_levels_that_no_multiply_accumulate_has_are_refused(accumulator, message):
+    unit = Unit.of(accumulator)  # the unit is a step, which no level changes
+    assert unit.inputs == Unit.of(str(unit.format)).inputs
+    with pytest.raises(ValueError, match=message):
+        verilog(unit, "mac")
+    with pytest.raises(ValueError, match=message):
+        dot_products(unit, np.zeros((1, 3), int), np.zeros((1, 3), int))
+
+
+def test_verilog_says_what_the_total_is():
+    text = verilog(Unit.of("M5E4b10h product=I9f6 product_rounding=half_up outer=M10E5b16"), "mac")
+    assert "4 exponent, 5 mantissa, and an implied half of the last place" in text
+    assert "rounding: toward_zero, of products half_up" in text
+    assert "codes of the total, M10E5b16, have 17 bits: zero flag, sign, 5 exponent, 10 mantissa" in text
+
+
+@pytest.mark.parametrize(
+    "levels",
+    ["", "outer=M8E5b16", "outer=fp32", "rounding=nearest_away outer=I20f8", "outer=(M9E5b16 chunk=None rounding=odd)"],
+)
+def test_dot_products_are_the_references(levels):
+    unit = Unit.of(f"M5E4b10 product=M5E4b12 chunk=5 {levels}")
     drawn = random(unit, 3 * 13 * 2)
     x, w = drawn["x"].reshape(3, 13, 2), drawn["w"].reshape(3, 13, 2)
     totals = dot_products(unit, x, w)

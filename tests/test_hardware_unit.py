@@ -38,8 +38,18 @@ def test_operands_refuse_values_they_do_not_have():
         IntegerOperand(8).encode([128.0])
 
 
-def test_golden_is_the_reference_fmaq():
-    unit = Unit.of("M5E4b10 product=M4E4b12 rounding=nearest_even")
+@pytest.mark.parametrize(
+    "accumulator",
+    [
+        "M5E4b10 product=M4E4b12 rounding=nearest_even",
+        "M5E4b10h product=M4E4b12h",
+        "M5E4b10h product=M4E4b12 product_rounding=odd",
+        "M4E4b10 product=I9f5 rounding=nearest_away product_rounding=floor",
+        "I12f6 product=I10f5 product_rounding=half_up",
+    ],
+)
+def test_golden_is_the_reference_fmaq(accumulator):
+    unit = Unit.of(accumulator)
     vectors = adversarial(unit, 400)
     x, w = unit.activation.decode(vectors["x"]), unit.weight.decode(vectors["w"])
     s = unit.format.decode(vectors["s"])
@@ -94,9 +104,6 @@ def test_adversarial_vectors_cancel_saturate_and_underflow():
         ("paper12", "I8f0", "M4E3", "weight format 'I8f0' is not one of the unit's"),
         ("M7E4", "M4E3", "M4E3", "is a template: hardware needs a bias"),
         ("M7E4b10 underflow=false", "M4E3", "M4E3", "underflow=False is a stage of training"),
-        ("M5E4b10h", "M4E3", "M4E3", "no hardware is generated yet for the half-unit format M5E4b10h"),
-        ("paper12 rounding=odd", "M4E3", "M4E3", "no hardware is generated yet for rounding=odd"),
-        ("paper12 outer=fp32", "M4E3", "M4E3", "no hardware is generated yet for outer=fp32"),
         ("paper12", "M4E3h", "M4E3", "weight format 'M4E3h' is not one of the unit's"),
         ("I16f60", "M4E3", "M4E3", "choose fewer fraction bits"),
         ("ieee32", "int8", "M4E3", "takes float operands"),
@@ -113,6 +120,10 @@ def test_ports_follow_the_formats():
     unit = Unit.of("M7E4b10 product=M7E4b12 rounding=stochastic random_bits=6", "int8", "M4E3")
     assert unit.inputs == {"x": 8, "w": 8, "s": 13, "r_product": 6, "r_sum": 6}
     assert Unit.of("M7E4b10z").inputs == {"x": 8, "w": 8, "s": 12}
+    assert Unit.of("M5E4b10h").inputs == Unit.of("M5E4b10").inputs  # the half is implied
+    of_product = Unit.of("I16f4 product=I16f4 product_rounding=stochastic random_bits=3")
+    assert of_product.inputs == {"x": 8, "w": 8, "s": 16, "r_product": 3}
+    assert (of_product.rounding, of_product.product_rounding) == ("toward_zero", "stochastic")
     assert Unit.of(Accumulator.paper12).register_bits == 13
 
 

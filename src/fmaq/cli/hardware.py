@@ -47,6 +47,13 @@ Liberty = Annotated[
     str, typer.Option("--liberty", "--library", "-l", help="unit (our own cells), osu018, osu035, or a Liberty file.")
 ]
 Part = Annotated[str, typer.Option(help="unit: the combinational FMAq. mac: with chunks, registers and merging.")]
+PartOrShare = Annotated[
+    str,
+    typer.Option(
+        "--part",
+        help="unit, mac, or shared: a mac whose merging adder serves as many as a chunk has steps (its share).",
+    ),
+]
 ModuleName = Annotated[
     str, typer.Option("--name", help="Of the top module; the names of those inside start with it.", show_default=True)
 ]
@@ -100,6 +107,7 @@ def estimate(
 @app.command(
     epilog="[bold]Examples[/bold]\n\n  fmaq hardware synthesize paper12 M23E8b127\n\n"
     "  fmaq hardware synthesize paper12 --liberty osu018 --part mac\n\n"
+    '  fmaq hardware synthesize "M5E4b10h product=M5E4b12h outer=M10E5b16" --part shared\n\n'
     "  fmaq hardware synthesize I16f0 I32f0 -w int8 -x int8 --csv > front.csv"
 )
 def synthesize(
@@ -107,16 +115,18 @@ def synthesize(
     weight: Weight = "M4E3",
     activation: Activation = "M4E3",
     liberty: Liberty = "unit",
-    part: Part = "unit",
+    part: PartOrShare = "unit",
     as_csv: Csv = False,
     as_json: Json = False,
 ) -> None:
     """Synthesize units: area, delay, energy, and the front from the smallest to the fastest netlist."""
     from fmaq.hardware import cost, find_library
+    from fmaq.hardware.table import PARTS
     from fmaq.hardware.unit import Unit
 
     refuse_both(as_json, as_csv)
-    run = {"unit": cost.synthesize, "mac": cost.synthesize_mac}[cost.check_part(part)]
+    runs = {"unit": cost.synthesize, "mac": cost.synthesize_mac, "shared": cost.synthesize_shared}
+    run = runs[cost.check_part(part, runs)]
     library = find_library(liberty)
     warn_of_library(library)
     warn_of_unlike([Unit.of(text, weight, activation) for text in accumulators])
@@ -131,8 +141,8 @@ def synthesize(
     rows = [_shown(record, index) for text, r in results.items() for index, record in enumerate(_front(text, r))]
     names = ["accumulator", "bits", "product", "its bits", "netlist", "area (NAND2)"]
     names += [f"delay ({library.delay_unit})", "levels", f"energy ({library.energy_unit})"]
-    names += ["flip-flops", "their area"] if part == "mac" else []
-    what = "" if part == "unit" else "chunked multiply-accumulate, "
+    names += ["flip-flops", "their area"] if part != "unit" else []
+    what = f"{PARTS[part]}, ".removeprefix(", ")
     print_rows(names, rows, title=f"{what}{weight} weights, {activation} activations, library {library.name}")
 
 
@@ -246,11 +256,11 @@ def prove(
     """Compare RTL and netlists with the reference, bit for bit; exit code 1 if anything differs."""
     from fmaq.hardware import find_library
     from fmaq.hardware.proof import prove as compare
-    from fmaq.hardware.table import STUDIES
+    from fmaq.hardware.table import FLOAT, INTEGER
     from fmaq.hardware.unit import IEEE, Unit
 
     wanted = [(text, weight, activation) for text in accumulators or []]
-    in_tables = [(text, s.weight, s.activation) for s in STUDIES.values() for text in s.accumulators]
+    in_tables = [(text, s.weight, s.activation) for s in (FLOAT, INTEGER) for text in s.accumulators]
     wanted = wanted or [names for names in in_tables if part == "unit" or names[0] not in IEEE]
     libraries = [find_library(name) for name in liberty or ["unit"]]
     units = [Unit.of(*names) for names in wanted]
@@ -274,6 +284,7 @@ def prove(
 @app.command(
     epilog="[bold]Examples[/bold]\n\n  fmaq hardware table\n\n"
     "  fmaq hardware table -l unit -l osu018 --operands int8 --markdown\n\n"
+    "  fmaq hardware table --operands levels -l unit --part shared\n\n"
     '  fmaq hardware table paper12 "M5E4b10 product=M5E4b12" I16f10 -l unit --part mac\n\n'
     "  fmaq hardware table I14f0 I18f0 -w int8 -x int4 -l unit --csv > mine.csv"
 )
@@ -283,7 +294,7 @@ def table(
         typer.Argument(metavar="[ACCUMULATOR...]", help="Your own list, beside baselines.", show_default=False),
     ] = None,
     operands: Annotated[
-        str, typer.Option(help="M4E3 or int8: which of the documentation's lists, without a list of your own.")
+        str, typer.Option(help="M4E3, int8 or levels: which of the documentation's lists, without one of your own.")
     ] = "M4E3",
     weight: Annotated[
         str | None, typer.Option("--weight", "-w", help="Format of the weights of your list; --operands without.")
@@ -297,7 +308,7 @@ def table(
     half: Annotated[
         str, typer.Option(help="The 16-bit baseline; without, M10E5b16, or I16f0.", show_default=False)
     ] = "",
-    part: Part = "unit",
+    part: PartOrShare = "unit",
     liberty: Annotated[
         list[str] | None, typer.Option("--liberty", "-l", help="Libraries; all that are installed without.")
     ] = None,
@@ -315,7 +326,9 @@ def table(
     refuse_both(as_json, as_csv)
     if accumulators or weight or activation or wide or half:
         chosen = accumulators or list(_study(operands).accumulators)
-        study = tables.study_of(chosen, weight or operands, activation or operands, wide, half)
+        of_list = tables.STUDIES.get(operands)
+        both = (operands, operands) if of_list is None else (of_list.weight, of_list.activation)
+        study = tables.study_of(chosen, weight or both[0], activation or both[1], wide, half)
     else:
         study = _study(operands)
     libraries = [find_library(name) for name in liberty or installed_libraries()]
@@ -334,7 +347,7 @@ def table(
         if markdown:
             typer.echo(tables.markdown(study, library, rows, part) + "\n")
         else:
-            what = "" if part == "unit" else "chunked multiply-accumulate, "
+            what = f"{tables.PARTS[part]}, ".removeprefix(", ")
             units = f"delay in {library.delay_unit}, energy in {library.energy_unit}"
             title = f"{what}{study.operands} operands, library {library.name}: area in NAND2 equivalents, {units}"
             print_rows(tables.columns(part), [tables.cells(row, part) for row in rows], title=title)

@@ -6,7 +6,15 @@ torch, is `fmaq.analysis.model_energy`.
 
 from __future__ import annotations
 
-from fmaq.hardware.cost import MacSynthesis, Point, Synthesis, synthesize, synthesize_mac
+from fmaq.hardware.cost import (
+    MacSynthesis,
+    Point,
+    SharedSynthesis,
+    Synthesis,
+    synthesize,
+    synthesize_mac,
+    synthesize_shared,
+)
 from fmaq.hardware.gatecount import Estimate, estimate
 from fmaq.hardware.liberty import LibertyError, Library, find_library, installed_libraries
 from fmaq.hardware.operands import parse_operand
@@ -22,6 +30,7 @@ __all__ = [
     "MacSynthesis",
     "Point",
     "Proof",
+    "SharedSynthesis",
     "Streams",
     "Synthesis",
     "SynthesisError",
@@ -35,4 +44,5 @@ __all__ = [
     "prove",
     "synthesize",
     "synthesize_mac",
+    "synthesize_shared",
 ]

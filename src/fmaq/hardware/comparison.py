@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from math import log2
 
 from fmaq.hardware.unit import Unit
@@ -34,8 +35,7 @@ def with_product(unit: Unit) -> str:
     acc = unit.accumulator
     assert isinstance(acc, Accumulator) and isinstance(acc.format, FloatFormat) and acc.format.bias is not None
     format, more = acc.format, round(log2(acc.chunk or 1) / 2)
-    zero = "z" if format.zero == "exponent" else ""
-    return f"{format} product=M{format.mantissa}E{format.exponent}b{acc.format.bias + more}{zero}"
+    return f"{format} product={replace(format, bias=acc.format.bias + more)}"
 
 
 def _keeps_more(unit: Unit) -> bool:
@@ -43,7 +43,7 @@ def _keeps_more(unit: Unit) -> bool:
     acc = unit.accumulator
     if not isinstance(acc, Accumulator) or not isinstance(acc.format, FloatFormat) or acc.product is not None:
         return False
-    return unit.significand_bits > acc.format.mantissa + 1
+    return unit.significand_bits > acc.format.significant + 1
 
 
 def _short(unit: Unit) -> str:

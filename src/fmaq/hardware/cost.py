@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -81,10 +81,29 @@ class MacSynthesis(Synthesis):
     Attributes:
         flip_flops: how many bits of register.
         flip_flop_area: NAND2 equivalents of these.
+        total: format of the dot products: of the second level, where it has one of its own (`outer=`).
     """
 
     flip_flops: int
     flip_flop_area: float
+    total: str
+
+
+@dataclass(frozen=True)
+class SharedSynthesis(MacSynthesis):
+    """A multiply-accumulate, a lane, that shares its merging adder with as many as a chunk has steps (`shared`).
+
+    Lane and adder are synthesized each on its own. Area is the lane's and the adder's over the number of lanes, and so
+    is the energy of one cycle; delay and levels are those of the slower of the two; cells and flip-flops are the
+    lane's.
+
+    Attributes:
+        lanes: c, how many share an adder.
+        merge_area: NAND2 equivalents of the adder with the ORs that choose whose sum it adds.
+    """
+
+    lanes: int
+    merge_area: float
 
 
 def synthesize(
@@ -127,6 +146,23 @@ def synthesize_mac(
     return synthesize_mac_unit(unit, cells, streams or operand_streams.gaussian())
 
 
+def synthesize_shared(
+    accumulator: Accumulator | str | Mapping[str, Any],
+    weight: Operand | str = "M4E3",
+    activation: Operand | str = "M4E3",
+    library: Library | str | Path | None = None,
+    streams: Streams | None = None,
+) -> SharedSynthesis:
+    """Synthesize multiply-accumulates that share their merging adder; arguments and errors as of `synthesize_mac`.
+
+    Raises:
+        ValueError: also where a chunk is the whole sum, or merges are rounded stochastically.
+    """
+    unit = Unit.of(accumulator, weight, activation)
+    cells = library if isinstance(library, Library) else find_library(library)
+    return synthesize_shared_unit(unit, cells, streams or operand_streams.gaussian())
+
+
 def synthesize_unit(unit: Unit, library: Library, streams: Streams) -> Synthesis:
     """`synthesize`, of a unit and a library that are there already."""
     figures, smallest = _figures(unit, library, design(unit))
@@ -145,34 +181,68 @@ def synthesize_mac_unit(unit: Unit, library: Library, streams: Streams) -> MacSy
         streams=streams.source,
         flip_flops=len(areas),
         flip_flop_area=sum(areas) / library.nand2,
+        total=str(unit.total),
+    )
+
+
+def synthesize_shared_unit(unit: Unit, library: Library, streams: Streams) -> SharedSynthesis:
+    """`synthesize_shared`, of a unit and a library that are there already."""
+    lane_design, merge_design = shared_designs(unit)
+    lanes = sharing(unit)
+    of_lane, of_merge = operand_streams.shared_traces(unit, streams)
+    (lane_points, lane), (merge_points, merge) = _netlists(lane_design, library), _netlists(merge_design, library)
+    points = [
+        Point(a.recipe, a.area + b.area / lanes, max(a.delay, b.delay), max(a.levels, b.levels))
+        for a, b in zip(lane_points, merge_points, strict=True)
+    ]
+    best = min(points, key=lambda point: point.area)
+    areas = [library.cells[gate.cell].area for gate in lane.registers]
+    return SharedSynthesis(
+        **_described(unit, library, points, best, lane.counts),
+        energy=energy(lane, library, of_lane) + energy(merge, library, of_merge) / lanes,
+        streams=streams.source,
+        flip_flops=len(areas),
+        flip_flop_area=sum(areas) / library.nand2,
+        total=str(unit.total),
+        lanes=lanes,
+        merge_area=merge.area / library.nand2,
     )
 
 
 def _figures(unit: Unit, library: Library, rtlil: str) -> tuple[dict[str, Any], Netlist]:
     """Fields of a `Synthesis` but those of the energy, and the smallest netlist."""
+    points, smallest = _netlists(rtlil, library)
+    best = min(points, key=lambda point: point.area)
+    return _described(unit, library, points, best, smallest.counts), smallest
+
+
+def _netlists(rtlil: str, library: Library) -> tuple[list[Point], Netlist]:
+    """Every recipe's figures, and the smallest netlist."""
     mapped = synthesis.map_to_cells(rtlil, library)
     netlists = [m.netlist(library) for m in mapped]
     points = [
         Point(m.recipe, netlist.area / library.nand2, library.delay(m.picoseconds), netlist.levels)
         for m, netlist in zip(mapped, netlists, strict=True)
     ]
-    best = min(range(len(points)), key=lambda index: points[index].area)
-    smallest = netlists[best]
-    figures = {
+    return points, netlists[min(range(len(points)), key=lambda index: points[index].area)]
+
+
+def _described(unit: Unit, library: Library, points: list[Point], best: Point, cells: dict[str, int]) -> dict[str, Any]:
+    """Fields of a `Synthesis` but those of the energy."""
+    return {
         "unit": str(unit),
         "bits": unit.format.bits,
         "product": "exact" if unit.product is None else str(unit.product),
         "product_bits": unit.product_bits,
         "library": library.name,
-        "area": points[best].area,
-        "delay": points[best].delay,
-        "cells": smallest.counts,
-        "levels": smallest.levels,
+        "area": best.area,
+        "delay": best.delay,
+        "cells": cells,
+        "levels": best.levels,
         "front": _front(points),
         "delay_unit": library.delay_unit,
         "energy_unit": library.energy_unit,
     }
-    return figures, smallest
 
 
 def _front(points: list[Point]) -> tuple[Point, ...]:
@@ -200,23 +270,62 @@ def mac_design(unit: Unit, name: str = synthesis.TOP) -> str:
     """The same of the chunked multiply-accumulate around the unit.
 
     Raises:
-        ValueError: the accumulator is an IEEE baseline, which has no chunks.
+        ValueError: as `Unit.merge`.
     """
-    if isinstance(unit.accumulator, IeeeFormat):
-        raise ValueError(f"the baseline {unit.accumulator} has a unit, and no chunked multiply-accumulate")
+    _ = unit.merge
     back, rtl = _amaranth()
     top = rtl.Mac(unit)
     return _rtlil(back, top, name)
 
 
+def sharing(unit: Unit) -> int:
+    """How many multiply-accumulates can share a merging adder: as many as a chunk has steps.
+
+    Raises:
+        ValueError: there are no chunks, or the merges are rounded stochastically.
+    """
+    if unit.merge_random_bits:
+        raise ValueError(f"merges of {unit.accumulator} are stochastic, and a shared adder has no random bits")
+    chunk = unit.accumulator.chunk  # type: ignore[union-attr]
+    if chunk is None:
+        raise ValueError(f"chunk=None sums in one chunk, so there is nothing to share in {unit.accumulator}")
+    return chunk
+
+
+@lru_cache(maxsize=64)
+def shared_designs(unit: Unit) -> tuple[str, str]:
+    """The RTL of a lane, and that of the merging adder of as many lanes as a chunk has steps."""
+    count = sharing(unit)
+    back, _ = _amaranth()
+    from fmaq.hardware import shared
+
+    tops = shared.SharedLane(unit), shared.SharedMerge(unit, count)
+    return _rtlil(back, tops[0], synthesis.TOP), _rtlil(back, tops[1], synthesis.TOP)
+
+
+def shared_design(unit: Unit) -> str:
+    """The RTL of them all together."""
+    back, _ = _amaranth()
+    from fmaq.hardware import shared
+
+    return _rtlil(back, shared.Shared(unit, sharing(unit)), synthesis.TOP)
+
+
+SYNTHESES: dict[str, Callable[[Unit, Library, Streams], Synthesis]] = {
+    "unit": synthesize_unit,
+    "mac": synthesize_mac_unit,
+    "shared": synthesize_shared_unit,
+}
+"""The parts that can be synthesized."""
+
 DESIGNS = {"unit": design, "mac": mac_design}
 """The parts that there is RTL of."""
 
 
-def check_part(part: str) -> str:
-    """The part, if there is one of this name; ValueError otherwise."""
-    if part not in DESIGNS:
-        raise ValueError(f"part must be one of {', '.join(DESIGNS)}, got {part!r}")
+def check_part(part: str, parts: Iterable[str] = DESIGNS) -> str:
+    """The part, if there is one of this name among `parts`; ValueError otherwise."""
+    if part not in parts:
+        raise ValueError(f"part must be one of {', '.join(parts)}, got {part!r}")
     return part
 
 

@@ -6,7 +6,8 @@ with them, so that a block leaves out what cannot happen. Every intermediate res
 Verilog is to be read.
 
 Rounding needs the bits that are dropped: what an alignment shifts out is kept as one sticky bit below the others,
-the OR of them all. Under truncation too: 1 − 2^−30 is the number below 1.
+the OR of them all. Under truncation too: 1 − 2^−30 is the number below 1. A half-unit number has its implied half as
+the lowest bit of its significand; its format is rounded to by truncation, and takes no rounder.
 """
 
 from __future__ import annotations
@@ -88,7 +89,12 @@ class Rounding:
         if self.mode == "stochastic":
             assert self.random is not None
             return len(self.random)
-        return 1 if self.mode == "nearest_even" else 0
+        return 1 if self.mode in ("nearest_even", "nearest_away", "half_up") else 0
+
+
+def random_integer(port: Value | None, centred: bool) -> Value | None:
+    """What a port of stochastic rounding's integer stands for: as it is, or with its last bit set."""
+    return Cat(Const(1, 1), port[1:]) if port is not None and len(port) and centred else port
 
 
 # --- Operands and their product ---------------------------------------------------------------------------------------
@@ -232,15 +238,28 @@ def add(sheet: Sheet, p: Real, s: Real, keep: int, rounding: Rounding) -> Real:
 # --- Rounding and packing of floats -----------------------------------------------------------------------------------
 
 
-def increment(sheet: Sheet, kept: Value, dropped: Value, rounding: Rounding) -> Value | None:
-    """Whether rounding goes away from zero; None where nothing can."""
-    if rounding.mode == "toward_zero" or len(dropped) == 0:
+def increment(sheet: Sheet, kept: Value, dropped: Value, rounding: Rounding, sign: Value) -> Value | None:
+    """Whether a magnitude's rounding goes away from zero; None where it never does, and where `jam` does it."""
+    if rounding.mode in ("toward_zero", "odd") or len(dropped) == 0:
         return None
-    if rounding.mode == "nearest_even":
-        return sheet.name("round_up", dropped[-1] & (dropped[:-1].any() | kept[0]))
+    half, rest = dropped[-1], dropped[:-1].any()
+    match rounding.mode:
+        case "nearest_even":
+            return sheet.name("round_up", half & (rest | kept[0]))
+        case "nearest_away":
+            return half
+        case "half_up":
+            return sheet.name("round_up", half & (rest | ~sign))
+        case "floor":
+            return sheet.name("round_up", sign & dropped.any())
     random, bits = rounding.random, rounding.kept
     fraction = dropped[-bits:] if len(dropped) >= bits else Cat(Const(0, bits - len(dropped)), dropped)
     return sheet.name("round_up", (fraction + random)[bits])
+
+
+def jam(kept: Value, dropped: Value, rounding: Rounding) -> Value:
+    """Rounding to odd, of a magnitude or of two's complement: the last kept bit is set where anything is dropped."""
+    return Cat(kept[0] | dropped.any(), kept[1:]) if rounding.mode == "odd" and len(dropped) else kept
 
 
 def round_float(sheet: Sheet, x: Real, mantissa: int, rounding: Rounding) -> Real:
@@ -248,8 +267,9 @@ def round_float(sheet: Sheet, x: Real, mantissa: int, rounding: Rounding) -> Rea
     drop = x.width - (mantissa + 1)
     if drop <= 0:
         return Real(x.sign, x.exponent, Cat(Const(0, -drop), x.significand), x.origin, x.low, x.top)
-    kept, dropped = x.significand[drop:], x.significand[:drop]
-    up = increment(sheet, kept, dropped, rounding)
+    dropped = x.significand[:drop]
+    kept = jam(x.significand[drop:], dropped, rounding)
+    up = increment(sheet, kept, dropped, rounding, x.sign)
     if up is None:
         return Real(x.sign, x.exponent, kept, x.origin, x.low, x.top)
     # A carry out of the mantissa goes on into the exponent, and leaves the mantissa zero.
@@ -279,15 +299,16 @@ def into_range(sheet: Sheet, x: Real, format: FloatFormat) -> Real:
     return Real(x.sign, exponent, Cat(mantissa, nonzero), lowest, format.emin, format.emax)
 
 
-def clear_zero(sheet: Sheet, x: Real) -> Real:
-    """A zero's mantissa made zero, as an adder needs it."""
+def complete(sheet: Sheet, x: Real, format: FloatFormat) -> Real:
+    """A register's number as an adder needs it: a zero's mantissa made zero, and the half of a half-unit format."""
     nonzero = x.significand[-1]
     mantissa = sheet.name("mantissa", x.significand[:-1] & nonzero.replicate(x.width - 1))
-    return Real(x.sign, x.exponent, Cat(mantissa, nonzero), x.origin, x.low, x.top)
+    half = Cat(nonzero) if format.half_unit else Cat()
+    return Real(x.sign, x.exponent, Cat(half, mantissa, nonzero), x.origin, x.low, x.top)
 
 
 def read_float(code: Value, format: FloatFormat) -> Real:
-    """The number in a register; the mantissa of a zero may be anything."""
+    """The number in a register, not yet `complete`: the mantissa of a zero may be anything."""
     mantissa, exponent = code[: format.mantissa], code[format.mantissa : format.mantissa + format.exponent]
     nonzero = exponent.any() if format.zero == "exponent" else ~code[format.bits]
     origin = format.emin - (format.zero == "exponent")
@@ -322,7 +343,7 @@ def write_ieee(sheet: Sheet, x: Real, format: IeeeFormat) -> Value:
     kept, dropped = significand[max(drop, 0) :], significand[: max(drop, 0)]
     offset = sheet.name("offset", (x.exponent + (x.origin - format.emin + 1)).as_unsigned())
     field = offset & kept[-1].replicate(len(offset))
-    up = increment(sheet, kept, dropped, Rounding("nearest_even"))
+    up = increment(sheet, kept, dropped, Rounding("nearest_even"), x.sign)
     code = sheet.name("rounded", Cat(kept[:-1], field) + (Const(0, 1) if up is None else up))
     infinite = sheet.name("infinite", code[format.mantissa :] >= (1 << format.exponent) - 1)
     ones = infinite.replicate(format.exponent)
@@ -336,8 +357,7 @@ def write_ieee(sheet: Sheet, x: Real, format: IeeeFormat) -> Value:
 def to_fixed(sheet: Sheet, x: Real | Fixed, lsb: int) -> Fixed:
     """A number in two's complement down to 2^lsb and, one place below, a sticky bit.
 
-    That is the floor, and whether it is exact. The number's own bits below become the sticky bit. A Real is shifted
-    right from the place of its largest exponent.
+    That is the floor, and whether it is exact. The number's own bits below become the sticky bit.
     """
     if isinstance(x, Fixed):
         if x.lsb >= lsb:
@@ -346,6 +366,13 @@ def to_fixed(sheet: Sheet, x: Real | Fixed, lsb: int) -> Fixed:
         inexact = x.value[:drop].any() if drop < len(x.value) else x.value.any()
         whole = x.value[drop:] if drop < len(x.value) else x.value[-1]
         return Fixed(sheet.name("value", Cat(inexact, whole).as_signed()), lsb - 1)
+    magnitude = place_fixed(sheet, x, lsb)
+    signs = Cat(magnitude ^ x.sign.replicate(len(magnitude)), x.sign).as_signed()
+    return Fixed(sheet.name("value", signs + x.sign, len(magnitude) + 1), lsb - 1)
+
+
+def place_fixed(sheet: Sheet, x: Real, lsb: int) -> Value:
+    """A magnitude down to 2^lsb and, one place below, a sticky bit: shifted right from the place of the largest one."""
     window = max(x.top - lsb + 1, x.width)
     placed = Cat(Const(0, window - x.width), x.significand)
     # The largest exponent is all shifts undone; the distance below it says how many are done.
@@ -358,30 +385,55 @@ def to_fixed(sheet: Sheet, x: Real | Fixed, lsb: int) -> Fixed:
     surplus = window - (x.top - lsb + 1)
     if surplus:
         shifted = Cat(shifted[: surplus + 1].any(), shifted[surplus + 1 :])
-    magnitude = sheet.name("magnitude", shifted)
-    signs = Cat(magnitude ^ x.sign.replicate(len(magnitude)), x.sign).as_signed()
-    return Fixed(sheet.name("value", signs + x.sign, len(magnitude) + 1), lsb - 1)
+    return sheet.name("magnitude", shifted)
+
+
+def round_to_fixed(sheet: Sheet, x: Real | Fixed, lsb: int, rounding: Rounding) -> Value:
+    """The signed whole number of 2^lsb that a number is rounded to.
+
+    A Real is rounded as a magnitude: −(m + 1) is ~m and −m is ~m + 1, so the carry of the rounding and that of two's
+    complement are one.
+    """
+    if isinstance(x, Fixed):
+        return round_fixed(sheet, to_fixed(sheet, x, lsb - rounding.kept), rounding)
+    drop = rounding.kept + 1
+    magnitude = place_fixed(sheet, x, lsb - rounding.kept)
+    magnitude = Cat(magnitude, Const(0, max(0, drop + 1 - len(magnitude))))
+    kept, dropped = jam(magnitude[drop:], magnitude[:drop], rounding), magnitude[:drop]
+    up = increment(sheet, kept, dropped, rounding, x.sign)
+    carry = sheet.name("carry", x.sign if up is None else x.sign ^ up)
+    return sheet.name("whole", Cat(kept ^ x.sign.replicate(len(kept)), x.sign).as_signed() + carry)
 
 
 def round_fixed(sheet: Sheet, x: Fixed, rounding: Rounding) -> Value:
     """The signed whole part of a number whose low bits are `rounding.kept` fraction bits and a sticky bit.
 
-    The whole part is the floor. Toward zero goes up from a negative number that is not whole. Stochastic rounding is of
-    the magnitude: of a negative number, 1 − f of the fraction f, so up is where R is below the fraction, rounded up.
+    The whole part is the floor: `floor` is to drop bits, `half_up` a carry-in, and of the two neighbours that `odd` may
+    take the odd one is the floor with its last bit set. Toward zero goes up from a negative number that is not whole.
+    Stochastic rounding is of the magnitude: of a negative number, 1 − f of the fraction f, so up is where R is below
+    the fraction, rounded up.
     """
     drop = rounding.kept + 1
     negative = x.value[-1]
-    # A number that is always far below one has no whole part yet: its sign is all of it.
-    value = Cat(x.value, negative.replicate(max(0, drop + 1 - len(x.value))))
+    # A number that is always far below one has no whole part yet: its sign is all of it. To odd, it may become 1.
+    value = Cat(x.value, negative.replicate(max(0, drop + 2 - len(x.value))))
     fraction, whole = value[:drop], value[drop:].as_signed()
-    if rounding.mode == "toward_zero":
-        up = negative & fraction.any()
-    elif rounding.mode == "nearest_even":
-        up = fraction[-1] & (fraction[:-1].any() | whole[0])
-    else:
-        bits, random = rounding.kept, rounding.random
-        assert random is not None
-        up = Mux(negative, random < fraction[1:] + fraction[0], (fraction[1:] + random)[bits])
+    half, rest = fraction[-1], fraction[:-1].any()
+    match rounding.mode:
+        case "floor" | "odd":
+            return sheet.name("whole", jam(whole, fraction, rounding).as_signed())
+        case "toward_zero":
+            up = negative & fraction.any()
+        case "nearest_even":
+            up = half & (rest | whole[0])
+        case "nearest_away":
+            up = half & (rest | ~negative)
+        case "half_up":
+            up = half
+        case _:
+            bits, random = rounding.kept, rounding.random
+            assert random is not None
+            up = Mux(negative, random < fraction[1:] + fraction[0], (fraction[1:] + random)[bits])
     return sheet.name("whole", whole + sheet.name("round_up", up))
 
 

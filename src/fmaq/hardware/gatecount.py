@@ -138,12 +138,15 @@ def _multiplier(unit: Unit) -> list[Component]:
 def _quantized_product(unit: Unit, width: int, normalise: bool) -> list[Component]:
     """Normalisation of the product (its operands have subnormals), and Q_prod."""
     parts = [_zeros("product's leading zeros", width), _shifter("product's normalisation", width)] if normalise else []
+    how = unit.product_rounding, unit.inputs.get("r_product", 0)
     if isinstance(unit.product, FloatFormat):
-        parts += _rounding(unit, "product's rounding", unit.product, width)
+        parts += _rounding("product's rounding", *how, unit.product, width)
         parts.append(_range("product's saturation", unit.product))
     elif isinstance(unit.product, FixedFormat):
         parts += [
             _shifter("product's alignment", unit.product.width),
+            # One carry: −(m + 1) is ~m.
+            _adder("product's rounding and two's complement", unit.product.width, per_bit=XOR + HALF_ADDER),
             _saturation("product's saturation", unit.product),
         ]
     return parts
@@ -153,9 +156,10 @@ def _float(unit: Unit) -> list[Component]:
     format = unit.format
     assert not isinstance(format, FixedFormat)
     kept = format.mantissa + 1
-    product = unit.product.mantissa + 1 if isinstance(unit.product, FloatFormat) else unit.significand_bits
-    n, e = max(kept, product), format.exponent + 1
-    extra = {"toward_zero": 0, "nearest_even": 1}.get(unit.rounding, unit.random_bits)
+    product = unit.product.significant + 1 if isinstance(unit.product, FloatFormat) else unit.significand_bits
+    half = isinstance(format, FloatFormat) and format.half_unit
+    n, e = max(kept + half, product), format.exponent + 1
+    extra = unit.inputs.get("r_sum", unit.rounding.startswith(("nearest", "half")))
     guard = max(1, kept + 1 + extra - n)
     wide = n + guard + 2
     prefix = ceil(log2(wide)) * FO4_GATE * 2
@@ -168,7 +172,7 @@ def _float(unit: Unit) -> list[Component]:
         _zeros("leading-zero detector", wide),
         _shifter("normalisation shifter", wide),
         Component("exponent adjustment", f"{e} FA", e * FULL_ADDER, 0),
-        *_rounding(unit, "rounding", format, wide),
+        *_rounding("rounding", unit.rounding, unit.inputs.get("r_sum", 0), format, wide),
     ]
     if isinstance(format, IeeeFormat):
         clamp = f"{e} (carry + FA + MUX)"
@@ -193,8 +197,11 @@ def _fixed(unit: Unit) -> list[Component]:
     wide = max(format.width, aligned) + 1
     prefix = ceil(log2(wide)) * 2 * FO4_GATE + FO4_MUX
     parts.append(Component("adder", f"{wide} FA", wide * FULL_ADDER, prefix))
-    if -format.fraction > low - unit.significand_bits or unit.rounding != "toward_zero":
-        parts += _rounding(unit, "rounding", format, wide) or [_adder("rounding toward zero", wide)]
+    step = -unit.product.fraction if isinstance(unit.product, FixedFormat) else low - unit.significand_bits
+    if -format.fraction > step and unit.rounding == "toward_zero":
+        parts.append(_adder("rounding toward zero", wide))
+    elif -format.fraction > step and unit.rounding != "floor":
+        parts += _rounding("rounding", unit.rounding, unit.inputs.get("r_sum", 0), format, wide)
     return [*parts, _saturation("saturation", format)]
 
 
@@ -216,14 +223,23 @@ def _shifter(name: str, width: int, sticky: bool = False) -> Component:
     return Component(name, f"{width}*{digits} MUX" + (f" + {width} OR" if sticky else ""), gates, digits * FO4_MUX)
 
 
-def _rounding(unit: Unit, name: str, format: FloatFormat | FixedFormat | IeeeFormat, width: int) -> list[Component]:
-    """An incrementer over the code, and the decision; truncation needs neither."""
-    if unit.rounding == "toward_zero":
+def _rounding(
+    name: str, rounding: str, random_bits: int, format: FloatFormat | FixedFormat | IeeeFormat, width: int
+) -> list[Component]:
+    """An incrementer over the code, and the decision: ORs of what is dropped, or an adder of random bits.
+
+    Truncation needs neither, and a half-unit format truncates; rounding to odd needs the ORs alone, and ties away from
+    zero the incrementer alone.
+    """
+    if rounding == "toward_zero":
         return []
-    decision = unit.random_bits * FULL_ADDER if unit.random_bits else width * AND
-    gates = format.bits * HALF_ADDER + decision
-    what = f"{unit.random_bits} FA" if unit.random_bits else f"{width} OR"
-    return [Component(name, f"{format.bits} HA + {what}", gates, ceil(log2(format.bits)) * FO4_GATE * 2)]
+    incrementer = 0 if rounding == "odd" else format.bits
+    ors = 0 if rounding == "nearest_away" or random_bits else width
+    gates = incrementer * HALF_ADDER + ors * AND + random_bits * FULL_ADDER
+    counts = {"HA": incrementer, "OR": ors, "FA": random_bits}
+    formula = " + ".join(f"{count} {brick}" for brick, count in counts.items() if count)
+    depth = ceil(log2(format.bits)) * FO4_GATE * (1 if rounding == "odd" else 2)
+    return [Component(name, formula, gates, depth)]
 
 
 def _range(name: str, format: FloatFormat | IeeeFormat) -> Component:

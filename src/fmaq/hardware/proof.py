@@ -15,7 +15,7 @@ from fmaq.hardware import synthesis, testbench
 from fmaq.hardware.cost import DESIGNS, check_part
 from fmaq.hardware.liberty import Library, find_library
 from fmaq.hardware.netlist import Netlist
-from fmaq.hardware.unit import Unit, dot_products
+from fmaq.hardware.unit import RegisterFormat, Unit, dot_products
 from fmaq.hardware.vectors import Vectors, is_exhaustive, random, vectors_for
 
 Codes = NDArray[np.int64]
@@ -84,7 +84,7 @@ def _units(unit: Unit, count: int, seed: int) -> Comparison:
     vectors = vectors_for(unit, count, seed)
     expected = unit.golden(vectors)
     return (
-        lambda netlist: mismatches(unit, netlist.simulate(vectors)["y"], expected),
+        lambda netlist: mismatches(unit.format, netlist.simulate(vectors)["y"], expected),
         len(expected),
         is_exhaustive(unit),
         lambda: testbench.bench_of_unit(unit, vectors),
@@ -98,16 +98,16 @@ def _macs(unit: Unit, count: int, seed: int) -> Comparison:
     expected = dot_products(unit, x, w)
     x_dots, w_dots = (c.transpose(2, 0, 1).reshape(-1, testbench.STEPS)[:VERILOG_DOTS] for c in (x, w))
     return (
-        lambda netlist: mismatches(unit, simulate_mac(netlist, x, w), expected),
+        lambda netlist: mismatches(unit.total, simulate_mac(netlist, x, w), expected),
         x.size,
         False,
         lambda: testbench.bench_of_mac(unit, x_dots, w_dots),
     )
 
 
-def mismatches(unit: Unit, codes: Codes, expected: NDArray[np.float64]) -> int:
+def mismatches(format: RegisterFormat, codes: Codes, expected: NDArray[np.float64]) -> int:
     """How many codes are not the expected values; NaN equals NaN, and the zeros are one."""
-    values = unit.format.decode(codes)
+    values = format.decode(codes)
     return int(np.sum((values != expected) & ~(np.isnan(values) & np.isnan(expected))))
 
 

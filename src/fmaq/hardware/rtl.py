@@ -10,7 +10,7 @@ from amaranth.hdl import Cat, Elaboratable, Module, Mux, Signal, Value
 
 from fmaq.hardware import datapath as dp
 from fmaq.hardware.lfsr import MERGE_SEED, STEP_SEED, TAPS
-from fmaq.hardware.unit import IeeeFormat, Unit
+from fmaq.hardware.unit import IeeeFormat, RegisterFormat, Unit, register_bits
 from fmaq.numerics import FixedFormat, FloatFormat
 
 
@@ -25,19 +25,22 @@ def product(sheet: dp.Sheet, unit: Unit, x: Value, w: Value, rounding: dp.Roundi
     if isinstance(format, FloatFormat):
         real = exact if isinstance(exact, dp.Real) else dp.sign_magnitude(quantize, exact)
         rounded = dp.round_float(quantize, dp.normalise(quantize, real), format.mantissa, rounding)
-        return dp.clear_zero(quantize, dp.into_range(quantize, rounded, format))
+        return dp.complete(quantize, dp.into_range(quantize, rounded, format), format)
     if isinstance(format, FixedFormat):
-        value = dp.to_fixed(quantize, exact, -format.fraction - rounding.kept)
-        code = dp.into_fixed_range(quantize, dp.round_fixed(quantize, value, rounding), format)
+        code = dp.into_fixed_range(quantize, dp.round_to_fixed(quantize, exact, -format.fraction, rounding), format)
         return dp.Fixed(sheet.name("product", code.as_signed()), -format.fraction)
     return exact
 
 
 def accumulate(
-    sheet: dp.Sheet, unit: Unit, p: dp.Real | dp.Fixed, s: Value, rounding: dp.Rounding, is_normalised: bool = False
+    sheet: dp.Sheet,
+    format: RegisterFormat,
+    p: dp.Real | dp.Fixed,
+    s: Value,
+    rounding: dp.Rounding,
+    is_normalised: bool = False,
 ) -> Value:
-    """Q_acc(p + s) of a product (or, normalised, another register's number) and a code: the new code."""
-    format = unit.format
+    """Q(p + s) of a product (or another register's number) and a code of the format: the new code."""
     if isinstance(format, FixedFormat):
         if isinstance(p, dp.Fixed) and p.lsb >= -format.fraction:  # nothing to round
             addend = sheet.name("term", p.value << (p.lsb + format.fraction))
@@ -50,7 +53,7 @@ def accumulate(
         return _accumulate_ieee(sheet, term, s, format)
     if not is_normalised:
         term = dp.normalise(sheet.under("term"), term)
-    register = dp.clear_zero(sheet.under("register"), dp.read_float(s, format))
+    register = dp.complete(sheet.under("register"), dp.read_float(s, format), format)
     total = dp.add(sheet.under("sum"), term, register, format.mantissa + 1, rounding)
     result = dp.normalise(sheet.under("result"), total)
     rounded = dp.round_float(sheet.under("result"), result, format.mantissa, rounding)
@@ -84,38 +87,45 @@ class FmaqUnit(Elaboratable):
         """The datapath."""
         module, ports = Module(), self.inputs
         sheet = dp.Sheet(module)
-        of_product = dp.Rounding(self.unit.rounding, ports.get("r_product"))
-        of_sum = dp.Rounding(self.unit.rounding, ports.get("r_sum"))
+        centred = self.unit.centred
+        of_product = dp.Rounding(self.unit.product_rounding, dp.random_integer(ports.get("r_product"), centred))
+        of_sum = dp.Rounding(self.unit.rounding, dp.random_integer(ports.get("r_sum"), centred))
         p = product(sheet, self.unit, ports["x"], ports["w"], of_product)
         code = accumulate(
-            sheet, self.unit, p, ports["s"], of_sum, is_normalised=isinstance(self.unit.product, FloatFormat)
+            sheet, self.unit.format, p, ports["s"], of_sum, is_normalised=isinstance(self.unit.product, FloatFormat)
         )
         module.d.comb += self.y.eq(code)
         return module
 
 
 class Merge(Elaboratable):
-    """y = Q_acc(s + t), the second level: two registers' numbers, combinational."""
+    """y = Q(s + t), the level above the chunks: a chunk's sum and a total, combinational."""
 
     def __init__(self, unit: Unit) -> None:
         self.unit = unit
-        self.s, self.t = (Signal(unit.register_bits, name=name) for name in ("s", "t"))
-        self.r_sum = Signal(unit.random_bits, name="r_sum")
-        self.y = Signal(unit.register_bits, name="y")
+        self.s, self.t = Signal(unit.register_bits, name="s"), Signal(register_bits(unit.total), name="t")
+        self.r_sum = Signal(unit.merge_random_bits, name="r_sum")
+        self.y = Signal(len(self.t), name="y")
+
+    @property
+    def ports(self) -> list[Signal]:
+        """Inputs, then the output."""
+        return [self.s, self.t, *([self.r_sum] if len(self.r_sum) else []), self.y]
 
     def elaborate(self, platform: object) -> Module:
         """The adder alone."""
-        module, format = Module(), self.unit.format
+        module, format, level = Module(), self.unit.format, self.unit.merge
         sheet = dp.Sheet(module)
         term: dp.Real | dp.Fixed
         if isinstance(format, FixedFormat):
             term = dp.Fixed(self.s.as_signed(), -format.fraction)
         elif isinstance(format, FloatFormat):
-            term = dp.clear_zero(sheet.under("term"), dp.read_float(self.s, format))
+            term = dp.complete(sheet.under("term"), dp.read_float(self.s, format), format)
         else:
             raise TypeError(f"{format} has no second level")
-        rounding = dp.Rounding(self.unit.rounding, self.r_sum)
-        module.d.comb += self.y.eq(accumulate(sheet, self.unit, term, self.t, rounding, is_normalised=True))
+        rounding = dp.Rounding(level.rounding, dp.random_integer(self.r_sum, level.centred))
+        is_float = isinstance(format, FloatFormat)
+        module.d.comb += self.y.eq(accumulate(sheet, self.unit.total, term, self.t, rounding, is_normalised=is_float))
         return module
 
 
@@ -142,53 +152,46 @@ class Lfsr(Elaboratable):
         return module
 
 
-class Mac(Elaboratable):
-    """A chunked dot product, one step a cycle.
+class Lane(Elaboratable):
+    """A multiply-accumulate without its merging adder: the unit, chunk counter, and the registers of both levels.
 
-    Ports: `x`, `w`, taken where `valid`; `last` with the last step of a dot product. Two cycles later `done` is set for
-    one cycle and `total` is the dot product's code. A new dot product may start in the cycle after `last`.
+    Ports: those of `Mac`, and between the lane and an adder, which answers in the same cycle: `merges`, set where a
+    chunk's sum is merged; `s` and `t`, the codes to add; `y`, their sum.
     """
 
     def __init__(self, unit: Unit) -> None:
         self.unit = unit
         self.x, self.w = Signal(unit.activation.bits, name="x"), Signal(unit.weight.bits, name="w")
         self.valid, self.last = Signal(name="valid"), Signal(name="last")
-        self.total, self.done = Signal(unit.register_bits, name="total"), Signal(name="done")
-
-    @property
-    def ports(self) -> list[Signal]:
-        """Inputs, then outputs; clk and rst join them."""
-        return [self.x, self.w, self.valid, self.last, self.total, self.done]
+        bits = register_bits(unit.total)
+        self.total, self.done = Signal(bits, name="total"), Signal(name="done")
+        self.merges, self.y = Signal(name="merges"), Signal(bits, name="y")
+        self.s = Signal(unit.register_bits, init=int(unit.format.encode(0.0)), name="s")
+        self.t = Signal(bits, init=int(unit.total.encode(0.0)), name="t")
 
     def elaborate(self, platform: object) -> Module:
-        """The unit, its register and chunk counter; the merging adder and its register one cycle behind."""
+        """The unit, its register and chunk counter; the merge one cycle behind."""
         unit, module = self.unit, Module()
-        zero = int(unit.format.encode(0.0))
         module.submodules.fmaq = step = FmaqUnit(unit)
-        module.submodules.merge = merge = Merge(unit)
-        s = Signal(unit.register_bits, init=zero, name="s")
-        total = Signal(unit.register_bits, init=zero, name="t")
-        chunk_ends, starts = Signal(name="chunk_ends"), Signal(init=1, name="chunk_starts")
-        merges, finishes = Signal(name="merges"), Signal(name="finishes")
+        chunk_ends, finishes = Signal(name="chunk_ends"), Signal(name="finishes")
+        starts = Signal(init=1, name="chunk_starts")
         module.d.comb += [
             step.inputs["x"].eq(self.x),
             step.inputs["w"].eq(self.w),
-            step.inputs["s"].eq(Mux(starts, zero, s)),
+            step.inputs["s"].eq(Mux(starts, self.s.init, self.s)),
             chunk_ends.eq(self.last | self._count(module)),
-            merge.s.eq(s),
-            merge.t.eq(total),
         ]
         with module.If(self.valid):
-            module.d.sync += [s.eq(step.y), starts.eq(chunk_ends)]
+            module.d.sync += [self.s.eq(step.y), starts.eq(chunk_ends)]
         module.d.sync += [
-            merges.eq(self.valid & chunk_ends),
+            self.merges.eq(self.valid & chunk_ends),
             finishes.eq(self.valid & self.last),
             self.done.eq(finishes),
         ]
-        with module.If(merges):
-            module.d.sync += total.eq(Mux(finishes, zero, merge.y))
-            module.d.sync += self.total.eq(merge.y)
-        self._randomness(module, step, merge, merges)
+        with module.If(self.merges):
+            module.d.sync += self.t.eq(Mux(finishes, self.t.init, self.y))
+            module.d.sync += self.total.eq(self.y)
+        self._randomness(module, step)
         return module
 
     def _count(self, module: Module) -> Value:
@@ -203,14 +206,46 @@ class Mac(Elaboratable):
             module.d.sync += position.eq(Mux(is_last | self.last, 0, position + 1))
         return is_last
 
-    def _randomness(self, module: Module, step: FmaqUnit, merge: Merge, merges: Signal) -> None:
-        """Fresh random integers for every rounding of every step, and for every merge."""
+    def _randomness(self, module: Module, step: FmaqUnit) -> None:
+        """Fresh random integers for every rounding of every step."""
         bits = self.unit.random_bits
         if not bits:
             return
         names = [name for name in ("r_product", "r_sum") if name in step.inputs]
         module.submodules.lfsr = lfsr = Lfsr(bits * len(names), seed=STEP_SEED)
-        module.submodules.merge_lfsr = merge_lfsr = Lfsr(bits, seed=MERGE_SEED)
-        module.d.comb += [lfsr.enable.eq(self.valid), merge_lfsr.enable.eq(merges), merge.r_sum.eq(merge_lfsr.out)]
+        module.d.comb += lfsr.enable.eq(self.valid)
         for index, name in enumerate(names):
             module.d.comb += step.inputs[name].eq(lfsr.out[index * bits : (index + 1) * bits])
+
+
+class Mac(Elaboratable):
+    """A chunked dot product, one step a cycle.
+
+    Ports: `x`, `w`, taken where `valid`; `last` with the last step of a dot product. Two cycles later `done` is set for
+    one cycle and `total` is the dot product's code. A new dot product may start in the cycle after `last`.
+    """
+
+    def __init__(self, unit: Unit) -> None:
+        self.unit, self.lane = unit, Lane(unit)
+        self.x, self.w, self.valid, self.last = self.lane.x, self.lane.w, self.lane.valid, self.lane.last
+        self.total, self.done = self.lane.total, self.lane.done
+
+    @property
+    def ports(self) -> list[Signal]:
+        """Inputs, then outputs; clk and rst join them."""
+        return [self.x, self.w, self.valid, self.last, self.total, self.done]
+
+    def elaborate(self, platform: object) -> Module:
+        """A lane and a merging adder of its own, in which nothing changes between merges: that saves its energy."""
+        unit, lane, module = self.unit, self.lane, Module()
+        module.submodules.lane = lane
+        module.submodules.merge = merge = Merge(unit)
+        module.d.comb += [
+            merge.s.eq(Mux(lane.merges, lane.s, lane.s.init)),
+            merge.t.eq(lane.t),
+            lane.y.eq(merge.y),
+        ]
+        if unit.merge_random_bits:
+            module.submodules.merge_lfsr = lfsr = Lfsr(unit.merge_random_bits, seed=MERGE_SEED)
+            module.d.comb += [lfsr.enable.eq(lane.merges), merge.r_sum.eq(lfsr.out)]
+        return module

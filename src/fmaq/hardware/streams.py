@@ -15,7 +15,7 @@ from fmaq.hardware.operands import FloatOperand, IntegerOperand, Operand
 from fmaq.hardware.unit import IeeeFormat, Unit
 from fmaq.hardware.vectors import Vectors
 from fmaq.numerics import FloatFormat
-from fmaq.numerics.reference import quantize_tensor
+from fmaq.numerics.reference import exact_sum, quantize, quantize_tensor
 
 Values = NDArray[np.float64]
 
@@ -120,6 +120,42 @@ def mac_trace(unit: Unit, streams: Streams, seed: int = 0) -> Vectors:
         name: np.concatenate([np.full((1, lanes), first[name]), np.broadcast_to(rest[name], (steps, lanes))])
         for name in first
     }
+
+
+def shared_traces(unit: Unit, streams: Streams, seed: int = 0) -> tuple[Vectors, Vectors]:
+    """Codes of every input port of a lane that shares its merging adder, and of that adder.
+
+    In every cycle another lane merges, and all lanes see the sum. A last chunk that is not full is left out.
+
+    Returns:
+        of the lane (1 + steps, lanes), a reset first; of the adder (steps, adders).
+    """
+    lane, step = mac_trace(unit, streams, seed), trace(unit, streams, seed)
+    chunk, level = unit.accumulator.chunk, unit.merge  # type: ignore[union-attr]
+    assert chunk is not None
+    steps, lanes = step["x"].shape
+    chunks = steps // chunk
+    if not chunks:
+        raise ValueError(f"streams of {steps} steps have no chunk of {chunk}: give longer ones")
+    sums = unit.golden({name: codes[chunk - 1 : chunks * chunk : chunk] for name, codes in step.items()})
+    totals = np.zeros((chunks + 1, lanes))
+    for index in range(chunks):
+        total = exact_sum(totals[index], sums[index])
+        totals[index + 1] = quantize(total, level.format, level.rounding, True)
+    s, t = unit.format.encode(sums), unit.total.encode(totals)
+    y = np.concatenate([np.repeat(t[:1], chunk + 1, axis=0), np.repeat(t[1:], chunk, axis=0)])[: 1 + chunks * chunk]
+    behind = (np.arange(len(y)) - chunk - 1) % chunk  # how many lanes ago the own merge was
+    lane = {name: codes[: len(y)] for name, codes in lane.items()}
+    lane["y"] = np.stack([np.roll(row, shift) for row, shift in zip(y, behind, strict=True)])
+    adder = {
+        f"{name}_{i}": np.zeros((chunks * chunk, max(1, lanes // chunk)), np.int64)
+        for name in "st"
+        for i in range(chunk)
+    }
+    for i in range(chunk):
+        members = (np.arange(max(1, lanes // chunk)) * chunk + i) % lanes
+        adder[f"s_{i}"][i::chunk], adder[f"t_{i}"][i::chunk] = s[:, members], t[:-1, members]
+    return lane, adder
 
 
 def _quantized(values: Values, operand: Operand, rescale: bool) -> Values:

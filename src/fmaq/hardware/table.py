@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fmaq.hardware.comparison import unlike
-from fmaq.hardware.cost import Synthesis, check_part, synthesize_mac_unit, synthesize_unit
+from fmaq.hardware.cost import SYNTHESES, Synthesis, check_part
 from fmaq.hardware.gatecount import Estimate, estimate
 from fmaq.hardware.liberty import Library
 from fmaq.hardware.operands import IntegerOperand
@@ -73,7 +73,34 @@ FLOAT = Study(
     HALF,
 )
 INTEGER = Study("int8", "int8", ("I16f0", "I16f0w", "I20f0", "I24f0", "I32f0", "I32f0w"), INTEGER_WIDE, INTEGER_HALF)
-STUDIES = {"M4E3": FLOAT, "int8": INTEGER}
+LEVELS = Study(
+    "M4E3",
+    "M4E3",
+    (
+        _paper(7, 4, 10),
+        f"{_paper(7, 4, 10)} outer=M10E5b16",
+        f"{_paper(5, 4, 10)} outer=M10E5b16",
+        *(f"M{m}E4b10h product=M{m}E4b12h outer=M10E5b16" for m in (5, 4, 3)),
+        "M3E3b4h product=M3E3b6h outer=M10E5b16",
+        *(
+            f"I{width}f{width - 6} product=I{width}f{width - 6} product_rounding=half_up outer={outer}"
+            for width, outer in ((16, "I22f10"), (12, "I18f6"), (10, "I16f4"), (10, "M10E5b16"))
+        ),
+        *(HALF, WIDE),
+    ),
+    WIDE,
+    HALF,
+)
+"""Half-unit formats and rounded fixed-point products beside the paper's, with an outer level."""
+STUDIES = {"M4E3": FLOAT, "int8": INTEGER, "levels": LEVELS}
+
+
+PARTS = {
+    "unit": "",
+    "mac": "chunked multiply-accumulate",
+    "shared": "chunked multiply-accumulate with its share of a merging adder",
+}
+"""What a part is called in titles."""
 
 
 def study_of(
@@ -142,10 +169,11 @@ def run_study(
     Args:
         streams: operands for the energy; Gaussian ones unless given.
         progress: called with an accumulator when it is done.
-        part: `"unit"`, or `"mac"`, the chunked multiply-accumulate, without the IEEE units, which have none.
+        part: `"unit"`; `"mac"`, the chunked multiply-accumulate, without the IEEE units, which have none; or
+            `"shared"`, one that shares its merging adder with as many as a chunk has steps.
     """
     operands = streams or gaussian()
-    synthesize = synthesize_unit if check_part(part) == "unit" else synthesize_mac_unit
+    synthesize = SYNTHESES[check_part(part, SYNTHESES)]
     chosen = [text for text in study.accumulators if part == "unit" or text not in IEEE]
 
     def one(accumulator: str) -> Synthesis:
@@ -225,7 +253,7 @@ def record(study: Study, row: Row, part: str = "unit") -> dict[str, Any]:
 def markdown(study: Study, library: Library, rows: Sequence[Row], part: str = "unit") -> str:
     """A study's table."""
     units = f"area in NAND2 equivalents, delay in {library.delay_unit}, energy in {library.energy_unit}"
-    what = "" if part == "unit" else ", chunked multiply-accumulate"
+    what = f", {PARTS[part]}".removesuffix(", ")
     lines = [f"**{study.operands} operands{what}, library {library.name}** ({units})", ""]
     names = columns(part)
     lines += ["| " + " | ".join(names) + " |", "|---" * len(names) + "|"]

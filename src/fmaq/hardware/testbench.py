@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from fmaq.hardware import synthesis
 from fmaq.hardware.cost import check_part
-from fmaq.hardware.unit import IeeeFormat, Unit, Values, dot_products
+from fmaq.hardware.unit import IeeeFormat, RegisterFormat, Unit, Values, dot_products, register_bits
 from fmaq.hardware.vectors import Vectors, random, vectors_for
 from fmaq.hardware.verilog import check_name, verilog
 from fmaq.numerics import FixedFormat
@@ -89,13 +89,13 @@ def _run(command: list[str], folder: Path, may_fail: bool = False) -> str:
 # --- What must come out -----------------------------------------------------------------------------------------------
 
 
-def expected_codes(unit: Unit, values: Values, s: Codes | None = None) -> tuple[Codes, Codes]:
+def expected_codes(format: RegisterFormat, values: Values, s: Codes | None = None) -> tuple[Codes, Codes]:
     """A code of each value, and a mask of the bits that every code of it has.
 
     Args:
         s: codes of the sum that came in: NaN passes through an IEEE unit.
     """
-    format, every = unit.format, (1 << unit.register_bits) - 1
+    every = (1 << register_bits(format)) - 1
     if isinstance(format, FixedFormat):
         return format.encode(values), np.full(values.shape, every)
     if isinstance(format, IeeeFormat):
@@ -123,7 +123,7 @@ def _words(*fields: tuple[Codes, int]) -> str:
 
 def bench_of_unit(unit: Unit, vectors: Vectors, name: str = synthesis.TOP) -> dict[str, str]:
     """The files of a bench that tries these vectors on a unit."""
-    codes, care = expected_codes(unit, unit.golden(vectors), vectors["s"])
+    codes, care = expected_codes(unit.format, unit.golden(vectors), vectors["s"])
     bits = unit.register_bits
     fields = [(vectors[port], width) for port, width in unit.inputs.items()]
     text = UNIT_BENCH.format(
@@ -142,14 +142,14 @@ def bench_of_unit(unit: Unit, vectors: Vectors, name: str = synthesis.TOP) -> di
 
 def bench_of_mac(unit: Unit, x: Codes, w: Codes, name: str = synthesis.TOP, seed: int = 0) -> dict[str, str]:
     """The files of a bench that puts these dot products, (products, steps), through a multiply-accumulate."""
-    codes, care = expected_codes(unit, dot_products(unit, x, w))
+    codes, care = expected_codes(unit.total, dot_products(unit, x, w))
     count, steps = x.shape
     busy = np.random.default_rng(seed).random(2 * count * steps + 64) >= IDLE
     busy = busy[: int(np.argmax(np.cumsum(busy) == count * steps)) + 1]
     cycles = {port: np.zeros(len(busy), np.int64) for port in ("x", "w", "last")}
     cycles["x"][busy], cycles["w"][busy] = x.ravel(), w.ravel()
     cycles["last"][busy] = np.arange(count * steps) % steps == steps - 1
-    a, b, bits = unit.activation.bits, unit.weight.bits, unit.register_bits
+    a, b, bits = unit.activation.bits, unit.weight.bits, register_bits(unit.total)
     text = MAC_BENCH.format(
         name=name, count=count, cycles=len(busy), x_top=a - 1, w_top=b - 1, top=bits - 1, width=a + b + 2, pair=2 * bits
     )

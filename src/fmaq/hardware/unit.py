@@ -17,6 +17,8 @@ from numpy.typing import ArrayLike, NDArray
 from fmaq.hardware.lfsr import MERGE_SEED, STEP_SEED, lfsr_sequence
 from fmaq.hardware.operands import FloatOperand, IntegerOperand, Operand, parse_operand
 from fmaq.numerics import Accumulator, FixedFormat, FloatFormat
+from fmaq.numerics.accumulator import Level
+from fmaq.numerics.formats import Float32Format
 from fmaq.numerics.reference import exact_sum, quantize
 
 Codes = NDArray[np.int64]
@@ -84,7 +86,8 @@ class IeeeFormat:
         return np.where(np.abs(rounded) > self.max, np.copysign(np.inf, x), rounded)
 
 
-ROUNDINGS = ("toward_zero", "nearest_even", "stochastic")  # that the unit has
+RegisterFormat = FloatFormat | FixedFormat | IeeeFormat
+"""What a register of the hardware can hold."""
 
 IEEE = {"ieee32": IeeeFormat("ieee32", 23, 8), "ieee16": IeeeFormat("ieee16", 10, 5)}
 
@@ -97,7 +100,8 @@ class Unit:
     zero="flag"); `r_product` and `r_sum`, with stochastic rounding only, the random integers of the two roundings.
 
     Attributes:
-        accumulator: the formats, rounding and chunk, or an IEEE baseline.
+        accumulator: the formats, rounding and chunk, or an IEEE baseline. Levels (`outer=`) are no part of the unit,
+            but of the multiply-accumulate around it.
         weight, activation: the formats of w and x.
     """
 
@@ -143,15 +147,6 @@ class Unit:
             raise ValueError(f'accumulator "{acc}" is a template: hardware needs a bias, like "{acc.format}b10"')
         if not acc.underflow:
             raise ValueError("underflow=False is a stage of training, and no hardware does it: leave it out")
-        for what, is_given in (
-            (f"rounding={acc.rounding}", acc.rounding not in ROUNDINGS),
-            (f"product_rounding={acc.product_rounding}", acc.product_rounding is not None),
-            (f"the half-unit format {acc.format}", acc.format.half_unit),
-            (f"the half-unit product {acc.product}", acc.product is not None and acc.product.half_unit),
-            (f"outer={acc.outer}", acc.outer is not None),
-        ):
-            if is_given:
-                raise ValueError(f"no hardware is generated yet for {what}: leave it out of {acc}")
         for format in (acc.format, acc.product):
             if isinstance(format, FixedFormat) and self.product_range[1] + format.fraction + 1 > MAX_WINDOW:
                 raise ValueError(
@@ -163,7 +158,7 @@ class Unit:
         return f"{self.accumulator} weight={self.weight} activation={self.activation}"
 
     @property
-    def format(self) -> FloatFormat | FixedFormat | IeeeFormat:
+    def format(self) -> RegisterFormat:
         """The format of s and y."""
         return self.accumulator if isinstance(self.accumulator, IeeeFormat) else self.accumulator.format
 
@@ -187,18 +182,61 @@ class Unit:
 
     @property
     def rounding(self) -> str:
-        """How product and sum are rounded."""
+        """How the sum is rounded."""
         return "nearest_even" if isinstance(self.accumulator, IeeeFormat) else self.accumulator.rounding
 
     @property
+    def product_rounding(self) -> str:
+        """How the product is rounded, where it has a format."""
+        return "nearest_even" if isinstance(self.accumulator, IeeeFormat) else self.accumulator.rounding_of_products
+
+    @property
     def random_bits(self) -> int:
-        """Width of each random integer; 0 without stochastic rounding."""
-        return self.accumulator.random_bits if self.rounding == "stochastic" else 0  # type: ignore[union-attr]
+        """Width of each random integer; 0 without stochastic rounding of the unit's."""
+        return max(self.inputs.get("r_product", 0), self.inputs.get("r_sum", 0))
+
+    @property
+    def centred(self) -> bool:
+        """Random integers are odd."""
+        return not isinstance(self.accumulator, IeeeFormat) and self.accumulator.centred
 
     @property
     def register_bits(self) -> int:
-        """Wires of s and y: the format's code, and the zero flag of zero="flag"."""
-        return self.format.bits + (getattr(self.format, "zero", None) == "flag")
+        """Wires of s and y, see `register_bits`."""
+        return register_bits(self.format)
+
+    @cached_property
+    def merge(self) -> Level:
+        """How a multiply-accumulate adds sums of chunks. The unit itself makes steps, which no level changes.
+
+        Raises:
+            ValueError: there is none, of an IEEE baseline; there are two or more; or float32 does not hold the sums.
+        """
+        acc = self.accumulator
+        if isinstance(acc, IeeeFormat):
+            raise ValueError(f"the baseline {acc} has a unit, and no chunked multiply-accumulate")
+        first, *more = acc.levels
+        if more:
+            raise ValueError(
+                f"a multiply-accumulate has one level above its chunks, and {acc} has {1 + len(more)}: give an outer "
+                f"format, or an outer accumulator in one chunk, like outer={first.format}"
+            )
+        if isinstance(first.format, Float32Format) and (acc.format.emin < -126 or acc.format.emax > 127):
+            raise ValueError(
+                f"float32 does not hold the sums of {acc.format}, which outer=fp32 adds: choose another bias"
+            )
+        return first
+
+    @property
+    def merge_random_bits(self) -> int:
+        """Width of the random integers of merges; 0 where they are not stochastic."""
+        return self.merge.random_bits if self.merge.rounding == "stochastic" else 0
+
+    @property
+    def total(self) -> RegisterFormat:
+        """The format of a multiply-accumulate's dot products; errors as of `merge`."""
+        format = self.merge.format
+        return IEEE["ieee32"] if isinstance(format, Float32Format) else format
 
     @property
     def unnormalised_range(self) -> tuple[int, int]:
@@ -221,10 +259,11 @@ class Unit:
     def inputs(self) -> dict[str, int]:
         """Input ports and their widths."""
         ports = {"x": self.activation.bits, "w": self.weight.bits, "s": self.register_bits}
-        if self.random_bits:
-            ports |= {"r_product": self.random_bits} if self.product is not None else {}
-            ports["r_sum"] = self.random_bits
-        return ports
+        if isinstance(self.accumulator, IeeeFormat):
+            return ports
+        bits = self.accumulator.random_bits
+        ports |= {"r_product": bits} if self.product is not None and self.product_rounding == "stochastic" else {}
+        return ports | ({"r_sum": bits} if self.rounding == "stochastic" else {})
 
     def golden(self, vectors: Mapping[str, Codes]) -> Values:
         """The values y must have.
@@ -241,9 +280,15 @@ class Unit:
             with np.errstate(invalid="ignore"):
                 total = np.where(np.isfinite(s), exact_sum(np.where(np.isfinite(s), s, 0), p), s)
             return acc.round(total)
+        of_product, of_sum = (np.asarray(vectors.get(name, 0)) | acc.centred for name in ("r_product", "r_sum"))
         if acc.product is not None:
-            p = quantize(p, acc.product, acc.rounding, True, self.random_bits, vectors.get("r_product", 0))
-        return quantize(exact_sum(s, p), acc.format, acc.rounding, True, self.random_bits, vectors.get("r_sum", 0))
+            p = quantize(p, acc.product, acc.rounding_of_products, True, acc.random_bits, of_product)
+        return quantize(exact_sum(s, p), acc.format, acc.rounding, True, acc.random_bits, of_sum)
+
+
+def register_bits(format: RegisterFormat) -> int:
+    """Wires of a register: the format's code, and the zero flag of zero="flag"."""
+    return format.bits + (getattr(format, "zero", None) == "flag")
 
 
 def dot_products(unit: Unit, x: Codes, w: Codes) -> Values:
@@ -254,11 +299,10 @@ def dot_products(unit: Unit, x: Codes, w: Codes) -> Values:
     Returns:
         (products, ...); stochastic rounding takes the integers of the hardware's own shift registers.
     Raises:
-        ValueError: the accumulator is an IEEE baseline, which has no chunks.
+        ValueError: as `Unit.merge`.
     """
-    acc = unit.accumulator
-    if isinstance(acc, IeeeFormat):
-        raise ValueError(f"the baseline {acc} has a unit, and no chunked multiply-accumulate")
+    acc, level = unit.accumulator, unit.merge
+    assert isinstance(acc, Accumulator)
     count, steps, *units = x.shape
     chunk = min(acc.chunk or steps, steps)
     of_steps, of_merges = _shift_registers(unit, count, steps, -(-steps // chunk))
@@ -271,8 +315,9 @@ def dot_products(unit: Unit, x: Codes, w: Codes) -> Values:
         randoms = {name: each(values[:, k]) for name, values in of_steps.items()}
         s = unit.golden({"x": x[:, k], "w": w[:, k], "s": unit.format.encode(s), **randoms})
         if (k + 1) % chunk == 0 or k == steps - 1:
-            r = each(of_merges[:, k // chunk])
-            t = quantize(exact_sum(t, s), acc.format, acc.rounding, True, unit.random_bits, r)
+            r = each(of_merges[:, k // chunk]) | level.centred
+            with np.errstate(invalid="ignore"):  # infinities of float32
+                t = quantize(exact_sum(t, s), level.format, level.rounding, True, level.random_bits, r)
             s = np.zeros_like(s)
     return t
 
@@ -280,11 +325,15 @@ def dot_products(unit: Unit, x: Codes, w: Codes) -> Values:
 def _shift_registers(unit: Unit, count: int, steps: int, merges: int) -> tuple[dict[str, Codes], Codes]:
     """The random integers of every step, (count, steps) by port, and of every merge, (count, merges)."""
     bits, names = unit.random_bits, [name for name in unit.inputs if name.startswith("r_")]
-    if not bits:
-        return {}, np.zeros((count, merges), np.int64)
-    words = np.array(lfsr_sequence(bits * len(names), STEP_SEED, count * steps)).reshape(count, steps)
+    words = _words(bits * len(names), STEP_SEED, count, steps)
     ports = {name: words >> index * bits & (1 << bits) - 1 for index, name in enumerate(names)}
-    return ports, np.array(lfsr_sequence(bits, MERGE_SEED, count * merges)).reshape(count, merges)
+    return ports, _words(unit.merge_random_bits, MERGE_SEED, count, merges)
+
+
+def _words(bits: int, seed: int, *shape: int) -> Codes:
+    """What a shift register gives, one after another; zeros where there is none."""
+    count = int(np.prod(shape))
+    return np.array(lfsr_sequence(bits, seed, count) if bits else [0] * count).reshape(shape)
 
 
 def _exponents(operand: Operand) -> tuple[int, int]:

@@ -6,7 +6,7 @@ import re
 
 from fmaq.hardware import synthesis
 from fmaq.hardware.cost import DESIGNS, check_part
-from fmaq.hardware.unit import Unit
+from fmaq.hardware.unit import RegisterFormat, Unit, register_bits
 from fmaq.numerics import FixedFormat
 
 MAC_PORTS = """clk, rst (synchronous); x and w are taken where valid; last comes with the last step of a dot product.
@@ -43,8 +43,9 @@ def check_name(name: str) -> str:
 
 
 def _flat_names(rtlil: str, name: str) -> str:
-    """Modules inside the top one as `name_merge`, which needs no escape in Verilog, not `name.merge`."""
-    return re.sub(rf"^(module|  cell) \\{name}\.", rf"\1 \\{name}_", rtlil, flags=re.MULTILINE)
+    """Modules inside the top one as `name_lane_fmaq`, which needs no escape in Verilog, not `name.lane.fmaq`."""
+    inside = rf"^(?:module|  cell) \\{name}\.\S+"
+    return re.sub(inside, lambda match: match[0].replace(".", "_"), rtlil, flags=re.MULTILINE)
 
 
 def note(unit: Unit, part: str) -> list[str]:
@@ -53,16 +54,26 @@ def note(unit: Unit, part: str) -> list[str]:
     what = "y = FMAq(x, w, s)" if part == "unit" else "a dot product in chunks"
     lines = [
         f"{what}: accumulator {unit.accumulator}",
-        f"x: {unit.activation}, w: {unit.weight}, product: {product}, rounding: {unit.rounding}",
-        f"accumulator codes have {unit.register_bits} bits: {_layout(unit)}",
+        f"x: {unit.activation}, w: {unit.weight}, product: {product}, rounding: {_roundings(unit)}",
+        f"accumulator codes have {unit.register_bits} bits: {_layout(unit.format)}",
     ]
-    return lines + (MAC_PORTS.split("\n") if part == "mac" else [])
+    if part != "mac":
+        return lines
+    if unit.total != unit.format:
+        lines.append(f"codes of the total, {unit.total}, have {register_bits(unit.total)} bits: {_layout(unit.total)}")
+    return [*lines, *MAC_PORTS.split("\n")]
 
 
-def _layout(unit: Unit) -> str:
-    """What the bits of an accumulator's code are, from the top."""
-    format = unit.format
+def _roundings(unit: Unit) -> str:
+    """Of sums and, where it differs, of products."""
+    differs = unit.product is not None and unit.product_rounding != unit.rounding
+    return f"{unit.rounding}, of products {unit.product_rounding}" if differs else unit.rounding
+
+
+def _layout(format: RegisterFormat) -> str:
+    """What the bits of a register's code are, from the top."""
     if isinstance(format, FixedFormat):
         return "two's complement"
-    flag = "zero flag, " if unit.register_bits > format.bits else ""
-    return f"{flag}sign, {format.exponent} exponent, {format.mantissa} mantissa"
+    flag = "zero flag, " if register_bits(format) > format.bits else ""
+    half = ", and an implied half of the last place" if getattr(format, "half_unit", False) else ""
+    return f"{flag}sign, {format.exponent} exponent, {format.mantissa} mantissa{half}"
