@@ -6,7 +6,7 @@ the inside out. A fixed format, an exact product and float32 have no bias; their
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -55,7 +55,7 @@ def with_biases(acc: Accumulator, biases: Sequence[int]) -> Accumulator:
 
 def bare(acc: Accumulator) -> Accumulator:
     """Without any bias."""
-    return _with_formats(acc, [replace(f, bias=None) if isinstance(f, FloatFormat) else f for f in formats_of(acc)])
+    return mapped(acc, lambda format: replace(format, bias=None) if isinstance(format, FloatFormat) else format)
 
 
 def moved(acc: Accumulator, by: int) -> Accumulator:
@@ -114,6 +114,11 @@ def spans_of(acc: Accumulator, depth: int) -> list[int]:
 
 def _at_most(span: int | None, depth: int) -> int:
     return depth if span is None else min(span, depth)
+
+
+def mapped(acc: Accumulator, change: Callable[[AnyFormat | None], AnyFormat | None]) -> Accumulator:
+    """With each of its formats changed."""
+    return _with_formats(acc, [change(format) for format in formats_of(acc)])
 
 
 def _with_formats(acc: Accumulator, formats: Sequence[Any]) -> Accumulator:

@@ -244,7 +244,7 @@ class _Fits:
 
     def _compare_weight(self, place: Place, weight: Tensor) -> None:
         flat = weight.detach().flatten()
-        some = flat[:: -(-flat.numel() // COMPARED)].clone()
+        some = flat[:: -(-flat.numel() // COMPARED)].to(torch.float32, copy=True)
         if not torch.equal(self.weights.setdefault(place, some), some):
             self.various.add(place)
 

@@ -59,7 +59,7 @@ class ProductEvents:
     Attributes:
         layer, kind, index: of the product, see `fmaq.emulation.Product`.
         accumulator: that computes it.
-        counts: of `numerics.reference.EVENTS` in steps and, as merge_…, in merges.
+        counts: of `numerics.reference.EVENTS` in steps and, as merge_…, in merges, of all levels together.
         steps, merges: that were looked at.
         sampled: share of all steps that were.
         calls: how often the product was computed.
@@ -315,7 +315,7 @@ def _count(found: ProductEvents, part: Sample, acc: Accumulator) -> None:
         found.counts[name] += count
     outputs = part.outputs
     found.steps += outputs * part.depth
-    found.merges += outputs * -(-part.depth // (acc.chunk or max(1, part.depth)))
+    found.merges += outputs * acc.merges(part.depth)
 
 
 def _histograms(found: ProductEvents, part: Sample, acc: Accumulator) -> None:
