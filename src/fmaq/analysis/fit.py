@@ -50,6 +50,7 @@ NEIGHBOURS = (-1, 0, 1)  # of what the first batch chose
 ROOM = -1  # the highest shift where a sum beyond the largest wraps, and is lost: twice the largest still fits
 CHANNELS = 128  # of them, the product's bias is chosen on
 MOST_DISTANCE = 12  # that a bias is moved from where the largest product, or the largest sum of its level, puts it
+WIDE = 5  # bits of exponent, of which an outer level needs no trial
 MOST_PARTS = 64  # of a sum, that are looked at
 MOST_OFFSET = 60  # 2^±offset times any ordinary weight is a float32
 OUTGROWN = 4.0  # a sample whose sums are so many times the largest before starts anew
@@ -211,9 +212,13 @@ class Trial:
     def _with_best_distances(self, acc: Accumulator, sample: Sample) -> Accumulator:
         """With the bias of products, then of each outer level, moved up, or else down, while that helps.
 
-        A sum's own bias is what the offsets are for.
+        A sum's own bias is what the offsets are for, and an outer level of many exponents has room below anyway.
         """
-        places = [i for i, format in enumerate(formats_of(acc)) if i > 0 and isinstance(format, FloatFormat)]
+        product, *outers = formats_of(acc)[1:]
+        places = [1] if isinstance(product, FloatFormat) else []
+        places += [
+            i for i, format in enumerate(outers, 2) if isinstance(format, FloatFormat) and format.exponent < WIDE
+        ]
         if not places:
             return acc
         error = self._error_of(sample)
