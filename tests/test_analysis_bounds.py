@@ -11,6 +11,7 @@ from torch import nn
 
 from fmaq import Accumulator, FixedFormat, FloatFormat, Policy, attach
 from fmaq.analysis import channel_bounds, overflow_bounds
+from fmaq.analysis.biases import outer_formats
 from fmaq.analysis.bounds import ChannelBounds, a2q_width, input_range
 from fmaq.numerics import reference
 from strategies import accumulators, examples
@@ -29,6 +30,21 @@ def worst_inputs(w: np.ndarray, low: float, high: float) -> tuple[np.ndarray, np
     return np.where(w >= 0, high, low), np.where(w >= 0, low, high)
 
 
+def smallest_end(acc: Accumulator) -> float:
+    """The least of the largest values of its formats."""
+    return min(format.max for format in (acc.format, acc.product or acc.format, *outer_formats(acc)))
+
+
+def without_draws(acc: Accumulator) -> Accumulator:
+    """To the nearest even where rounding would be stochastic."""
+
+    def other(rounding: str | None) -> str | None:
+        return "nearest_even" if rounding == "stochastic" else rounding
+
+    outer = without_draws(acc.outer) if isinstance(acc.outer, Accumulator) else acc.outer
+    return replace(acc, rounding=other(acc.rounding), product_rounding=other(acc.product_rounding), outer=outer)
+
+
 @st.composite
 def problems(draw: st.DrawFn) -> tuple[Accumulator, np.ndarray, float, float, np.random.Generator]:
     """An accumulator, weights (channels, K) about as large as it can take, and a range of inputs."""
@@ -38,7 +54,7 @@ def problems(draw: st.DrawFn) -> tuple[Accumulator, np.ndarray, float, float, np
     low, high = draw(st.sampled_from([(-1.0, 1.0), (0.0, 1.5), (-0.3, 2.0), (-3.0, 0.0)]))
     spread = draw(st.sampled_from([0.0, 1.0, 6.0]))
     w = rng.standard_normal((3, depth)) * 2.0 ** rng.uniform(-spread, spread, (3, depth))
-    top = min(acc.format.max, (acc.product or acc.format).max)
+    top = smallest_end(acc)
     scale = top / np.abs(w).sum(1).max() / max(-low, high) * 2.0 ** draw(st.floats(-2, 4))
     w = (w * min(scale, 1e30)).astype(np.float32)
     return acc, w, float(np.float32(low)), float(np.float32(high)), rng
@@ -60,13 +76,8 @@ def test_no_input_in_range_overflows_a_proven_channel(problem) -> None:
 @examples(150)
 def test_the_worst_inputs_overflow_every_other_channel(problem) -> None:
     acc, w, low, high, _ = problem
-    assume(min(acc.format.max, (acc.product or acc.format).max) > 2.0**-80)  # nothing that matters is below 2^−126
-    acc = replace(
-        acc,
-        rounding="nearest_even" if acc.rounding == "stochastic" else acc.rounding,
-        product_rounding="nearest_even" if acc.product_rounding == "stochastic" else acc.product_rounding,
-        underflow=False,
-    )
+    assume(smallest_end(acc) > 2.0**-80)  # nothing that matters is below 2^−126
+    acc = replace(without_draws(acc), underflow=False)
     bounds = channel_bounds(torch.from_numpy(w), acc, (low, high))
     for weights, proven in zip(w, bounds.proven, strict=True):
         if not proven:
@@ -78,11 +89,11 @@ def test_the_worst_inputs_overflow_every_other_channel(problem) -> None:
 def test_the_bias_or_width_it_asks_for_is_proven_and_one_less_is_not(problem) -> None:
     acc, w, low, high, _ = problem
     weight = torch.from_numpy(w)
-    bounds = channel_bounds(weight, replace(acc, product=None, product_rounding=None), (low, high))
+    acc = replace(acc, product=None, product_rounding=None, outer=None)
+    bounds = channel_bounds(weight, acc, (low, high))
 
     def proven(format, channel: int) -> bool:
-        plain = replace(acc, product=None, product_rounding=None, format=format)
-        changed = channel_bounds(weight, plain, (low, high))
+        changed = channel_bounds(weight, replace(acc, format=format), (low, high))
         return bool(changed.proven[channel])
 
     for channel in range(len(w)):
@@ -287,3 +298,31 @@ def test_a2q_refuses_what_is_no_norm() -> None:
         a2q_width(-1, 8, True)
     with pytest.raises(ValueError, match="input_bits must be at least 1"):
         a2q_width(1, 0, True)
+
+
+def test_growth_by_a_half_unit_is_in_the_bound() -> None:
+    """0.5 three times in M0E4h: every power of two is held as 1.5 of it: 0.75, 0.75 + 0.75 → 1.5, 2.25 → 3."""
+    bounds = channel_bounds(torch.full((1, 3), 0.5), "M0E4b8h product=M0E4b8h", 1.0)
+    assert (bounds.sums.highest[0], bounds.sums.lowest[0], bounds.products.highest[0]) == (3, -3, 0.75)
+    assert bounds.biases[0] == 15 - 1 and channel_bounds(torch.full((1, 3), 0.5), "M0E4b14h", 1.0).proven[0]
+
+
+def test_what_is_floored_grows_below_zero_alone() -> None:
+    bounds = channel_bounds(torch.full((1, 4), 0.3), "I8f0 product=I8f0 rounding=floor", 1.0)
+    assert (bounds.sums.lowest[0], bounds.sums.highest[0]) == (-4, 0)
+    half_up = channel_bounds(torch.full((1, 4), 0.5), "I8f0 product=I8f0 rounding=half_up", 1.0)
+    assert (half_up.sums.lowest[0], half_up.sums.highest[0]) == (0, 4)
+
+
+def test_each_level_is_bounded_by_its_own_sums() -> None:
+    weight = torch.ones(1, 64)
+    bounds = channel_bounds(weight, "M7E4b12 product=M7E4b15 chunk=4 outer=(I8f0 chunk=4 outer=M10E4b9)", 1.0)
+    assert [x.highest[0] for x in (bounds.products, bounds.sums, *bounds.outer)] == [1, 4, 16, 64]
+    assert bounds.proven[0] and bounds.biases[0] == 13 and [b and b[0] for b in bounds.outer_biases] == [None, 9]
+    for narrow in ("M7E4b14 chunk=4 outer=fp32", "M7E4b12 chunk=4 outer=I6f0", "M7E4b12 chunk=4 outer=M10E4b10"):
+        assert not channel_bounds(weight, narrow, 1.0).proven[0]
+    assert channel_bounds(weight, "M7E4b12 chunk=4 outer=fp32", 1.0).proven[0]
+    table = overflow_bounds(
+        nn.Linear(8, 3), torch.randn(5, 8), accumulator="M5E4h chunk=4 outer=(M6E5 chunk=1 outer=M9E5)"
+    )
+    assert "outer 1 bias" in str(table) and len(table.to_dicts()[0]["outer_biases"]) == 2

@@ -350,3 +350,17 @@ def test_bad_input_is_named():
         model(torch.ones(1, 3))
     with pytest.raises(AttributeError, match="no event 'overflow'"):
         _ = events[""].overflow
+
+
+def test_merges_of_all_levels_are_counted_and_the_table_says_so() -> None:
+    acc = fmaq.Accumulator("M3E4b8h product=M4E4b9h chunk=3 outer=(M3E4b6 chunk=2 outer=fp32)")
+    model, x = nn.Linear(23, 7, bias=False), torch.randn(6, 23)
+    fmaq.attach(model, acc)
+    with torch.no_grad(), fmaq.observe(model) as observed:
+        model(x)
+    expected = reference.count_events(x.numpy(), model.weight.detach().numpy().T, acc)
+    found = observed[""]
+    assert {name: found[name] for name in EVENT_NAMES} == {name: expected[name] for name in EVENT_NAMES}
+    assert (found.steps, found.merges) == (expected["steps"], expected["merges"]) == (6 * 7 * 23, 6 * 7 * (8 + 4))
+    assert found.rate("merge_partial_swamping") == expected["merge_partial_swamping"] / expected["merges"] > 0
+    assert "merges, of all levels, are counted apart" in " ".join(str(observed).split())

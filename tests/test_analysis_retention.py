@@ -139,3 +139,34 @@ def test_bad_input(call, message: str) -> None:
 def test_suitability_is_the_papers() -> None:
     edge = 1 - math.log(50) / 100
     assert is_suitable(edge + 1e-9, 100) and not is_suitable(edge - 1e-9, 100)
+
+
+def test_a_half_unit_format_is_as_good_as_rounding_to_the_nearest() -> None:
+    nearest, half_unit, truncated = (
+        simulate(spec, 576)
+        for spec in ("M5E4 product=M5E4 rounding=nearest_even", "M5E4h product=M5E4h", "M5E4 product=M5E4")
+    )
+    assert half_unit.noise == pytest.approx(nearest.noise, rel=0.3) and truncated.noise > 5 * half_unit.noise
+    assert half_unit.gain == pytest.approx(1, abs=0.01)
+
+
+def test_an_outer_level_keeps_what_chunks_have_left() -> None:
+    alone, outer = (simulate(f"M4E4h product=M4E4h chunk=8 {more}", 1536) for more in ("", "outer=M10E5"))
+    assert outer.noise < 0.6 * alone.noise
+    assert retention_ratio(3, 5, 4096, 16) < retention_ratio(3, 5, 4096, 16, ((10, None),)) < 1
+    assert retention_ratio(4, 5, 4096, 16, ((4, None),)) == retention_ratio(4, 5, 4096, 16)
+    assert retention_ratio(6, 5, 4096, 16, ((4, 16), (23, None))) > retention_ratio(6, 5, 4096, 16, ((4, None),))
+    assert least_mantissa(5, 4096, 16, ((10, None),)) < least_mantissa(5, 4096, 16)
+    with pytest.raises(ValueError, match="beside outer levels of 2 bits"):
+        least_mantissa(5, 4096, 16, ((2, None),))
+
+
+def test_the_table_of_a_model_knows_levels() -> None:
+    model, x = nn.Linear(4096, 2), torch.zeros(1, 4096)
+    alone, outer, short = (
+        mantissa_needed(model, x, accumulator=f"M6E4h product=M5E4h chunk=16 {more}", simulated=False).rows[0]
+        for more in ("", "outer=fp32", "outer=M2E5")
+    )
+    assert outer.needed < alone.needed and outer.suitable and not alone.suitable and short.needed is None
+    with pytest.raises(ValueError, match="fixed format"):
+        mantissa_needed(model, x, accumulator="M4E4h chunk=4 outer=I20f4")

@@ -1,15 +1,17 @@
 """The worst case of a sum, channel by channel: proof that no input in a range makes an accumulator overflow.
 
-Rounding is odd and monotone: a larger product, or a larger sum before it, never gives a smaller sum. So the input that
-makes every product of a channel as large as the range allows makes each of its partial sums as large as any input can;
+Rounding is monotone: a larger product, or a larger sum before it, never gives a smaller sum. So the input that makes
+every product of a channel as large as the range allows makes each of its partial sums as large as any input can;
 another makes them as small. The walk along those two inputs, rounded as the accumulator rounds but with no end to its
-range, is the bound, whatever the format, the rounding or the chunk: nearest rounding's growth is in it, as it happens.
+range, is the bound, whatever the formats, the rounding, the chunk or the levels: the growth by nearest rounding, by a
+half-unit format's half, or by flooring what is negative is in it, as it happens.
 No bound from norms is as tight. It is reached, by those inputs, unless terms below the smallest magnitude are flushed
 (which only makes sums smaller), or rounding is stochastic (then it is the worst of all draws).
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -18,7 +20,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fmaq.numerics import Accumulator, FixedFormat, FloatFormat, Format
+from fmaq.analysis.biases import AnyFormat, outer_formats
+from fmaq.numerics import Accumulator, FixedFormat, FloatFormat
+from fmaq.numerics.accumulator import Level
 from fmaq.numerics.reference import exact_sum, round_to_grid
 from fmaq.ops import parse_tensor_format
 from fmaq.ops.operands import AccumulatorLike, widen
@@ -43,7 +47,7 @@ class Extremes:
         """The largest magnitude, (channels,)."""
         return np.maximum(-self.lowest, self.highest)
 
-    def fits(self, format: Format) -> NDArray[np.bool_]:
+    def fits(self, format: AnyFormat) -> NDArray[np.bool_]:
         """Neither is beyond the format's range, (channels,). A format without a bias has none, and fits nothing."""
         if format.is_template:
             return np.zeros(self.lowest.shape, bool)
@@ -69,8 +73,9 @@ class ChannelBounds:
     Attributes:
         accumulator: that sums it.
         low, high: the range of the inputs.
-        sums: extremes of all partial sums, of chunks and across them.
+        sums: extremes of all partial sums, of chunks and, without an outer level, across them.
         products: of the rounded products; None where the accumulator keeps them exact.
+        outer: of the sums of each outer level, the innermost first.
     """
 
     accumulator: Accumulator
@@ -78,6 +83,7 @@ class ChannelBounds:
     high: float
     sums: Extremes
     products: Extremes | None
+    outer: tuple[Extremes, ...] = ()
 
     @property
     def proven(self) -> NDArray[np.bool_]:
@@ -85,29 +91,34 @@ class ChannelBounds:
         proven = self.sums.fits(self.accumulator.format)
         if self.products is not None and self.accumulator.product is not None:
             proven = proven & self.products.fits(self.accumulator.product)
+        for extremes, format in zip(self.outer, outer_formats(self.accumulator), strict=True):
+            proven = proven & extremes.fits(format)
         return proven
 
     @property
     def biases(self) -> NDArray[np.int64] | None:
         """The largest bias of the partial sums' float format that is proven, (channels,); None for a fixed format."""
-        format = self.accumulator.format
-        if not isinstance(format, FloatFormat):
-            return None
-        return 2**format.exponent - 1 - self.sums.exponents()
+        return _largest_bias(self.sums, self.accumulator.format)
 
     @property
     def product_biases(self) -> NDArray[np.int64] | None:
         """The same of the products' format; None where that is fixed, or products are exact."""
-        format = self.accumulator.product
-        if self.products is None or not isinstance(format, FloatFormat):
-            return None
-        return 2**format.exponent - 1 - self.products.exponents()
+        return None if self.products is None else _largest_bias(self.products, self.accumulator.product)
+
+    @property
+    def outer_biases(self) -> tuple[NDArray[np.int64] | None, ...]:
+        """The same of each outer level's format; None where that is fixed, or float32."""
+        return tuple(map(_largest_bias, self.outer, outer_formats(self.accumulator)))
 
     @property
     def widths(self) -> NDArray[np.int64] | None:
         """The least width of the partial sums' fixed format that is proven, (channels,); None for a float."""
         format = self.accumulator.format
         return self.sums.widths(format.fraction) if isinstance(format, FixedFormat) else None
+
+
+def _largest_bias(extremes: Extremes, format: AnyFormat | None) -> NDArray[np.int64] | None:
+    return 2**format.exponent - 1 - extremes.exponents() if isinstance(format, FloatFormat) else None
 
 
 def input_range(given: RangeLike) -> tuple[float, float]:
@@ -178,9 +189,9 @@ def channel_bounds(weight: Tensor, accumulator: AccumulatorLike, input_max: Rang
         raise ValueError("weight has values that are not finite; no sum of theirs has a bound")
     w = wide.detach().flatten(1).t().double().numpy()
     ends = (w * low, w * high)  # exact: 24 bits times 24 bits
-    highest, lowest = _walk(np.maximum(*ends), acc, 1.0), _walk(-np.minimum(*ends), acc, -1.0)
-    sums, products = (Extremes(-below, above) for below, above in zip(lowest, highest, strict=True))
-    return ChannelBounds(acc, low, high, sums, None if acc.product is None else products)
+    found = map(Extremes, _walk(np.minimum(*ends), acc), _walk(np.maximum(*ends), acc))
+    products, sums, *outer = found
+    return ChannelBounds(acc, low, high, sums, None if acc.product is None else products, tuple(outer))
 
 
 def _within_float32(low: float, high: float) -> tuple[float, float]:
@@ -192,29 +203,39 @@ def _within_float32(low: float, high: float) -> tuple[float, float]:
     return ends[0], ends[1]
 
 
-def _walk(terms: Array, acc: Accumulator, sign: float) -> tuple[Array, Array]:
-    """The largest partial sum and the largest product on the way along magnitudes (K, channels) of terms of one sign.
+def _walk(terms: Array, acc: Accumulator) -> list[Array]:
+    """The furthest product, and the furthest sum in each register, on the way along terms (K, channels) of one sign.
 
-    With terms of one sign sums only grow, so it is the last of each chunk and of the sum of chunks.
+    The registers are that of the sums and one a level; two levels of one format share theirs.
     """
     depth, channels = terms.shape
     products = terms
     if acc.product is not None:
-        products = _rounded(terms, acc, acc.product, acc.rounding_of_products, sign)
-    total, largest = np.zeros(channels), np.zeros(channels)
-    chunk = acc.chunk or max(depth, 1)
-    for start in range(0, depth, chunk):
-        s = np.zeros(channels)
-        for p in products[start : start + chunk]:
-            s = _rounded(exact_sum(s, p), acc, acc.format, acc.rounding, sign)
-        total = _rounded(exact_sum(total, s), acc, acc.format, acc.rounding, sign)
-        largest = np.maximum(largest, np.maximum(s, total))
-    return largest, products.max(axis=0, initial=0.0)
+        products = _rounded(terms, Level(acc.product, acc.rounding_of_products, acc.random_bits))
+    levels = [Level(acc.format, acc.rounding, acc.random_bits, acc.chunk), *acc.levels]
+    sums, furthest = ([np.zeros(channels) for _ in levels] for _ in range(2))
+    counts = [0] * len(levels)
+    for k, p in enumerate(products):
+        term = p
+        for i, level in enumerate(levels):
+            sums[i] = _rounded(exact_sum(sums[i], term), level)
+            furthest[i] = _further(furthest[i], sums[i])
+            counts[i] += 1
+            if k + 1 < depth and counts[i] != level.chunk:
+                break
+            term, sums[i], counts[i] = sums[i], np.zeros(channels), 0
+    registers = len(outer_formats(acc)) + 1
+    furthest[registers - 1] = functools.reduce(_further, furthest[registers - 1 :])
+    return [functools.reduce(_further, products, np.zeros(channels)), *furthest[:registers]]
 
 
-def _rounded(x: Array, acc: Accumulator, format: Format, rounding: str, sign: float) -> Array:
-    """The most that rounding can make of magnitudes of numbers of a sign, the format's range unbounded."""
-    return np.abs(round_to_grid(sign * x, format, rounding, acc.random_bits, 2**acc.random_bits - 1))
+def _further(one: Array, other: Array) -> Array:
+    return np.where(np.abs(other) > np.abs(one), other, one)
+
+
+def _rounded(x: Array, level: Level) -> Array:
+    """The furthest that rounding can take numbers, the format's range unbounded."""
+    return round_to_grid(x, level.format, level.rounding, level.random_bits, 2**level.random_bits - 1)
 
 
 def a2q_width(l1_norm: float, input_bits: int, is_signed: bool) -> int:

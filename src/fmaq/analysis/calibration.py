@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from fmaq.analysis import ranks, warned
 from fmaq.analysis.batches import call, inputs_of
-from fmaq.analysis.fit import SHIFTS, Fit, Trial, placed, relative_error, some_channels
+from fmaq.analysis.biases import bias_for, biases_of, distances_of, placed, top_of, with_biases
+from fmaq.analysis.fit import SHIFTS, Fit, Trial, relative_error, some_channels
 from fmaq.analysis.fitted import as_vector, fitted, ruled, template_of
 from fmaq.analysis.met import Met
 from fmaq.analysis.operand_ranges import larger_ranges, largest_of_operands
@@ -209,7 +210,7 @@ class _Fits:
         acc, has_channels = Accumulator.parse(rule.accumulator), request.is_weight[1]
         if any(not operand.numel() for operand in request.operands):
             self.empty.add(place)
-            return replace(rule, accumulator=placed(acc, 0, 0))
+            return replace(rule, accumulator=placed(acc, 0))
         if sums_codes(acc, formats_of(rule, request.is_weight)):
             self.engines.add(place)
         if has_channels:
@@ -244,7 +245,7 @@ class _Fits:
 
     def _compare_weight(self, place: Place, weight: Tensor) -> None:
         flat = weight.detach().flatten()
-        some = flat[:: -(-flat.numel() // COMPARED)].float().clone()
+        some = flat[:: -(-flat.numel() // COMPARED)].to(torch.float32, copy=True)
         if not torch.equal(self.weights.setdefault(place, some), some):
             self.various.add(place)
 
@@ -288,20 +289,29 @@ class _Fits:
         self.trials, self.samples, self.few = {}, {}, {}
 
     def _one_for_all(self, template: Accumulator, places: list[Place]) -> Accumulator:
-        """The largest exponent first, with the product's bias as far above as it is for most; then that distance."""
-        tops = [self.trials[place].top for place in places]
-        distances = [self.trials[place].distance for place in places]
+        """The largest exponent first, with the product's bias as far above as it is for most; then that distance.
+
+        An outer level has room for the largest sum of all.
+        """
+        chosen = [self.trials[place].acc for place in places]
+        tops = [top_of(acc) for acc in chosen]
+        distances = [distances_of(acc)[0] for acc in chosen]
+        outers = [min(biases) for biases in zip(*(biases_of(acc)[2:] for acc in chosen), strict=True)]
         usual = sorted(distances)[len(distances) // 2]
+
+        def with_top(top: int, distance: int) -> Accumulator:
+            own = bias_for(template.format, top)
+            return with_biases(template, [own, own + distance, *outers])
 
         def error(acc: Accumulator) -> float:
             return self._relative_error(acc, places)
 
         if self.by_maximum:  # the largest sum of all fits, and the largest product
-            return placed(template, max(tops), min(d - top for d, top in zip(distances, tops, strict=True)) + max(tops))
+            return with_top(max(tops), min(d - top for d, top in zip(distances, tops, strict=True)) + max(tops))
         candidates = range(max(tops) - min(SHIFTS), min(tops) - 1, -1)  # of equals, the one with most room
-        top = min(candidates, key=lambda top: error(placed(template, top, usual)))
+        top = min(candidates, key=lambda top: error(with_top(top, usual)))
         near = range(max(usual - 2, min(distances)), min(usual + 2, max(distances)) + 1)
-        return min((placed(template, top, distance) for distance in near), key=error)
+        return min((with_top(top, distance) for distance in near), key=error)
 
     def _relative_error(self, acc: Accumulator, places: list[Place]) -> float:
         return sum(relative_error(acc, self.samples[place]) for place in places)

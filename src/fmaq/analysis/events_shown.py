@@ -61,7 +61,7 @@ def _table(observed: Mapping[str, ProductEvents], longest: int) -> Table:
     formats = {str(found.accumulator.format) for found in observed.values()}
     has_formats = len(formats) > 1
     is_sampled = any(found.sampled < 1 for found in observed.values())
-    about = "per cent of the steps, over: overflow, under: underflow; merges of chunks are counted apart"
+    about = "per cent of the steps, over: overflow, under: underflow; merges, of all levels, are counted apart"
     shown = Table(
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),

@@ -12,6 +12,9 @@ below, since clipping an outlier may cost less than what it takes from all other
 formats keep room for twice the largest. The first batch chooses among these;
 all batches then choose between that and its neighbours. The product's bias is moved, for all groups, while that helps.
 
+Where sums of chunks go to an outer level, the rule speaks of the largest sum of a chunk, and each level has its own:
+its bias is above that of the chunks by as much as its sums are larger, and is moved, too, while that helps.
+
 What a channel will be given may be larger than what it was shown: a class of which no image was seen never had the
 largest logit, and a feature may not have been met at all. So the error of saturation is added that is to be expected
 of a channel by what all channels show together (`Tail`).
@@ -26,17 +29,29 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from fmaq.analysis.biases import (
+    bias_for,
+    bias_of,
+    formats_of,
+    has_biases_alone,
+    moved,
+    outer_formats,
+    placed,
+    spans_of,
+    stepped,
+)
 from fmaq.analysis.samples import ConvSample, MatrixSample, Sample, spread
 from fmaq.analysis.shown import Groups, Shown, Tail
 from fmaq.numerics import Accumulator, FixedFormat, FloatFormat
-from fmaq.numerics.formats import Format
 from fmaq.ops.columns import Columns
 
 SHIFTS = (-3, -2, -1, 0, 1, 2)  # of a group's exponents, from the maximum rule
 NEIGHBOURS = (-1, 0, 1)  # of what the first batch chose
 ROOM = -1  # the highest shift where a sum beyond the largest wraps, and is lost: twice the largest still fits
 CHANNELS = 128  # of them, the product's bias is chosen on
-MOST_DISTANCE = 12  # that the product's bias is moved from where a bound on products puts it
+MOST_DISTANCE = 12  # that a bias is moved from where the largest product, or the largest sum of its level, puts it
+WIDE = 5  # bits of exponent, of which an outer level needs no trial
+MOST_PARTS = 64  # of a sum, that are looked at
 MOST_OFFSET = 60  # 2^±offset times any ordinary weight is a float32
 OUTGROWN = 4.0  # a sample whose sums are so many times the largest before starts anew
 SHIFT_PAYS = 0.98  # a shift is kept if it leaves at most so much of the error
@@ -78,6 +93,7 @@ class Trial:
         largest: magnitude of an exact sum in each group.
         beyond: how many groups have sums that no offset up to `MOST_OFFSET` fits.
         has_equal_say: each group in the gain of all; see `Shown`.
+        times: how many times as large as those of a chunk, and of each outer level, whole sums are, in each group.
     """
 
     acc: Accumulator
@@ -91,6 +107,7 @@ class Trial:
     largest: Tensor = field(default_factory=lambda: torch.zeros(()))
     beyond: int = 0
     has_equal_say: bool = False
+    times: list[Tensor] = field(default_factory=list)
 
     @classmethod
     def searched(
@@ -110,6 +127,19 @@ class Trial:
             chunks: to choose from, or none: the accumulator's.
             by_maximum: keep to the maximum rule.
         """
+        found = [
+            cls._around(replace(acc, chunk=chunk), sample, by_channel, is_shared, by_maximum)
+            for chunk in chunks or (acc.chunk,)
+        ]
+        trial = found[0]
+        if len(found) > 1:
+            trial = min(found, key=lambda one: float(one._shifted(one.acc, sample)[1].sum()))
+        trial._show(sample)
+        return trial
+
+    @classmethod
+    def _around(cls, acc: Accumulator, sample: Sample, by_channel: bool, is_shared: bool, by_maximum: bool) -> Trial:
+        """Of one chunk, around what serves a sample best."""
         y = sample.exact()
         groups = Groups.of(sample, y, by_channel)
         shown, tail = groups.largest(y).double(), None
@@ -118,30 +148,25 @@ class Trial:
             tail = Tail()
             tail.add(sample, groups, y)
             largest = torch.maximum(largest, tail.largest())
-        largest_products = _largest_products(sample, groups)
-        sums, products = _exponent(largest), _exponent(largest_products)
-        above = products.max() - sums.max() if is_shared else (products - sums)[largest_products > 0]
-        most_above = int(above.max()) if above.numel() else 0
-        top = _top_of(acc, int(sums.max()), most_above)
+        beyond = torch.where(shown > 0, largest / shown.clamp(min=1e-300), 1.0)
+        spans = spans_of(acc, sample.depth)
+        parts = [largest if n == sample.depth else beyond * _largest_parts(sample, groups, n) for n in spans]
+        sums = _exponent(parts[0])
+        aboves = [_above(x, sums, is_shared) for x in (_largest_products(sample, groups), *parts[1:])]
+        top = _top_of(acc, int(sums.max()), aboves)
         wanted = top - (sums.max().expand_as(sums) if is_shared else sums)
         offset = wanted.clamp(-MOST_OFFSET, MOST_OFFSET)
-        candidates = [
-            placed(replace(acc, chunk=chunk), top, _distance(acc, most_above)) for chunk in chunks or (acc.chunk,)
-        ]
-        wraps = any(isinstance(f, FixedFormat) and f.overflow == "wrap" for f in (acc.format, acc.product))
-        shifts = (0,) if by_maximum else tuple(shift for shift in SHIFTS if not wraps or shift <= ROOM)
-        trial = cls(candidates[0], groups, by_channel, is_shared, offset, shifts, tail=tail)
-        if by_maximum:
-            trial.acc = _best(candidates, trial._error_of(sample))
-        else:
-            candidates = [trial._with_best_distance(candidate, sample) for candidate in candidates]
-            trial.acc = _best(candidates, lambda candidate: float(trial._shifted(candidate, sample)[1].sum()))
+        trial = cls(placed(acc, top, _distances(acc, aboves)), groups, by_channel, is_shared, offset, SHIFTS, tail=tail)
+        wraps = any(isinstance(f, FixedFormat) and f.overflow == "wrap" for f in formats_of(acc))
+        trial.shifts = (0,) if by_maximum else tuple(shift for shift in SHIFTS if not wraps or shift <= ROOM)
+        trial.times = [torch.where(x > 0, largest / x.clamp(min=1e-300), 1.0) for x in parts]
+        if not by_maximum:
+            trial.acc = trial._with_best_distances(trial.acc, sample)
             trial.offset = offset + trial._shifted(trial.acc, sample)[0]
-            trial.acc = trial._with_best_distance(trial.acc, sample)
+            trial.acc = trial._with_best_distances(trial.acc, sample)
             trial.shifts = NEIGHBOURS if not wraps else tuple(shift for shift in NEIGHBOURS if shift <= 0)
         trial.largest = shown
         trial.beyond = int((offset != wanted).sum())
-        trial._show(sample)
         return trial
 
     @classmethod
@@ -155,21 +180,16 @@ class Trial:
 
     @classmethod
     def of_codes(cls, acc: Accumulator, sample: Sample, by_channel: bool, chunks: Sequence[int | None]) -> Trial:
-        """Of an integer engine, of which nothing but the chunk can be chosen."""
+        """Of an integer engine, of which nothing but the chunk can be chosen, and the range of an outer level.
+
+        That has room for twice the largest sum.
+        """
         y = sample.exact()
+        largest = float(y.abs().max()) if y.numel() else 0.0
+        acc = placed(acc, math.frexp(largest)[1], None)
         candidates = [replace(acc, chunk=chunk) for chunk in chunks or (acc.chunk,)]
         best = _best(candidates, lambda one: float((y - sample.emulated(one)).double().square().sum()))
         return cls.of_gains(best, sample, by_channel)
-
-    @property
-    def top(self) -> int:
-        """The largest exponent of the sums' format."""
-        return self.acc.format.emax if isinstance(self.acc.format, FloatFormat) else 0
-
-    @property
-    def distance(self) -> int:
-        """By how much the product's bias is above that of the sums."""
-        return bias_of(self.acc.product) - bias_of(self.acc.format)
 
     def _error_of(self, sample: Sample) -> Callable[[Accumulator], float]:
         """The squared error that an accumulator leaves in some channels, at the offsets as they are now."""
@@ -189,21 +209,31 @@ class Trial:
 
         return error
 
-    def _with_best_distance(self, acc: Accumulator, sample: Sample) -> Accumulator:
-        """The accumulator with the product's bias moved up, or else down, while that helps."""
-        if not (isinstance(acc.format, FloatFormat) and isinstance(acc.product, FloatFormat)):
+    def _with_best_distances(self, acc: Accumulator, sample: Sample) -> Accumulator:
+        """With the bias of products, then of each outer level, moved up, or else down, while that helps.
+
+        A sum's own bias is what the offsets are for, and an outer level of many exponents has room below anyway.
+        """
+        product, *outers = formats_of(acc)[1:]
+        places = [1] if isinstance(product, FloatFormat) else []
+        places += [
+            i for i, format in enumerate(outers, 2) if isinstance(format, FloatFormat) and format.exponent < WIDE
+        ]
+        if not places:
             return acc
         error = self._error_of(sample)
         best, least = acc, error(acc)
-        for step in (1, -1):
-            for moved in range(1, MOST_DISTANCE + 1):
-                candidate = _biased(acc, bias_of(acc.format), bias_of(acc.product) + step * moved)
-                found = error(candidate)
-                if found >= least:
+        for which in places:
+            before = best
+            for step in (1, -1):
+                for distance in range(1, MOST_DISTANCE + 1):
+                    candidate = stepped(before, which, step * distance)
+                    found = error(candidate)
+                    if found >= least:
+                        break
+                    best, least = candidate, found
+                if best is not before:
                     break
-                best, least = candidate, found
-            if best is not acc:
-                break
         return best
 
     def add(self, sample: Sample) -> None:
@@ -256,9 +286,19 @@ class Trial:
             gain = one.inside.gain if has_gain else torch.ones_like(one.all.y)
             error = one.all.error(gain)
             if self.tail is not None:
-                error = error + self.tail.excess(one.all, gain * largest_of(self.acc, self.offset + shift))
+                error = error + self.tail.excess(one.all, gain * self._reach(self.offset + shift))
             errors.append(error)
         return torch.stack(errors)
+
+    def _reach(self, offset: Tensor) -> Tensor:
+        """The largest sum of each group of which no level is expected to saturate.
+
+        A whole sum of n parts is about as many times as large as one of them as the largest ones were, √n if their
+        signs are random; and what n parts lose by saturation is then what the whole would, in a range so much larger.
+        """
+        formats = [self.acc.format, *outer_formats(self.acc)]
+        reaches = [format.max * times for format, times in zip(formats, self.times, strict=True)]
+        return torch.stack(reaches).amin(0) * torch.ldexp(torch.ones(offset.shape, dtype=torch.float64), -offset)
 
     def fit(self, has_gain: bool = True, has_shift: bool = False) -> Fit:
         """What is best so far.
@@ -287,11 +327,9 @@ class Trial:
     def _folded(self, best: Tensor) -> tuple[Accumulator, Tensor | None]:
         """The accumulator and the offsets; what all groups share is in the biases, where those can be chosen."""
         offset = self.offset + best
-        if not isinstance(self.acc.format, FloatFormat):
+        if not has_biases_alone(self.acc):
             return self.acc, offset if bool(offset.any()) else None
-        if not isinstance(self.acc.product, FloatFormat | None):
-            return self.acc, offset
-        acc = _moved(self.acc, int(offset.flatten().median()))
+        acc = moved(self.acc, int(offset.flatten().median()))
         offset = offset - (bias_of(acc.format) - bias_of(self.acc.format))
         return acc, offset if bool(offset.any()) else None
 
@@ -316,15 +354,16 @@ def relative_error(acc: Accumulator, sample: Sample) -> float:
 
 def _shifted(sample: Sample, acc: Accumulator, shift: int) -> Tensor:
     """The sums with all offsets larger by a number: biases are, where all formats have some."""
-    if isinstance(acc.format, FloatFormat) and isinstance(acc.product, FloatFormat | None):
-        return sample.emulated(_moved(acc, shift))
+    if has_biases_alone(acc):
+        return sample.emulated(moved(acc, shift))
     everywhere = torch.tensor(shift)
     return sample.finished(sample.scaled(everywhere).emulated(acc), Columns(everywhere))
 
 
 def largest_of(acc: Accumulator, offset: Tensor) -> Tensor:
-    """The largest sum of each group."""
-    return acc.format.max * torch.ldexp(torch.ones(offset.shape, dtype=torch.float64), -offset)
+    """The largest finished sum of each group, of the outermost level."""
+    largest = acc.levels[-1].format.max
+    return largest * torch.ldexp(torch.ones(offset.shape, dtype=torch.float64), -offset)
 
 
 def _exponent(magnitudes: Tensor) -> Tensor:
@@ -350,56 +389,40 @@ def _largest_conv_products(sample: ConvSample) -> Tensor:
     return products.reshape(1, -1, *[1] * (sample.x.dim() - 2))
 
 
-def _top_of(acc: Accumulator, sums: int, above: int) -> int:
+def _largest_parts(sample: Sample, groups: Groups, span: int) -> Tensor:
+    """The largest magnitude of a sum of so many consecutive products, in each group."""
+    largest = torch.zeros(groups.shape, dtype=torch.float64)
+    for part in sample.parts(span, MOST_PARTS):
+        largest = torch.maximum(largest, groups.largest(part).double())
+    return largest
+
+
+def _above(largest: Tensor, sums: Tensor, is_shared: bool) -> int:
+    """By how much the largest exponents of something are above those of the sums, in the group where that is most."""
+    found = _exponent(largest)
+    above = found.max() - sums.max() if is_shared else (found - sums)[largest > 0]
+    return int(above.max()) if above.numel() else 0
+
+
+def _top_of(acc: Accumulator, sums: int, aboves: Sequence[int]) -> int:
     """The largest exponent that sums are to have: theirs, or what fits a fixed-point format, which has no bias.
 
     Args:
         sums: exponent of the largest.
-        above: by how much that of the largest product is above it.
+        aboves: by how much that of the largest product, and of the largest sum of each outer level, is above it.
     """
     limits = [
         math.frexp(format.max)[1] - 1 - beyond
-        for format, beyond in ((acc.format, 0), (acc.product, above))
+        for format, beyond in zip(formats_of(acc), (0, *aboves), strict=True)
         if isinstance(format, FixedFormat)
     ]
     return min(limits, default=sums)
 
 
-def _distance(acc: Accumulator, above: int) -> int:
-    """By how much the product's bias is to be above the sum's, so that all largest products are representable."""
-    if not isinstance(acc.product, FloatFormat):
-        return 0
-    return 2**acc.product.exponent - (2**acc.format.exponent if isinstance(acc.format, FloatFormat) else 1) - above
-
-
-def placed(acc: Accumulator, top: int, distance: int) -> Accumulator:
-    """The accumulator whose largest exponent is `top`, and a product whose bias is that much larger than its bias."""
-    bias = 2**acc.format.exponent - 1 - top if isinstance(acc.format, FloatFormat) else -top
-    return _biased(acc, bias, bias + distance)
-
-
-def _moved(acc: Accumulator, by: int) -> Accumulator:
-    """The accumulator with larger biases."""
-    return _biased(acc, bias_of(acc.format) + by, bias_of(acc.product) + by)
-
-
-def _biased(acc: Accumulator, bias: int, product_bias: int) -> Accumulator:
-    """With these biases in the formats that have one, or the nearest that float32 can hold."""
-    format, product = acc.format, acc.product
-    if isinstance(format, FloatFormat):
-        format = replace(format, bias=_held(format, bias))
-    if isinstance(product, FloatFormat):
-        product = replace(product, bias=_held(product, product_bias))
-    return replace(acc, format=format, product=product)
-
-
-def _held(format: FloatFormat, bias: int) -> int:
-    return max(2**format.exponent - 128, min(126, bias))
-
-
-def bias_of(format: Format | None) -> int:
-    """A float's bias, where it has one; else 0."""
-    return format.bias or 0 if isinstance(format, FloatFormat) else 0
+def _distances(acc: Accumulator, aboves: Sequence[int]) -> list[int]:
+    """By how much biases are to be above the sum's, so that all that is so much above the sums is representable."""
+    own, *others = formats_of(acc)
+    return [bias_for(format, above) - bias_for(own, 0) for format, above in zip(others, aboves, strict=True)]
 
 
 def _best(candidates: Sequence[Accumulator], error: Callable[[Accumulator], float]) -> Accumulator:

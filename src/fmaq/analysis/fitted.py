@@ -12,7 +12,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fmaq.analysis.fit import Fit, bias_of, placed
+from fmaq.analysis.biases import (
+    bare,
+    bias_for,
+    bias_of,
+    distances_of,
+    outer_formats,
+    top_of,
+    with_biases,
+)
+from fmaq.analysis.fit import Fit
 from fmaq.emulation.policy import CHOSEN_FIELDS, FP32, PRODUCT_FIELDS, RULE_FIELDS, Policy, Rule
 from fmaq.emulation.products import Place
 from fmaq.emulation.unmet import names_of
@@ -82,11 +91,7 @@ def as_vector(x: Tensor | None) -> Vector | None:
 
 def template_of(acc: Accumulator) -> Accumulator:
     """The accumulator without biases, and without its chunk."""
-
-    def bare(format: Any) -> Any:
-        return replace(format, bias=None) if isinstance(format, FloatFormat) else format
-
-    return replace(acc, format=bare(acc.format), product=bare(acc.product), chunk=None)
+    return replace(bare(acc), chunk=None)
 
 
 def is_template(accumulator: Accumulator | str) -> bool:
@@ -174,9 +179,17 @@ class _Writer:
             return replace(alike[len(alike) // 2], chunk=template.chunk)
         if not found:
             return template
-        usual = found[len(found) // 2]
-        top = usual.format.emax if isinstance(usual.format, FloatFormat) else 0
-        return placed(template, top, bias_of(usual.product) - bias_of(usual.format))
+        return _placed_like(template, found[len(found) // 2])
+
+
+def _placed_like(template: Accumulator, usual: Accumulator) -> Accumulator:
+    """A template for sums as large as those of an accumulator with other formats."""
+    outers = [format.emax for format in outer_formats(usual) if isinstance(format, FloatFormat)]
+    whole = outers[-1] if outers else top_of(usual)
+    own = top_of(usual) if template.outer is not None else whole
+    product_bias = bias_for(template.format, own) + distances_of(usual)[0]
+    wholes = [bias_for(format, whole) for format in outer_formats(template)]
+    return with_biases(template, [bias_for(template.format, own), product_bias, *wholes])
 
 
 def _differing(rule: Rule, other: Rule, stated: Container[str]) -> dict[str, Any]:

@@ -8,9 +8,11 @@ from typing import Any
 
 from torch import nn
 
+from fmaq.analysis.biases import formats_of
 from fmaq.analysis.columns import in_columns
 from fmaq.analysis.retention import (
     LARGEST_MANTISSA,
+    Outer,
     Simulated,
     is_suitable,
     least_mantissa,
@@ -18,7 +20,7 @@ from fmaq.analysis.retention import (
     simulate,
 )
 from fmaq.analysis.trace import TracedProduct, accumulator_of, traced_products
-from fmaq.numerics import Accumulator, FloatFormat
+from fmaq.numerics import Accumulator, FixedFormat, FloatFormat
 from fmaq.ops.operands import AccumulatorLike
 
 
@@ -31,9 +33,10 @@ class MantissaRow:
         product: "linear", "conv2d", "attention_scores" ...
         steps: products in one dot product, K.
         accumulator: that was asked about.
-        needed: mantissa of the partial sums that suits K, in the accumulator's chunks (see `least_mantissa`).
+        needed: mantissa of the partial sums that suits K, in the accumulator's chunks and beside its outer levels (see
+            `least_mantissa`); None where an outer level's own does not.
         needed_in_one_chunk: the same without chunks.
-        ratio: variance retention ratio of the accumulator's own mantissa, rounding to the nearest.
+        ratio: variance retention ratio of the accumulator's own mantissas, rounding to the nearest.
         suitable: that ratio is.
         simulated: what the accumulator's own rounding leaves of Gaussian terms; None where that was not asked for.
     """
@@ -42,7 +45,7 @@ class MantissaRow:
     product: str
     steps: int
     accumulator: str
-    needed: int
+    needed: int | None
     needed_in_one_chunk: int
     ratio: float
     suitable: bool
@@ -64,7 +67,7 @@ class MantissaTable:
     @property
     def needed(self) -> int:
         """The mantissa that suits every row; 0 of an empty table."""
-        return max((row.needed for row in self.rows), default=0)
+        return max((row.needed for row in self.rows if row.needed is not None), default=0)
 
     def to_dicts(self) -> list[dict[str, Any]]:
         """The rows as plain mappings."""
@@ -118,14 +121,14 @@ def _row(product: TracedProduct, given: AccumulatorLike | None, simulated: bool)
     acc = accumulator_of(product, given)
     if acc is None or (given is None and not has_mantissas(acc)):
         return None
-    a, p = mantissas(acc)
-    ratio = retention_ratio(a, p, product.steps, acc.chunk)
+    a, p, outer = mantissas(acc)
+    ratio = retention_ratio(a, p, product.steps, acc.chunk, outer)
     return MantissaRow(
         layer=product.layer,
         product=product.kind,
         steps=product.steps,
         accumulator=str(acc),
-        needed=least_mantissa(p, product.steps, acc.chunk),
+        needed=_needed(p, product.steps, acc.chunk, outer),
         needed_in_one_chunk=least_mantissa(p, product.steps),
         ratio=ratio,
         suitable=is_suitable(ratio, product.steps),
@@ -133,21 +136,34 @@ def _row(product: TracedProduct, given: AccumulatorLike | None, simulated: bool)
     )
 
 
+def _needed(product: int, steps: int, chunk: int | None, outer: Outer) -> int | None:
+    if outer and not is_suitable(retention_ratio(LARGEST_MANTISSA, product, steps, chunk, outer), steps):
+        return None
+    return least_mantissa(product, steps, chunk, outer)
+
+
 def has_mantissas(acc: Accumulator) -> bool:
-    """Both formats are floats."""
-    return all(isinstance(format, FloatFormat) for format in (acc.format, acc.product) if format is not None)
+    """All formats are floats."""
+    return not any(isinstance(format, FixedFormat) for format in formats_of(acc))
 
 
-def mantissas(acc: Accumulator) -> tuple[int, int]:
-    """Of the partial sums and of the products; exact products count as 23 bits.
+def mantissas(acc: Accumulator) -> tuple[int, int, Outer]:
+    """Of the partial sums, of the products, and with its chunk of each outer level.
+
+    Exact products count as 23 bits. A half-unit format counts as its explicit bits: it is as good as those rounded to
+    the nearest.
 
     Raises:
         ValueError: a format is fixed.
     """
     product = FloatFormat(LARGEST_MANTISSA, 8) if acc.product is None else acc.product
-    if not isinstance(acc.format, FloatFormat) or not isinstance(product, FloatFormat):
-        raise ValueError(f"a mantissa is what floats have, and {acc} has a fixed format; see overflow_bounds for it")
-    return acc.format.mantissa, product.mantissa
+    outer = [] if acc.outer is None else [(level.format, level.chunk) for level in acc.levels]
+    for format in (acc.format, product, *(format for format, _ in outer)):
+        if isinstance(format, FixedFormat):
+            raise ValueError(f"a mantissa is what floats have, and {acc} has a fixed format; see overflow_bounds")
+    assert isinstance(acc.format, FloatFormat) and isinstance(product, FloatFormat)
+    own = [(format.mantissa, chunk) for format, chunk in outer if not isinstance(format, FixedFormat)]
+    return acc.format.mantissa, product.mantissa, own
 
 
 def _cells(row: MantissaRow) -> tuple[str, ...]:
@@ -156,7 +172,7 @@ def _cells(row: MantissaRow) -> tuple[str, ...]:
         row.layer or "(model)",
         row.product,
         str(row.steps),
-        str(row.needed),
+        "–" if row.needed is None else str(row.needed),
         str(row.needed_in_one_chunk),
         f"{row.ratio:.4f}",
         "yes" if row.suitable else "no",

@@ -248,7 +248,7 @@ def _count(found: ProductEvents, part: Sample, acc: Accumulator) -> None:
         found.counts[name] += count
     outputs = part.outputs
     found.steps += outputs * part.depth
-    found.merges += outputs * -(-part.depth // (acc.chunk or max(1, part.depth)))
+    found.merges += outputs * acc.merges(part.depth)
 
 
 def _histograms(found: ProductEvents, part: Sample, acc: Accumulator) -> None:

@@ -66,6 +66,11 @@ class OverflowRow:
         return _extreme(self.bounds and self.bounds.product_biases, min)
 
     @property
+    def outer_biases(self) -> tuple[int | None, ...]:
+        """The same of each outer level's format, the innermost first; None of fixed formats and float32."""
+        return () if self.bounds is None else tuple(_extreme(biases, min) for biases in self.bounds.outer_biases)
+
+    @property
     def width(self) -> int | None:
         """The least width of the partial sums' fixed format that is proven for all channels."""
         return _extreme(self.bounds and self.bounds.widths, max)
@@ -99,7 +104,8 @@ class OverflowTable:
 
     def to_dicts(self) -> list[dict[str, Any]]:
         """The rows as plain mappings, bounds as their numbers of channels and what proves all of them."""
-        names = ("layer", "product", "steps", "low", "high", "channels", "proven", "bias", "product_bias", "width")
+        about = ("layer", "product", "steps", "low", "high", "channels", "proven")
+        names = (*about, "bias", "product_bias", "outer_biases", "width")
         return [{name: getattr(row, name) for name in (*names, "reason")} for row in self.rows]
 
     def headings(self) -> tuple[str, ...]:
@@ -202,7 +208,9 @@ def _as_summed(product: TracedProduct, own: Accumulator | None, limits: RangeLik
 
 
 def _cells(row: OverflowRow) -> tuple[str, ...]:
-    proves = {"bias": row.bias, "product bias": row.product_bias, "width": row.width}
+    biases = row.outer_biases
+    outer = {f"outer {i} bias" if len(biases) > 1 else "outer bias": bias for i, bias in enumerate(biases, 1)}
+    proves = {"bias": row.bias, "product bias": row.product_bias, **outer, "width": row.width}
     return (
         row.layer or "(model)",
         row.product,

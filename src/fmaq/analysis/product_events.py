@@ -24,7 +24,7 @@ class ProductEvents:
     Attributes:
         layer, kind, index: of the product, see `fmaq.emulation.Product`.
         accumulator: that computes it.
-        counts: of `numerics.reference.EVENTS` in steps and, as merge_…, in merges.
+        counts: of `numerics.reference.EVENTS` in steps and, as merge_…, in merges, of all levels together.
         steps, merges: that were looked at.
         sampled: share of all steps that were.
         calls: how often the product was computed.

@@ -22,12 +22,14 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
 from fmaq import ops
-from fmaq.numerics import Accumulator, FloatFormat, Format
+from fmaq.analysis.biases import AnyFormat, mapped
+from fmaq.numerics import Accumulator, FixedFormat, FloatFormat
 from fmaq.numerics.formats import _whole
 from fmaq.ops.operands import AccumulatorLike
 
@@ -73,16 +75,22 @@ def _ratio(a: int, p: int, n: int) -> float:
     return (kept + n * untouched) / (n * (weights + untouched))
 
 
-def retention_ratio(accumulator: int, product: int, steps: int, chunk: int | None = None) -> float:
+Outer = Sequence[tuple[int, int | None]]
+"""Mantissa and chunk of each outer level, the innermost first."""
+
+
+def retention_ratio(accumulator: int, product: int, steps: int, chunk: int | None = None, outer: Outer = ()) -> float:
     """The variance retention ratio of arXiv 1901.06588, 0 to 1, of a sum rounded to the nearest.
 
-    With chunks, it is that of a chunk times that of the sum of chunks, whose terms have min(a, p + ⌊log2 chunk⌋) bits.
+    With chunks, it is that of a chunk times that of the sum of chunks, whose terms have min(a, p + ⌊log2 chunk⌋) bits,
+    in the mantissa of the outer level if there is one.
 
     Args:
         accumulator: a, bits of mantissa of the partial sums, 0 to 23.
         product: p, of the products, 0 to 23.
         steps: n, products in the sum, at least 1.
         chunk: products in a chunk, at least 1; None sums in one chunk.
+        outer: of the levels that chunks' sums go to.
 
     Raises:
         TypeError, ValueError: an argument is no integer, or out of its range.
@@ -92,7 +100,11 @@ def retention_ratio(accumulator: int, product: int, steps: int, chunk: int | Non
     n = _whole(steps, "steps", 1, 2**31 - 1)
     if chunk is None or _whole(chunk, "chunk", 1, 2**31 - 1) >= n:
         return _ratio(a, p, n)
-    return _ratio(a, p, chunk) * _ratio(a, min(a, p + int(math.log2(chunk))), math.ceil(n / chunk))
+    terms, sums = min(a, p + int(math.log2(chunk))), math.ceil(n / chunk)
+    if not outer:
+        return _ratio(a, p, chunk) * _ratio(a, terms, sums)
+    (mantissa, its_chunk), *others = outer
+    return _ratio(a, p, chunk) * retention_ratio(mantissa, terms, sums, its_chunk, others)
 
 
 def is_suitable(ratio: float, steps: int) -> bool:
@@ -100,16 +112,17 @@ def is_suitable(ratio: float, steps: int) -> bool:
     return steps * (1 - ratio) < math.log(SUITABLE)
 
 
-def least_mantissa(product: int, steps: int, chunk: int | None = None) -> int:
-    """The least mantissa of the accumulator that is suitable for `steps` products; see `retention_ratio`.
+def least_mantissa(product: int, steps: int, chunk: int | None = None, outer: Outer = ()) -> int:
+    """The least mantissa of the innermost sums that is suitable for `steps` products; see `retention_ratio`.
 
     Raises:
         TypeError, ValueError: as `retention_ratio`; and where no mantissa up to 23 suffices.
     """
     for a in range(LARGEST_MANTISSA + 1):
-        if is_suitable(retention_ratio(a, product, steps, chunk), steps):
+        if is_suitable(retention_ratio(a, product, steps, chunk, outer), steps):
             return a
-    raise ValueError(f"no mantissa up to {LARGEST_MANTISSA} bits is suitable for a sum of {steps} terms")
+    beside = f" beside outer levels of {', '.join(str(bits) for bits, _ in outer)} bits" if outer else ""
+    raise ValueError(f"no mantissa up to {LARGEST_MANTISSA} bits is suitable for a sum of {steps} terms{beside}")
 
 
 @dataclass(frozen=True)
@@ -128,7 +141,7 @@ class Simulated:
 
 
 def simulate(accumulator: AccumulatorLike, steps: int, sums: int = 256, seed: int = 0) -> Simulated:
-    """Sum Gaussian terms with the actual arithmetic: an accumulator's mantissas, chunk and rounding.
+    """Sum Gaussian terms with the actual arithmetic: an accumulator's mantissas, chunks, levels and rounding.
 
     Its exponents are ignored: what range costs depends on data. One term is a normal float32 times ±1.
 
@@ -157,11 +170,12 @@ def simulate(accumulator: AccumulatorLike, steps: int, sums: int = 256, seed: in
 
 def _wide(acc: Accumulator) -> Accumulator:
     """The accumulator with formats of so large a range that nothing saturates or vanishes."""
-    product = None if acc.product is None else _wide_format(acc.product, acc)
-    return replace(acc, format=_wide_format(acc.format, acc), product=product)
+    return mapped(acc, lambda format: _wide_format(format, acc))
 
 
-def _wide_format(format: Format, acc: Accumulator) -> FloatFormat:
-    if not isinstance(format, FloatFormat):
+def _wide_format(format: AnyFormat | None, acc: Accumulator) -> AnyFormat | None:
+    if isinstance(format, FloatFormat):
+        return FloatFormat(format.mantissa, 7, 63, half_unit=format.half_unit)
+    if isinstance(format, FixedFormat):
         raise ValueError(f"a mantissa is what floats have, and {format} of {acc} is a fixed format")
-    return FloatFormat(format.mantissa, 7, 63)
+    return format

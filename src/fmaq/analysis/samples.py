@@ -9,7 +9,7 @@ By token, a sample is of operands that are scaled by token: its sums are in unit
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -39,6 +39,11 @@ def spread(sizes: Tensor, wanted: int) -> Tensor:
     """`wanted` indices at even distances, an eighth of them those of the largest sizes instead; all if no more."""
     largest = sizes.topk(min(wanted, len(sizes)) // 8).indices
     return torch.cat([largest, torch.tensor(evenly(len(sizes), wanted - len(largest)), dtype=torch.long)]).unique()
+
+
+def _starts(depth: int, span: int, most: int) -> list[int]:
+    """Where parts of a sum begin."""
+    return [i * span for i in evenly(-(-depth // span), most)]
 
 
 @dataclass(frozen=True)
@@ -91,6 +96,11 @@ class MatrixSample:
         """The sums in an accumulator: (…, M, N)."""
         left, right, shape = as_batches(self.a, self.b)
         return kernels.matmul(left, right, acc).reshape(shape)
+
+    def parts(self, span: int, most: int) -> Iterator[Tensor]:
+        """The sums of every `span` consecutive products in float32, of `most` such parts at even distances."""
+        for start in _starts(self.depth, span, most):
+            yield self.a[..., start : start + span] @ self.b[..., start : start + span, :]
 
     def count(self, acc: Accumulator) -> list[int]:
         """How often each event happens in the steps, then in the merges."""
@@ -169,6 +179,17 @@ class ConvSample:
     def emulated(self, acc: Accumulator) -> Tensor:
         """The sums in an accumulator: (N, O, *out)."""
         return kernels.conv(self.x, self.weight, acc, self.geometry)
+
+    def parts(self, span: int, most: int) -> Iterator[Tensor]:
+        """The sums of every `span` consecutive products in float32, of `most` such parts at even distances."""
+        window = self.weight.shape[2:].numel()
+        x = self.x.unflatten(1, (self.groups, -1))
+        for start in _starts(self.depth, span, most):
+            channels = slice(start // window, -(-(start + span) // window))
+            weight = torch.zeros_like(self.weight).flatten(1)
+            weight[:, start : start + span] = self.weight.flatten(1)[:, start : start + span]
+            weight = weight.unflatten(1, self.weight.shape[1:])[:, channels]
+            yield kernels.torch_conv(x[:, :, channels].flatten(1, 2), weight, self.geometry)
 
     def count(self, acc: Accumulator) -> list[int]:
         """How often each event happens in the steps, then in the merges."""
