@@ -183,7 +183,6 @@ def test_input_range(given, expected: tuple[float, float]) -> None:
         (torch.ones(3), "M7E4b10", 1, r"weight must be \(channels, K\)"),
         (torch.full((2, 3), torch.inf), "M7E4b10", 1, "no sum of theirs has a bound"),
         (torch.ones(2, 3), "M7", 1, "'M7' is not a format"),
-        (torch.ones(2, 3), "M7E4b10 outer=fp32", 1, "bounds do not know outer levels yet: leave outer=fp32 out"),
     ],
 )
 def test_bad_input(weight, accumulator, given, message: str) -> None:

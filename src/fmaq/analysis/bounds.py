@@ -176,12 +176,9 @@ def channel_bounds(weight: Tensor, accumulator: AccumulatorLike, input_max: Rang
         input_max: see `input_range`.
 
     Raises:
-        TypeError, ValueError: the weight has no dimension, or values that are not finite; the accumulator has outer
-            levels; or of the other arguments.
+        TypeError, ValueError: the weight has no dimension, or values that are not finite; or of the other arguments.
     """
     acc, (low, high) = Accumulator.parse(accumulator), _within_float32(*input_range(input_max))
-    if acc.outer is not None:
-        raise ValueError(f"bounds do not know outer levels yet: leave outer={acc.outer} out of the accumulator")
     wide = widen(weight, "weight")
     if wide.dim() < 2:
         raise ValueError(f"weight must be (channels, K) or (channels, in, *kernel), got {tuple(weight.shape)}")
