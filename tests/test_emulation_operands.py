@@ -342,6 +342,39 @@ def test_calibrate_chooses_the_largest_magnitudes_of_all_batches() -> None:
         fmaq.calibrate(model, policy, batches, ranges="frozen")  # type: ignore[arg-type]
 
 
+class Experts(nn.Module):
+    """Of which the second is called, and given no row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 4), nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([self.first(x), self.second(x[:0])])
+
+
+@pytest.mark.filterwarnings("ignore::fmaq.analysis.batches.CalibrationWarning")
+@pytest.mark.parametrize("accumulator", ["M7E4b10 product=M7E4b12 chunk=16", "I24f0 chunk=16"])
+def test_a_layer_that_was_given_no_rows_keeps_its_accumulator(accumulator: str) -> None:
+    policy = Policy(accumulator, **INT8)
+    found = fmaq.calibrate(Experts(), policy, [torch.randn(5, 8)])
+    assert found.for_layer("second") == policy.for_layer("second")
+    assert found.layers["first"]["a_max"].array > 0
+
+
+def test_zeros_show_no_range() -> None:
+    model = nn.Linear(8, 4)
+    found = fmaq.calibrate(model, Policy("I24f0", **INT8), [torch.zeros(5, 8)])
+    assert found.layers[""].get("a_max") is None and found.layers[""]["b_max"].array > 0
+
+
+def test_ranges_left_to_run_time_take_away_those_of_float32_sums_too() -> None:
+    model, x = nn.Linear(8, 4), torch.randn(5, 8)
+    static = fmaq.calibrate(model, Policy("fp32", **INT8), [x])
+    assert static.for_layer("").a_max is not None
+    assert fmaq.calibrate(model, static, [x], ranges="dynamic").for_layer("").a_max is None
+
+
 def test_formats_with_a_bias_of_their_own_need_no_range() -> None:
     model, x = nn.Linear(8, 4), torch.randn(5, 8)
     found = fmaq.calibrate(model, Policy("M7E4", weight="M4E3b9", activation="M4E3b5"), [x])

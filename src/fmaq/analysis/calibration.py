@@ -108,7 +108,7 @@ def calibrate(
     met = Met()
     with met.running():
         _run(model, policy, inputs, fits, "calibrating")
-    if not (fits.trials or fits.ranged_places):
+    if not (fits.trials or fits.unsummed):
         raise ValueError("calibrate met no product that the policy emulates; does its accumulator say fp32?")
     warned.warn(model, given, fits.trials, fits.empty, fits.various, met)
     if per == "model" and fits.trials:
@@ -152,6 +152,7 @@ class _Fits:
         trials: of the products met so far.
         largest: the largest magnitudes of both operands of the products met so far, where their formats need one; by
             output channel where the rule says so.
+        unsummed: products that are only quantized: their sums are float32's.
         engines: products whose sums are of integer codes.
         samples: of all products, what one bias for all is chosen on.
         few: of products that have not shown `ENOUGH` sums of each channel yet.
@@ -170,6 +171,7 @@ class _Fits:
     ranges: Ranges
     trials: dict[Place, Trial] = field(default_factory=dict)
     largest: dict[Place, tuple[Tensor | None, Tensor | None]] = field(default_factory=dict)
+    unsummed: set[Place] = field(default_factory=set)
     engines: set[Place] = field(default_factory=set)
     samples: dict[Place, Sample] = field(default_factory=dict)
     few: dict[Place, Sample] = field(default_factory=dict)
@@ -181,6 +183,8 @@ class _Fits:
 
     def ranged(self, place: Place, request: Request, rule: Rule) -> Rule:
         """The rule with the ranges of the operands of this and all earlier calls."""
+        if rule.accumulator == FP32:
+            self.unsummed.add(place)
         if self.ranges == "given":
             a_max, b_max = (None if given is None else given.tensor for given in (rule.a_max, rule.b_max))
             self.largest[place] = (a_max, b_max)
@@ -191,14 +195,9 @@ class _Fits:
         found = self.largest[place] = larger_ranges(self.largest.get(place), largest_of_operands(request, rule))
         return replace(rule, a_max=as_vector(found[0]), b_max=as_vector(found[1]))
 
-    @property
-    def ranged_places(self) -> list[Place]:
-        """Products of which an operand has a range."""
-        return [place for place, found in self.largest.items() if found != (None, None)]
-
     def all(self) -> dict[Place, Fit]:
-        """What is best for every product that was met."""
-        return {place: self.fit(place) for place in dict.fromkeys((*self.trials, *self.ranged_places))}
+        """What is best for every product that was met with anything to choose by."""
+        return {place: self.fit(place) for place in (*self.trials, *self.unsummed)}
 
     def choose(self, place: Place, request: Request, rule: Rule) -> Rule:
         """The rule of a product that is met, from this and all earlier samples of it."""
@@ -269,7 +268,7 @@ class _Fits:
     def fit(self, place: Place) -> Fit:
         """What is best for a product so far."""
         a_max, b_max = self.largest.get(place, (None, None))
-        if place not in self.trials:
+        if place in self.unsummed:
             return Fit(FP32, a_max=a_max, b_max=b_max)
         has_gain = self.has_gain and place not in self.engines
         return replace(self.trials[place].fit(has_gain, place in self.shifted), a_max=a_max, b_max=b_max)

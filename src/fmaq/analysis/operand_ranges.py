@@ -14,18 +14,21 @@ Ranges = tuple[Tensor | None, Tensor | None]
 
 
 def largest_of_operands(request: Request, rule: Rule) -> Ranges:
-    """The largest finite magnitudes of a product's operands, where their formats need one; see `fmaq.Policy.a_max`."""
+    """The largest finite magnitudes of a product's operands, where their formats need one; see `fmaq.Policy.a_max`.
+
+    An operand of zeros shows none.
+    """
     found: list[Tensor | None] = []
-    for position, (x, format) in enumerate(zip(request.operands, formats_of(rule, request.is_weight), strict=True)):
+    formats = formats_of(rule, request.is_weight)
+    for position, (x, format) in enumerate(zip(request.operands, formats, strict=True)):
         if format is None or not x.numel() or not needs_range(format):
             found.append(None)
             continue
         x = x.detach().float()
         x = torch.where(torch.isfinite(x), x, 0.0)
-        if position == 1 and by_channel(rule, request.is_weight, x):
-            found.append(channel_ranges(request.kind, x, request.options))
-        else:
-            found.append(x.abs().amax())
+        is_by_channel = position == 1 and by_channel(rule, request.is_weight, x)
+        largest = channel_ranges(request.kind, x, request.options) if is_by_channel else x.abs().amax()
+        found.append(largest if bool(largest.any()) else None)
     return found[0], found[1]
 
 

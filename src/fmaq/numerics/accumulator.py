@@ -6,6 +6,7 @@ import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any, ClassVar
 
 from fmaq.numerics.formats import FLOAT32, Float32Format, Format, _whole, parse_format
@@ -176,7 +177,7 @@ class Accumulator:
             return "toward_zero"
         return self.product_rounding or self.rounding
 
-    @property
+    @cached_property
     def levels(self) -> tuple[Level, ...]:
         """How sums of chunks are merged, the innermost level first; the last one's sum is the result."""
         if self.outer is None:
@@ -199,7 +200,7 @@ class Accumulator:
             found, chunk = found + sums, level.chunk
         return found
 
-    @property
+    @cached_property
     def is_stochastic(self) -> bool:
         """Some rounding draws."""
         roundings = [self.rounding, *(level.rounding for level in self.levels)]

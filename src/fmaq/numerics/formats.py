@@ -63,10 +63,10 @@ def _codes(codes: ArrayLike, bits: int, format: Format) -> NDArray[np.int64]:
 class FloatFormat:
     """Sign and magnitude ±2^e·(1+i/2^M), 0 ≤ i < 2^M, and zero; no infinities, NaN or subnormals.
 
-    A *half-unit biased* format (Hormigo and Villalba, "Measuring improvement when using HUB formats to implement
-    floating-point systems under round-to-nearest", 2016) holds ±2^e·(1+(i+½)/2^M) instead: the register keeps i, the
-    half is implied. Dropping bits then leaves the middle of the interval that they told apart, which is rounding to the
-    nearest at the price of truncation.
+    A *half-unit biased* format (Hormigo and Villalba, "New formats for computing with real-numbers under
+    round-to-nearest", IEEE Transactions on Computers 65(7), 2016) holds ±2^e·(1+(i+½)/2^M) instead: the register keeps
+    i, the half is implied. Dropping bits then leaves the middle of the interval that they told apart, which is rounding
+    to the nearest at the price of truncation.
 
     Args:
         mantissa: M, explicit bits of the significand, 0 to 23 (22 with half_unit).
