@@ -198,14 +198,14 @@ def _computed(call: Call, request: Request, rule: Rule) -> tuple[Tensor, Operand
     if chooser is not None:
         rule = chooser.ranged(place, request, rule)
     if rule.accumulator == FP32:
-        operands = _multiplied(place, request, rule)
+        operands = _multiplied(place, request, request.operands, rule)
         own = zip(operands.tensors, request.operands, strict=True)
         operands = replace(operands, tensors=tuple(x.to(given.dtype) for x, given in own))
         return request.torch_product(*operands.tensors), operands
     first, second = request.operands
     dtype = autocast_dtype(first) or first.dtype
     with torch.autocast(first.device.type, enabled=False):
-        operands = _multiplied(place, replace(request, operands=(first.to(dtype), second.to(dtype))), rule)
+        operands = _multiplied(place, request, (first.to(dtype), second.to(dtype)), rule)
         if chooser is not None:
             a, b = operands.tensors
             rule = chooser.choose(place, replace(request, operands=(a, b)), rule)
@@ -216,9 +216,9 @@ def _computed(call: Call, request: Request, rule: Rule) -> tuple[Tensor, Operand
             return request.emulated_product(*operands.tensors, accumulator, **how).to(dtype), operands
 
 
-def _multiplied(place: Place, request: Request, rule: Rule) -> Operands:
+def _multiplied(place: Place, request: Request, operands: tuple[Tensor, Tensor], rule: Rule) -> Operands:
     with _named(place):
-        return multiplied(rule, request.kind, request.operands, request.is_weight, request.options)
+        return multiplied(rule, request.kind, operands, request.is_weight, request.options)
 
 
 @contextmanager

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from enum import IntEnum
+from itertools import chain
+from operator import methodcaller
 from typing import Any
 
 import torch
@@ -17,6 +19,9 @@ SHAPED_LIKE = {Tensor.to, Tensor.type_as, Tensor.expand_as, Tensor.view_as, Tens
 
 FROM_DATA = {torch.tensor, torch.as_tensor, torch.asarray, torch.from_numpy, torch.frombuffer}
 """Functions that make a tensor of data, which may be an input's: what a tokenizer gives, say."""
+
+
+VALUES = methodcaller("values")
 
 
 class Role(IntEnum):
@@ -56,7 +61,10 @@ class Roles:
 
     def of(self, given: Any) -> Role:
         """The role of a tensor, or of what is computed from those in arguments."""
-        return max(map(self._of, tensors_in(given)), default=Role.CONSTANT)
+        return self._greatest(tensors_in(given))
+
+    def _greatest(self, tensors: Iterable[Tensor]) -> Role:
+        return max(map(self._of, tensors), default=Role.CONSTANT)
 
     def _of(self, x: Tensor) -> Role:
         if isinstance(x, nn.Parameter):
@@ -67,7 +75,8 @@ class Roles:
         return role
 
     def _is_registered(self, x: Tensor) -> bool:
-        return any(x is value for tensors in self._registered for value in tensors.values())
+        """It stands in a parameter's or a buffer's place now; asked often, of all that a model has."""
+        return id(x) in map(id, chain.from_iterable(map(VALUES, filter(None, self._registered))))
 
     def set(self, x: Tensor, role: Role) -> None:
         """Note what a tensor is."""
@@ -92,7 +101,7 @@ class Roles:
         if not changed:
             return
         given = list(tensors_in(args[:1] if func in SHAPED_LIKE else (args, kwargs)))
-        role = Role.ACTIVATION if is_activation else self.of(given)
+        role = Role.ACTIVATION if is_activation else self._greatest(given)
         for x in changed:
             is_of_data = not given and func in FROM_DATA and x.dim() > 0
             self._known[x] = Role.UNKNOWN if is_of_data else role
