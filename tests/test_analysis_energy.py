@@ -19,12 +19,7 @@ from fmaq.hardware.liberty import find_library
 from fmaq.hardware.streams import of_layer
 from fmaq.hardware.unit import Unit
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FMAQ_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 SMALL = fmaq.Policy("M3E3b4 product=M3E3b6", weight="M1E2", activation="M1E2")

@@ -21,12 +21,7 @@ from fmaq.hardware.table import FLOAT, INTEGER, Study, columns, label, markdown,
 from fmaq.hardware.unit import Unit
 from fmaq.numerics import Accumulator
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FMAQ_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 # --- Netlists ---------------------------------------------------------------------------------------------------------

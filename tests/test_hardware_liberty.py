@@ -18,12 +18,7 @@ from fmaq.hardware.functions import FunctionError, compile_function, pins_of
 from fmaq.hardware.liberty import LibertyError, find_library
 from fmaq.hardware.liberty_text import LibertySyntaxError, read, write
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FMAQ_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.fixture

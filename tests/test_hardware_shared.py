@@ -11,12 +11,7 @@ from fmaq.hardware import cost, proof, streams, synthesis
 from fmaq.hardware.liberty import find_library
 from fmaq.hardware.unit import Unit, dot_products
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FMAQ_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def wrong_totals(netlist, unit, dots=2, chunks=2, blocks=64):
