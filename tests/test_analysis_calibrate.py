@@ -126,6 +126,27 @@ def test_as_good_as_exhaustive_search(outlier, times):
     assert fit.error < by_maximum.error
 
 
+@pytest.mark.parametrize("channels", [24, 300], ids=["all", "some"])  # that the product's bias is chosen on
+@pytest.mark.parametrize("spec", ["M4E3 product=M4E3", "M3E3h product=M3E3h chunk=8 outer=M6E4", "I10f6 product=I10f6"])
+def test_a_louder_channel_changes_no_other(spec, channels):
+    generator = torch.Generator().manual_seed(3)
+    layer = nn.Linear(48, channels)
+    with torch.no_grad():
+        layer.weight.copy_(torch.randn(channels, 48, generator=generator))
+        layer.weight[::3].mul_(torch.randn(48, generator=generator).exp())  # tails that differ by channel
+    louder = nn.Linear(48, channels)
+    louder.load_state_dict(layer.state_dict())
+    with torch.no_grad():
+        louder.weight[7].mul_(32)
+        louder.bias[7].mul_(32)
+    shown, given = torch.randn(2, 40, 48, generator=generator).pow(3)
+    for model in (layer, louder):
+        fmaq.attach(model, fmaq.calibrate(model, spec, [shown], chunks=(8, 16)))
+    before, after = layer(given).detach(), louder(given).detach()
+    after[:, 7] /= 32
+    assert torch.equal(before, after)
+
+
 def test_a_channel_has_room_for_what_only_others_were_shown():
     """A classifier calibrated on images of three of its twelve classes: the logits of the others fit all the same."""
     torch.manual_seed(2)

@@ -10,7 +10,11 @@ Candidates lie around the *maximum rule*, by which the largest sum and the large
 representable: up to three powers of two above it, since partial sums may be larger than finished ones, and up to two
 below, since clipping an outlier may cost less than what it takes from all others. A sum that wraps is lost, so wrapping
 formats keep room for twice the largest. The first batch chooses among these;
-all batches then choose between that and its neighbours. The product's bias is moved, for all groups, while that helps.
+all batches then choose between that and its neighbours.
+
+What all groups share (the product's bias, the chunk, whether there are shifts) is chosen by their errors relative to
+the mean squares of their own sums: each has the same say, and a channel that is louder than the others does not change
+them. The product's bias is moved while that helps.
 
 Where sums of chunks go to an outer level, the rule speaks of the largest sum of a chunk, and each level has its own:
 its bias is above that of the chunks by as much as its sums are larger, and is moved, too, while that helps.
@@ -41,7 +45,7 @@ from fmaq.analysis.biases import (
     stepped,
 )
 from fmaq.analysis.samples import ConvSample, MatrixSample, Sample, spread
-from fmaq.analysis.shown import Groups, Shown, Tail
+from fmaq.analysis.shown import Groups, Shown, Sums, Tail
 from fmaq.numerics import Accumulator, FixedFormat, FloatFormat
 from fmaq.ops.columns import Columns
 
@@ -133,7 +137,7 @@ class Trial:
         ]
         trial = found[0]
         if len(found) > 1:
-            trial = min(found, key=lambda one: float(one._shifted(one.acc, sample)[1].sum()))
+            trial = min(found, key=lambda one: one._least_error(sample))
         trial._show(sample)
         return trial
 
@@ -162,7 +166,7 @@ class Trial:
         trial.times = [torch.where(x > 0, largest / x.clamp(min=1e-300), 1.0) for x in parts]
         if not by_maximum:
             trial.acc = trial._with_best_distances(trial.acc, sample)
-            trial.offset = offset + trial._shifted(trial.acc, sample)[0]
+            trial.offset = offset + trial._best_shift(sample)
             trial.acc = trial._with_best_distances(trial.acc, sample)
             trial.shifts = NEIGHBOURS if not wraps else tuple(shift for shift in NEIGHBOURS if shift <= 0)
         trial.largest = shown
@@ -192,7 +196,7 @@ class Trial:
         return cls.of_gains(best, sample, by_channel)
 
     def _error_of(self, sample: Sample) -> Callable[[Accumulator], float]:
-        """The squared error that an accumulator leaves in some channels, at the offsets as they are now."""
+        """The relative error that an accumulator leaves in some channels, at the offsets as they are now."""
         y = sample.exact()
         sample, picked = some_channels(sample)
         groups, offset = self.groups, self.offset
@@ -205,7 +209,7 @@ class Trial:
         def error(acc: Accumulator) -> float:
             found = sample.finished(scaled.emulated(acc), Columns(offset))
             shown = Shown.of(groups, y, found, largest_of(acc, offset))
-            return float(shown.all.error(shown.inside.gain).sum())
+            return relative(shown.all.error(shown.inside.gain), shown.all)
 
         return error
 
@@ -273,11 +277,18 @@ class Trial:
             shown[shift] = Shown.of(self.groups, y, found, largest_of(acc, self.offset + shift))
         return shown
 
-    def _shifted(self, acc: Accumulator, sample: Sample) -> tuple[Tensor, Tensor]:
-        """The best shift of each group (or of all), and the squared error that it leaves."""
-        shown = self._shown(acc, sample)
-        errors = self._errors({shift: one.pooled() if self.is_shared else one for shift, one in shown.items()})
-        return torch.tensor(list(shown))[errors.argmin(0)], errors.amin(0)
+    def _best_shift(self, sample: Sample) -> Tensor:
+        """Of each group, or of all."""
+        return torch.tensor(self.shifts)[self._errors(self._of_groups(self._shown(self.acc, sample))).argmin(0)]
+
+    def _least_error(self, sample: Sample) -> float:
+        """The relative error that the best shifts leave."""
+        shown = self._of_groups(self._shown(self.acc, sample))
+        return relative(self._errors(shown).amin(0), next(iter(shown.values())).all)
+
+    def _of_groups(self, shown: dict[int, Shown]) -> dict[int, Shown]:
+        """What was shown by group, or of all as one if they share a bias."""
+        return {shift: one.pooled(self.has_equal_say) if self.is_shared else one for shift, one in shown.items()}
 
     def _errors(self, shown: dict[int, Shown], has_gain: bool = True) -> Tensor:
         """(shifts, groups): the squared error that each shift leaves, and what saturation is expected to add."""
@@ -307,9 +318,7 @@ class Trial:
             has_gain: with gains, of each group, or one if they share a bias.
             has_shift: with shifts, where they pay.
         """
-        of_groups = {
-            shift: one.pooled(self.has_equal_say) if self.is_shared else one for shift, one in self.shown.items()
-        }
+        of_groups = self._of_groups(self.shown)
         errors = self._errors(of_groups, has_gain)
         best = torch.tensor(self.shifts)[errors.argmin(0)]
         chosen = Shown.picked(of_groups, best)
@@ -318,7 +327,7 @@ class Trial:
         if has_gain and has_shift:
             slope, constant = chosen.inside.line
             with_shift = chosen.all.error_of_line(slope, constant)
-            if float(with_shift.sum()) < SHIFT_PAYS * float(left.sum()):
+            if relative(with_shift, chosen.all) < SHIFT_PAYS * relative(left, chosen.all):
                 gain, shift, left = slope, constant, with_shift
         signal = max(float(chosen.all.yy.sum()), 1e-300)
         acc, offsets = self._folded(best)
@@ -334,12 +343,20 @@ class Trial:
         return acc, offset if bool(offset.any()) else None
 
 
+def relative(error: Tensor, sums: Sums) -> float:
+    """Squared errors of groups, each by the sum of squares of its exact sums; together."""
+    return float((error / sums.yy.clamp(min=1e-300)).sum())
+
+
 def some_channels(sample: Sample) -> tuple[Sample, Tensor | None]:
-    """A sample with `CHANNELS` of its channels, and which those are; None: all, as there are no more or groups."""
+    """A sample with `CHANNELS` of its channels, and which those are; None: all, as there are no more or groups.
+
+    An eighth of them are those whose largest sums are furthest beyond the usual ones.
+    """
     if sample.channels <= CHANNELS or (isinstance(sample, ConvSample) and sample.groups > 1):
         return sample, None
-    channel_last = sample.exact().movedim(sample.channel_dim, -1)
-    picked = spread(channel_last.square().flatten(0, -2).sum(0), CHANNELS)
+    squares = sample.exact().movedim(sample.channel_dim, -1).double().square().flatten(0, -2)
+    picked = spread(squares.amax(0) / squares.mean(0).clamp(min=1e-300), CHANNELS)
     return sample.narrowed(picked), picked
 
 
