@@ -8,7 +8,7 @@ what earlier ones really give them. What is chosen, and by which objective: see 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
@@ -22,6 +22,7 @@ from fmaq.analysis.batches import call, inputs_of
 from fmaq.analysis.biases import bias_for, biases_of, distances_of, placed, top_of, with_biases
 from fmaq.analysis.fit import SHIFTS, Fit, Trial, relative_error, some_channels
 from fmaq.analysis.fitted import as_vector, fitted, ruled, template_of
+from fmaq.analysis.importance import gradients
 from fmaq.analysis.met import Met
 from fmaq.analysis.operand_ranges import larger_ranges, largest_of_operands
 from fmaq.analysis.samples import MatrixSample, Sample, is_finite, joined, sample
@@ -51,6 +52,7 @@ def calibrate(
     shift: bool = True,
     chunks: Sequence[int | None] = (),
     ranges: Ranges = "static",
+    importance: Callable[[Any], Tensor] | None = None,
     together: bool = True,
 ) -> Policy:
     """A policy whose accumulators fit the sums of a model: biases, and by channel offsets, gains and shifts.
@@ -84,6 +86,11 @@ def calibrate(
             each output channel of a weight if the policy says `weight_per_channel`; constants of the hardware.
             "dynamic": those of each tensor at run time, which the hardware has to find before it can quantize; a
             sample's result then depends on its batch and its padding. "given": as the policy has them.
+        importance: what an error matters where one choice is for all channels of a product. None: its square by the
+            mean square of the channel's sums. A function of the model's output that gives a scalar: its square times
+            the mean square of the scalar's gradient by the channel's sums, for which each batch takes a pass and a
+            gradient in float32 more. A loss will do, or `fmaq.analysis.likelihood` (of logits) and
+            `fmaq.analysis.projection` (of any output), which need no labels.
         together: where torch.distributed runs several processes, each of them calls this, is given the batches of all,
             and returns the policy of rank 0. False: this process alone, by its own batches.
 
@@ -105,6 +112,8 @@ def calibrate(
     inputs = ranks.everyones(lambda: inputs_of(model, batches)) if has_others else inputs_of(model, batches)
     if not inputs:
         raise ValueError("calibrate needs at least one batch of inputs; batches is empty")
+    if importance is not None:
+        fits.importance = gradients(model, policy, inputs, importance)
     met = Met()
     with met.running():
         _run(model, policy, inputs, fits, "calibrating")
@@ -161,6 +170,7 @@ class _Fits:
         various: products that were given other weights later.
         shifted: those that may have shifts.
         shared: by template, what all products keep.
+        importance: of each group of a product, see `calibrate`; what it lacks counts by its own size.
     """
 
     per: Per
@@ -180,6 +190,7 @@ class _Fits:
     various: set[Place] = field(default_factory=set)
     shifted: set[Place] = field(default_factory=set)
     shared: dict[Accumulator, Accumulator] = field(default_factory=dict)
+    importance: dict[Place, Tensor] = field(default_factory=dict)
 
     def ranged(self, place: Place, request: Request, rule: Rule) -> Rule:
         """The rule with the ranges of the operands of this and all earlier calls."""
@@ -233,6 +244,10 @@ class _Fits:
                 raise ValueError(f"{where} {error}; calibrate it with calls that are alike") from None
         return ruled(rule, self.fit(place))
 
+    def computed(self, place: Place, request: Request, result: Tensor) -> Tensor:
+        """As it is."""
+        return result
+
     def _with_few(self, place: Place, found: Sample, has_channels: bool) -> Sample | None:
         """A sample and all earlier ones of its product, as long as these show fewer than `ENOUGH` sums a channel."""
         before = self.few.pop(place, None)
@@ -263,7 +278,8 @@ class _Fits:
         shared = self.shared.get(template_of(acc))
         if shared is not None:
             return Trial.of_gains(shared, found, has_channels)
-        return Trial.searched(acc, found, has_channels, self.per in ("model", "layer"), self.chunks, self.by_maximum)
+        is_shared, importance = self.per in ("model", "layer"), self.importance.get(place)
+        return Trial.searched(acc, found, has_channels, is_shared, self.chunks, self.by_maximum, importance)
 
     def fit(self, place: Place) -> Fit:
         """What is best for a product so far."""

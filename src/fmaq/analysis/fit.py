@@ -97,6 +97,7 @@ class Trial:
         largest: magnitude of an exact sum in each group.
         beyond: how many groups have sums that no offset up to `MOST_OFFSET` fits.
         has_equal_say: each group in the gain of all; see `Shown`.
+        importance: of an error of each group; None: by its own size.
         times: how many times as large as those of a chunk, and of each outer level, whole sums are, in each group.
     """
 
@@ -111,6 +112,7 @@ class Trial:
     largest: Tensor = field(default_factory=lambda: torch.zeros(()))
     beyond: int = 0
     has_equal_say: bool = False
+    importance: Tensor | None = None
     times: list[Tensor] = field(default_factory=list)
 
     @classmethod
@@ -122,6 +124,7 @@ class Trial:
         is_shared: bool,
         chunks: Sequence[int | None] = (),
         by_maximum: bool = False,
+        importance: Tensor | None = None,
     ) -> Trial:
         """Around what serves a sample best.
 
@@ -130,9 +133,10 @@ class Trial:
             sample: of the product in the first batch.
             chunks: to choose from, or none: the accumulator's.
             by_maximum: keep to the maximum rule.
+            importance: of an error of each group; None, or of other groups: by its own size.
         """
         found = [
-            cls._around(replace(acc, chunk=chunk), sample, by_channel, is_shared, by_maximum)
+            cls._around(replace(acc, chunk=chunk), sample, by_channel, is_shared, by_maximum, importance)
             for chunk in chunks or (acc.chunk,)
         ]
         trial = found[0]
@@ -142,7 +146,15 @@ class Trial:
         return trial
 
     @classmethod
-    def _around(cls, acc: Accumulator, sample: Sample, by_channel: bool, is_shared: bool, by_maximum: bool) -> Trial:
+    def _around(
+        cls,
+        acc: Accumulator,
+        sample: Sample,
+        by_channel: bool,
+        is_shared: bool,
+        by_maximum: bool,
+        importance: Tensor | None,
+    ) -> Trial:
         """Of one chunk, around what serves a sample best."""
         y = sample.exact()
         groups = Groups.of(sample, y, by_channel)
@@ -161,6 +173,8 @@ class Trial:
         wanted = top - (sums.max().expand_as(sums) if is_shared else sums)
         offset = wanted.clamp(-MOST_OFFSET, MOST_OFFSET)
         trial = cls(placed(acc, top, _distances(acc, aboves)), groups, by_channel, is_shared, offset, SHIFTS, tail=tail)
+        if importance is not None and importance.shape == groups.shape and not is_shared:
+            trial.importance = importance
         wraps = any(isinstance(f, FixedFormat) and f.overflow == "wrap" for f in formats_of(acc))
         trial.shifts = (0,) if by_maximum else tuple(shift for shift in SHIFTS if not wraps or shift <= ROOM)
         trial.times = [torch.where(x > 0, largest / x.clamp(min=1e-300), 1.0) for x in parts]
@@ -199,17 +213,18 @@ class Trial:
         """The relative error that an accumulator leaves in some channels, at the offsets as they are now."""
         y = sample.exact()
         sample, picked = some_channels(sample)
-        groups, offset = self.groups, self.offset
+        groups, offset, importance = self.groups, self.offset, self.importance
         if picked is not None:
             y = y.index_select(sample.channel_dim, picked)
             groups = Groups.of(sample, y, self.by_channel)
             offset = offset[picked] if self.by_channel else offset
+            importance = importance[picked] if self.by_channel and importance is not None else importance
         scaled = sample.scaled(offset)
 
         def error(acc: Accumulator) -> float:
             found = sample.finished(scaled.emulated(acc), Columns(offset))
             shown = Shown.of(groups, y, found, largest_of(acc, offset))
-            return relative(shown.all.error(shown.inside.gain), shown.all)
+            return _weighed(shown.all.error(shown.inside.gain), shown.all, importance)
 
         return error
 
@@ -284,7 +299,7 @@ class Trial:
     def _least_error(self, sample: Sample) -> float:
         """The relative error that the best shifts leave."""
         shown = self._of_groups(self._shown(self.acc, sample))
-        return relative(self._errors(shown).amin(0), next(iter(shown.values())).all)
+        return _weighed(self._errors(shown).amin(0), next(iter(shown.values())).all, self.importance)
 
     def _of_groups(self, shown: dict[int, Shown]) -> dict[int, Shown]:
         """What was shown by group, or of all as one if they share a bias."""
@@ -327,7 +342,8 @@ class Trial:
         if has_gain and has_shift:
             slope, constant = chosen.inside.line
             with_shift = chosen.all.error_of_line(slope, constant)
-            if relative(with_shift, chosen.all) < SHIFT_PAYS * relative(left, chosen.all):
+            before, after = (_weighed(x, chosen.all, self.importance) for x in (left, with_shift))
+            if after < SHIFT_PAYS * before:
                 gain, shift, left = slope, constant, with_shift
         signal = max(float(chosen.all.yy.sum()), 1e-300)
         acc, offsets = self._folded(best)
@@ -343,9 +359,9 @@ class Trial:
         return acc, offset if bool(offset.any()) else None
 
 
-def relative(error: Tensor, sums: Sums) -> float:
-    """Squared errors of groups, each by the sum of squares of its exact sums; together."""
-    return float((error / sums.yy.clamp(min=1e-300)).sum())
+def _weighed(error: Tensor, sums: Sums, importance: Tensor | None) -> float:
+    """The squared errors of groups together, each by its importance, or else by the squares of its exact sums."""
+    return float((error / sums.yy.clamp(min=1e-300) if importance is None else error * importance).sum())
 
 
 def some_channels(sample: Sample) -> tuple[Sample, Tensor | None]:

@@ -100,6 +100,9 @@ class Chooser(Protocol):
         The request's operands are those multiplied, quantized where the rule says so.
         """
 
+    def computed(self, place: Place, request: Request, result: Tensor) -> Tensor:
+        """The product's result, which is what the module gets."""
+
 
 def is_heard() -> bool:
     """Somebody listens in this thread."""
@@ -201,7 +204,8 @@ def _computed(call: Call, request: Request, rule: Rule) -> tuple[Tensor, Operand
         operands = _multiplied(place, request, request.operands, rule)
         own = zip(operands.tensors, request.operands, strict=True)
         operands = replace(operands, tensors=tuple(x.to(given.dtype) for x, given in own))
-        return request.torch_product(*operands.tensors), operands
+        result = request.torch_product(*operands.tensors)
+        return result if chooser is None else chooser.computed(place, request, result), operands
     first, second = request.operands
     dtype = autocast_dtype(first) or first.dtype
     with torch.autocast(first.device.type, enabled=False):
@@ -213,7 +217,8 @@ def _computed(call: Call, request: Request, rule: Rule) -> tuple[Tensor, Operand
         if operands.scale is not None:
             how["gain"] = (operands.scale * how.get("gain", 1)).float()
         with _named(place):
-            return request.emulated_product(*operands.tensors, accumulator, **how).to(dtype), operands
+            result = request.emulated_product(*operands.tensors, accumulator, **how).to(dtype)
+    return result if chooser is None else chooser.computed(place, request, result), operands
 
 
 def _multiplied(place: Place, request: Request, operands: tuple[Tensor, Tensor], rule: Rule) -> Operands:
