@@ -213,7 +213,7 @@ def test_prove_counts_mismatches(fmaq):
         ),
         (("table", "paper12", "-w", "int99"), "weight format 'int99' does not fit the unit"),
         (("rtl", "paper12", "--name", "module"), "'module' is no name of a Verilog module"),
-        (("rtl", "paper12", "--part", "core"), "part must be one of unit, mac, got 'core'"),
+        (("rtl", "paper12", "--part", "core"), "part must be one of unit, mac, shared, got 'core'"),
         (("synthesize", "paper12", "--part", "core"), "part must be one of unit, mac, shared, got 'core'"),
         (("synthesize", "ieee32", "--part", "mac"), "has a unit, and no chunked"),
         (("testbench", "ieee32", "--part", "mac"), "has a unit, and no chunked"),
