@@ -414,6 +414,7 @@ def _study(operands: str) -> Study:
 @app.command(
     epilog="[bold]Examples[/bold]\n\n  fmaq hardware model examples/digits/recipe.yaml\n\n"
     "  fmaq hardware model recipe.yaml -a paper12 --examples 8 -l osu018\n\n"
+    '  fmaq hardware model recipe.yaml -a "M4E4b10h product=M4E4b12h outer=M10E5b16" --adder shared\n\n'
     "  fmaq hardware model recipe.yaml --policy runs/mine/policy.yaml --weights runs/mine/model.safetensors\n\n"
     "  fmaq hardware model recipe.yaml -a I24f0 -w int8 -x int8 --csv > energy.csv"
 )
@@ -430,11 +431,15 @@ def model(
         str | None, typer.Option("--activation", "-x", help="The same of activations; M4E3 without.")
     ] = None,
     liberty: Liberty = "unit",
+    adder: Annotated[
+        str,
+        typer.Option(help="Of chunks' sums: own, one for each unit; shared, one for as many as a chunk has steps."),
+    ] = "own",
     examples: Annotated[int, typer.Option(min=1, help="Test examples that the model runs on.")] = 4,
     as_csv: Csv = False,
     as_json: Json = False,
 ) -> None:
-    """Energy by layer: operations times the energy of one, over the layer's own weights and activations.
+    """Energy by layer: steps and merges times the energy of one, over the layer's own weights and activations.
 
     In Python: fmaq.analysis.model_energy(model, policy, inputs).
     """
@@ -447,7 +452,7 @@ def model(
     library = find_library(liberty)
     warn_of_library(library)
     with warnings_in_yellow():
-        found = recipe_energy(loaded, weight, activation, library)
+        found = recipe_energy(loaded, weight, activation, library, adder)
     if as_json:
         record = {"layers": found.to_dicts(), "library": library.name, "to_32_bit": found.ratio}
         typer.echo(json.dumps(record))

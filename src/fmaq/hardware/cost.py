@@ -278,6 +278,14 @@ def mac_design(unit: Unit, name: str = synthesis.TOP) -> str:
     return _rtlil(back, top, name)
 
 
+@lru_cache(maxsize=64)
+def merge_design(unit: Unit) -> str:
+    """The RTL of the merging adder alone; errors as of `mac_design`."""
+    _ = unit.merge
+    back, rtl = _amaranth()
+    return _rtlil(back, rtl.Merge(unit), synthesis.TOP)
+
+
 def sharing(unit: Unit) -> int:
     """How many multiply-accumulates can share a merging adder: as many as a chunk has steps.
 

@@ -83,9 +83,9 @@ LEVELS = Study(
         *(f"M{m}E4b10h product=M{m}E4b12h {OUTER}" for m in (7, 6, 5, 4, 3)),
         *(f"M{m}E3b4h product=M{m}E3b6h {OUTER}" for m in (3, 2)),
         *(
-            f"I{width}f{width - 6} product=I{width}f{width - 6} rounding=half_up {outer}"
+            f"I{width}f{width - 2} product=I{width}f{width - 2} rounding=half_up {outer}"
             for width in (16, 14, 12, 10, 8, 7)
-            for outer in (OUTER, f"outer=I{width + 6}f{width - 6}")
+            for outer in (OUTER, f"outer=I{width + 6}f{width - 2}")
         ),
         *(HALF, WIDE),
     ),
@@ -132,8 +132,8 @@ BLOCKS = Study(
     (
         f"{_paper(7, 4, 10)} rounding=nearest_even {OUTER}",
         f"M4E4b10h product=M4E4b12h {OUTER}",
-        f"I8f2 product=I8f2 rounding=half_up {OUTER}",
-        "I12f6 product=I12f6 rounding=half_up outer=I18f6",
+        f"I8f6 product=I8f6 rounding=half_up {OUTER}",
+        "I12f10 product=I12f10 rounding=half_up outer=I18f10",
         "M5E4b10 product=M5E4b12 product_rounding=odd outer=fp32",
     ),
     WIDE,
