@@ -250,7 +250,7 @@ def prove(
         list[str] | None,
         typer.Argument(
             metavar="[ACCUMULATOR...]",
-            help="Without: all that `fmaq hardware table` has, and every other rounding; some of them in other parts.",
+            help="Without: units of all lists of `fmaq hardware table` and of every other rounding, and some macs.",
             show_default=False,
         ),
     ] = None,
