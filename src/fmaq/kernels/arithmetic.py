@@ -44,6 +44,10 @@ class Merging(ABC):
     def merge(self, v: Lanes, t: Value, s: Value, word: Value | None) -> Value:
         """Q(t + s)."""
 
+    def merge_all(self, v: Lanes, ts: list[Value], ss: list[Value], words: list[Value | None]) -> list[Value]:
+        """`merge` of every cell of a tile."""
+        return [self.merge(v, t, s, word) for t, s, word in zip(ts, ss, words, strict=True)]
+
     def finish(self, v: Lanes, total: Value) -> Value:
         """The value of a finished sum."""
         return total

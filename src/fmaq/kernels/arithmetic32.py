@@ -41,6 +41,7 @@ class Float32(Arithmetic):
         levels: see `Arithmetic`.
         is_clean: a zero with a half unit, which is a subnormal number, is made a zero again, since LLVM knows that it
             compares unequal to zero where nothing is flushed.
+        terms: of sums whose events are counted: see `observed_sum`.
     """
 
     acc: Accumulator
@@ -51,6 +52,7 @@ class Float32(Arithmetic):
     by_chunk: bool = False
     levels: tuple[Merging, ...] = ()
     is_clean: bool = False
+    terms: str = "any"
 
     element_bytes = 4
     flushes = True
@@ -121,6 +123,10 @@ class Float32(Arithmetic):
 
     def observed_step(self, v: Lanes, x: Value, w: Value, s: Value, word: Value | None) -> tuple[Value, list[Value]]:
         zero = v.constant(0.0)
+        if self.product_exact:
+            total = v.fma(x, w, s)
+            limit = self._sum_limit if self.sum_clamped else None
+            return observed_product_sum(v, x, w, s, total, self._rounded_sum(v, total), limit)
         p, overflows = self._rounded_product(v, x, w), None
         if self.product_clamped:
             overflows = is_beyond(v, p, self._product_limit)
@@ -139,7 +145,7 @@ class Float32(Arithmetic):
         total = v.fma(p, v.constant(lift), s)
         rounded = self._rounded_sum(v, total)
         limit = self._sum_limit if clamped else None
-        return observed_sum(v, p, lift, s, total, rounded, limit, not _float(self.acc.format).half_unit)
+        return observed_sum(v, p, lift, s, total, rounded, limit, self.terms)
 
     def events(self, b: ir.IRBuilder, masks: list[Value]) -> list[Value]:
         return sum_events(b, masks)
@@ -172,25 +178,30 @@ def _float(format: Format | None) -> FloatFormat:
 
 
 def observed_sum(
-    v: Lanes, p: Value, lift: float, s: Value, total: Value, rounded: Value, limit: float | None, is_truncated: bool
+    v: Lanes, p: Value, lift: float, s: Value, total: Value, rounded: Value, limit: float | None, terms: str
 ) -> tuple[Value, list[Value]]:
     """A sum in its register; whether it overflows, p is zero, the sum is, it is s, and it is not exact.
 
-    A truncated sum is exact if it, less p·lift, is s again. Where s is zero, p alone may be flushed, and so may that
-    difference: `sum_events` tells. One with a half unit is exact if it is the sum before, and that was.
+    It is exact if it is the sum before, and that was. Where s is zero, p alone may be flushed: `sum_events` tells.
 
     Args:
         total: p·lift + s.
         rounded: on the format's grid.
         limit: the largest magnitude; None where it cannot be exceeded.
+        terms: how to see that a sum is exact. "short" ones: if it less p·lift is s again; "truncated" as well: so is
+            the rounded sum; "any": if rounding it up and down gives the same (see `choose`).
     """
     b, zero = v.b, v.constant(0.0)
     after, overflows = rounded, nowhere(v)
     if limit is not None:
         after, overflows = clamp(v, rounded, limit), is_beyond(v, rounded, limit)
-    inexact = b.fcmp_unordered("!=", v.fma(p, v.constant(-lift), after if is_truncated else total), s)
-    if not is_truncated:
+    difference = v.fma(p, v.constant(-lift), after if terms == "truncated" else total)
+    inexact = b.fcmp_unordered("!=", difference, s)
+    if terms != "truncated":
         inexact = b.or_(inexact, b.fcmp_unordered("!=", after, total))
+    if terms == "any":
+        (down,), (up,) = (v.added(direction, [p], [s], lift) for direction in ("down", "up"))
+        inexact = b.or_(inexact, b.fcmp_unordered("!=", down, up))
     return after, [
         overflows,
         b.fcmp_ordered("==", p, zero),
@@ -198,6 +209,29 @@ def observed_sum(
         b.fcmp_ordered("==", after, s),
         inexact,
     ]
+
+
+def observed_product_sum(
+    v: Lanes, x: Value, w: Value, s: Value, total: Value, rounded: Value, limit: float | None
+) -> tuple[Value, list[Value]]:
+    """`observed_sum` of an exact product, and the masks of a step before it.
+
+    A sum that is zero may have been flushed. It is exact if x·w is −s, whether it is rounded up or down.
+    """
+    b, zero = v.b, v.constant(0.0)
+    after, overflows = rounded, nowhere(v)
+    if limit is not None:
+        after, overflows = clamp(v, rounded, limit), is_beyond(v, rounded, limit)
+    (down,), (up,) = (v.added(direction, [x], [s], w) for direction in ("down", "up"))
+    inexact = b.or_(b.fcmp_unordered("!=", down, up), b.fcmp_unordered("!=", after, total))
+    negative = v.sub(zero, s)
+    for direction in ("down", "up"):
+        (p,) = v.added(direction, [x], [zero], w)
+        is_lost = b.and_(b.fcmp_ordered("==", total, zero), b.fcmp_unordered("!=", p, negative))
+        inexact = b.or_(inexact, is_lost)
+    p_is_zero = b.or_(b.fcmp_ordered("==", x, zero), b.fcmp_ordered("==", w, zero))
+    is_zero, is_same = b.fcmp_ordered("==", after, zero), b.fcmp_ordered("==", after, s)
+    return after, [nowhere(v), nowhere(v), overflows, p_is_zero, is_zero, is_same, inexact]
 
 
 def sum_events(b: ir.IRBuilder, masks: list[Value]) -> list[Value]:
@@ -236,7 +270,13 @@ def clamp(v: Lanes, x: Value, limit: float) -> Value:
 
 
 class Int32Sums(Merging):
-    """Sums of a fixed format as int32, which the loops carry as the bits of float32."""
+    """Sums of a fixed format as int32, which the loops carry as the bits of float32.
+
+    Attributes:
+        finer: they count units of 2^−finer of the format's last place.
+    """
+
+    finer: int = 0
 
     def is_empty(self, v: Lanes, total: Value) -> Value:
         return self.unchanged(v, self.zero(v), total)
@@ -246,33 +286,42 @@ class Int32Sums(Merging):
     def format(self) -> FixedFormat:
         """Of the sums."""
 
+    @property
+    def width(self) -> int:
+        """Bits of the integers."""
+        return self.format.width + self.finer
+
     def finish(self, v: Lanes, total: Value) -> Value:
-        return v.mul(to_nearest(v, self._in_range(v, total), self.format.width), v.constant(self.format.tiny))
+        whole = to_nearest(v, self.in_range(v, v.bits(total)), self.width)
+        return v.mul(whole, v.constant(self.format.tiny * 2.0**-self.finer))
 
     def passed(self, v: Lanes, total: Value) -> Value:
         """In units."""
-        return v.b.sitofp(self._in_range(v, total), v.vector)
+        return v.b.sitofp(self.in_range(v, v.bits(total)), v.vector)
 
     def unchanged(self, v: Lanes, before: Value, after: Value) -> Value:
         changed = v.b.xor(v.bits(before), v.bits(after))
         if self.format.overflow == "wrap":
             # The bits above are wrapped only at the end.
-            changed = v.b.shl(changed, v.bit_constant(32 - self.format.width))
+            changed = v.b.shl(changed, v.bit_constant(32 - self.width))
         return v.b.icmp_signed("==", changed, v.bit_constant(0))
 
     def add_whole(self, v: Lanes, s: Value, p: Value, clamped: bool) -> Value:
         """s and an integer."""
         total = v.b.add(v.bits(s), p)
-        if clamped:
-            half = 2 ** (self.format.width - 1)
-            for sign, limit in (("<", half - 1), (">", -half)):
-                bound = v.bit_constant(limit)
-                total = v.b.select(v.b.icmp_signed(sign, total, bound), total, bound)
-        return v.from_bits(total)
+        return v.from_bits(self.limited(v, total) if clamped else total)
 
-    def _in_range(self, v: Lanes, total: Value) -> Value:
-        whole = v.bits(total)
-        return wrapped(v, whole, self.format.width) if self.format.overflow == "wrap" else whole
+    def limited(self, v: Lanes, total: Value) -> Value:
+        """An integer into the range of the format, where it saturates."""
+        half = 2 ** (self.width - 1)
+        for sign, limit in (("<", half - 2**self.finer), (">", -half)):
+            bound = v.bit_constant(limit)
+            total = v.b.select(v.b.icmp_signed(sign, total, bound), total, bound)
+        return total
+
+    def in_range(self, v: Lanes, total: Value) -> Value:
+        """An integer wrapped, where the format wraps."""
+        return wrapped(v, total, self.width) if self.format.overflow == "wrap" else total
 
 
 WHOLE_ANCHOR, HALVES_ANCHOR = 1.5 * 2.0**23, 1.5 * 2.0**22  # among which float32 counts in ones, and in halves

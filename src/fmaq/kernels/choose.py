@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from dataclasses import dataclass, replace
 
@@ -10,7 +9,7 @@ from fmaq.kernels.arithmetic import Arithmetic, Merging
 from fmaq.kernels.arithmetic32 import FLOAT32_EMIN, Fixed32, Float32
 from fmaq.kernels.arithmetic64 import General64, general
 from fmaq.kernels.grids import BY_TRUNCATION
-from fmaq.kernels.levels32 import FixedLevel32, FloatLevel32, Single32
+from fmaq.kernels.levels32 import FixedLevel32, FloatLevel32, Level32, Single32
 from fmaq.kernels.ranges import Range
 from fmaq.kernels.rounded32 import Rounded32
 from fmaq.kernels.targets import Target
@@ -22,8 +21,10 @@ Fast = Float32 | Rounded32 | Fixed32 | Whole32
 NORM_SLACK = 2.0**-80  # above what squares lose that are too small for float32, times norms of at most 2^40
 
 LONGEST_OBSERVED = 20  # bits of mantissa, so that a sum's last one is far above float32's
-OBSERVED_TOGETHER = 19  # of a sum and of its term, where the sum has a half unit or is an outer one
+OBSERVED_TOGETHER = 19  # of a sum and of its term, where the sum has a half unit or is rounded to the nearest
 NEAREST_TOGETHER = 20  # of a sum and of its term, so that float32's rounding before changes no rounding to the nearest
+
+ON_INTEGERS = ("toward_zero", "nearest_even", "nearest_away", "half_up", "floor")  # `on_coarser_grid` rounds so
 
 MOST_GROWTH = 16.0  # by rounding, up to which bounds of chunks are worth taking
 
@@ -111,7 +112,7 @@ def _choose(
     if found is not None and is_counting:
         found = _counting(found, a, b)
     levels = None if found is None else _levels(acc, target, found[0], depth)
-    if found is None or levels is None or (is_counting and not _see_events(acc, levels)):
+    if found is None or levels is None or (is_counting and not all(level.sees_events for level in levels)):
         return Choice(general(acc))
     arithmetic, scales, terms = found
     arithmetic = replace(arithmetic, levels=levels)
@@ -125,27 +126,23 @@ def _choose(
 def _counting(found: Found, a: Range, b: Range) -> Found | None:
     """The same where `Float32` or `Rounded32` sees every event: see there."""
     arithmetic, _, terms = found
+    if not isinstance(arithmetic, (Float32, Rounded32)):
+        return None
     product, format = arithmetic.acc.product, arithmetic.acc.format
-    if not isinstance(arithmetic, (Float32, Rounded32)) or not isinstance(product, FloatFormat):
-        return None
-    arithmetic = replace(arithmetic, product_exact=False)
+    assert isinstance(format, FloatFormat)
+    if isinstance(product, FloatFormat):
+        p, m = product.significant, format.significant
+        how = "short" if m + max(m, p) <= OBSERVED_TOGETHER else "any"
+        if isinstance(arithmetic, Float32) and not format.half_unit and p <= m <= LONGEST_OBSERVED:
+            how = "truncated"
+        arithmetic = replace(arithmetic, product_exact=False, terms=how)
     scales = _scales(arithmetic, a, b)
-    p, m = product.significant, format.significant
-    is_truncated = isinstance(arithmetic, Float32) and not format.half_unit
-    is_short = p <= m <= LONGEST_OBSERVED if is_truncated else m + max(m, p) <= OBSERVED_TOGETHER
-    if scales is None or not is_short or not _constants_fit(arithmetic):
+    if scales is None or not _constants_fit(arithmetic):
         return None
-    if isinstance(arithmetic, Rounded32) and not _has_headroom(arithmetic, a, b, product.max):
+    if isinstance(arithmetic, Rounded32) and not _has_headroom(arithmetic, a, b, scales):
         return None
     is_flushed = min(a.below + scales[0], b.below + scales[1]) < FLOAT32_EMIN
     return None if is_flushed else (arithmetic, scales, terms)
-
-
-def _see_events(acc: Accumulator, levels: tuple[Merging, ...]) -> bool:
-    """Outer levels see every event of their merges."""
-    formats = [acc.format, *(level.format for level in acc.levels)] if levels else []
-    together = [x.significant + y.significant for x, y in itertools.pairwise(formats)]
-    return all(level.sees_events for level in levels) and max(together, default=0) <= OBSERVED_TOGETHER
 
 
 def _bounded(arithmetic: Fast, scales: tuple[int, int], a: Range, b: Range, terms: int) -> Choice:
@@ -215,10 +212,10 @@ def _float32(acc: Accumulator, target: Target, a: Range, b: Range, depth: int) -
     is_right = _rounds_sums(acc) and (not is_masked or _rounds_products(acc, is_short))
     if not is_right or not _constants_fit(arithmetic):
         return None
-    if isinstance(arithmetic, Rounded32) and not _has_headroom(arithmetic, a, b, largest):
-        return None
     scales = _scales(arithmetic, a, b)
-    return None if scales is None else (arithmetic, scales, terms)
+    if scales is None or (isinstance(arithmetic, Rounded32) and not _has_headroom(arithmetic, a, b, scales)):
+        return None
+    return arithmetic, scales, terms
 
 
 def _rounds_sums(acc: Accumulator) -> bool:
@@ -267,23 +264,21 @@ def _levels(acc: Accumulator, target: Target, arithmetic: Fast, depth: int) -> t
     is_float = isinstance(arithmetic, (Float32, Rounded32))
     scale = arithmetic.sum_scale if is_float else acc.format.fraction  # type: ignore[union-attr]
     below: Format | Float32Format = acc.format
-    found: list[Merging] = []
+    found: list[Level32 | FixedLevel32] = []
     for level in acc.levels:
-        one: Merging | None
+        one: Level32 | FixedLevel32 | None
         if isinstance(below, FixedFormat) and below.width > 25:  # float32 does not hold its sums
             one = None
         elif isinstance(level.format, Float32Format):
             one = _single(below, acc.underflow, scale, depth)
         elif isinstance(level.format, FixedFormat):
             one = _fixed_level(level, below, scale)
-        elif not target.fused:
-            one = None
         else:
-            one = _float_level(level, acc.underflow, below, scale, arithmetic.toward_zero)
+            one = _float_level(level, acc.underflow, below, scale, depth)
         if one is None:
             return None
         found.append(one)
-        below, scale = level.format, level.format.fraction if isinstance(one, FixedLevel32) else one.scale  # type: ignore
+        below, scale = level.format, one.scale
     return tuple(found)
 
 
@@ -309,41 +304,67 @@ def _single(below: Format | Float32Format, underflow: bool, scale: int, depth: i
 
 
 def _fixed_level(level: Level, below: Format | Float32Format, scale: int) -> FixedLevel32 | None:
-    """Terms are multiples of the level's unit, and fit in an int32."""
+    """Terms and sums are integers of int32, in the finer one of both units."""
     format = level.format
     assert isinstance(format, FixedFormat)
-    if not isinstance(below, FixedFormat) or not 0 <= format.fraction - below.fraction <= 126:
+    if not isinstance(below, FixedFormat) or format.fraction - below.fraction > 126:
         return None
-    is_narrow = format.width <= 30 or format.overflow == "wrap"
-    return FixedLevel32(level, scale) if is_narrow and below.emax + format.fraction <= 30 else None
+    finer = max(0, below.fraction - format.fraction)
+    if finer and level.rounding not in ON_INTEGERS:
+        return None
+    is_narrow = format.width + finer <= 30 or (format.overflow == "wrap" and finer == 0)
+    return FixedLevel32(level, scale, finer) if is_narrow and below.emax + format.fraction + finer <= 30 else None
 
 
 def _float_level(
-    level: Level, underflow: bool, below: Format | Float32Format, scale: int, toward_zero: bool
+    level: Level, underflow: bool, below: Format | Float32Format, scale: int, depth: int
 ) -> FloatLevel32 | None:
     format = level.format
     assert isinstance(format, FloatFormat)
-    low, high = map(list, zip(_ends(format, underflow), _ends(below, underflow), strict=True))
-    is_exact = max(high) + 1 - min(low) <= 24
-    if not is_exact and not _merges_right(level, below, toward_zero):
-        return None
-    if level.rounding == "stochastic" and format.mantissa + level.random_bits > 23:
+    addition = _addition(level, underflow, below, depth)
+    if addition is None:
         return None
     smallest = format.emin if underflow else FLOAT32_EMIN
-    highest = 126 - max(high)
+    highest = 126 - max(format.emax + 1, _ends(below, underflow)[1])
     free = FLOAT32_EMIN - smallest
     if level.rounding == "toward_zero" and _nearest_scale(scale, free, min(free, highest)) == free:
-        return FloatLevel32(level, underflow, scale, free)
+        return FloatLevel32(level, underflow, scale, free, addition)
     own = _nearest_scale(scale, free + 1, highest)  # what may be rounded up to the smallest is not flushed
-    return None if own is None else FloatLevel32(level, underflow, scale, own)
+    return None if own is None else FloatLevel32(level, underflow, scale, own, addition)
 
 
-def _merges_right(level: Level, below: Format | Float32Format, toward_zero: bool) -> bool:
-    """What float32 loses of t + s cannot change its rounding; see `_rounds_sums`."""
-    m = level.format.mantissa  # type: ignore[union-attr]
-    if level.rounding == "nearest_even":  # on bits, so that it does not matter how the processor rounds
-        return m >= 1 and below.significant <= m and m + below.significant <= NEAREST_TOGETHER
-    return toward_zero and _is_right_by_truncation(level.rounding, m, level.random_bits)
+def _addition(level: Level, underflow: bool, below: Format | Float32Format, depth: int) -> str | None:
+    """How t + s is rounded to float32 so that rounding it once more is right; None where it is not.
+
+    To the nearest, even, of a longer and a shorter significand: a sum that float32 does not hold lies next to the
+    larger one, far from a tie.
+    """
+    m, rounding = level.format.mantissa, level.rounding  # type: ignore[union-attr]
+    if rounding == "stochastic" and m + level.random_bits > 23:
+        return None
+    if _merges_exactly(level, underflow, below, depth):
+        return "own"
+    if rounding in ("nearest_even", "odd"):
+        is_next = rounding == "nearest_even" and m >= 1 and below.significant <= m
+        is_next = is_next and m + below.significant <= NEAREST_TOGETHER
+        return "own" if is_next else "odd" if m <= 21 else None
+    if rounding in ("floor", "half_up"):
+        return "down" if m <= 22 else None
+    return "zero" if rounding == "stochastic" or _is_right_by_truncation(rounding, m, level.random_bits) else None
+
+
+def _merges_exactly(level: Level, underflow: bool, below: Format | Float32Format, depth: int) -> bool:
+    """Float32 holds every t + s: multiples of a unit, up to so many of them.
+
+    A sum is a multiple of the terms' unit, or of the larger one that it was rounded to, unless it has a half unit.
+    """
+    format = level.format
+    assert isinstance(format, FloatFormat)
+    low, high = _ends(below, underflow)
+    growth = math.exp(min(depth * 2.0**-format.mantissa, 80.0))  # by rounding
+    most = min(high + math.log2(depth * growth), format.emax + 1)
+    own_low = _ends(format, underflow)[0] if format.half_unit else format.emax - format.significant
+    return math.ceil(max(most, high)) + 1 - min(low, own_low) <= 24
 
 
 def _nearest_scale(scale: int, low: int, high: int) -> int | None:
@@ -359,8 +380,10 @@ def _nearest_scale(scale: int, low: int, high: int) -> int | None:
 
 def _constants_fit(arithmetic: Float32 | Rounded32) -> bool:
     """The powers of two that a step and the result are multiplied with, and the largest sum, are normal float32."""
-    lift = arithmetic.sum_scale - arithmetic.product_scale
-    is_normal = abs(lift) <= 126 and abs(arithmetic.sum_scale) <= 126
+    scales = [arithmetic.sum_scale, arithmetic.product_scale]
+    if isinstance(arithmetic, Rounded32):
+        scales.append(arithmetic.total_scale)
+    is_normal = max(scales) - min(scales) <= 125 and abs(arithmetic.sum_scale) <= 126
     return is_normal and arithmetic.acc.format.emax + arithmetic.sum_scale <= 126
 
 
@@ -428,30 +451,21 @@ def _most_steps(rounding: str, target: Target) -> float:
     return 2.0**21 if rounding == "half_up" and target.fused else 0.0
 
 
-def _has_headroom(arithmetic: Rounded32, a: Range, b: Range, largest: float) -> bool:
-    """Products, sums with a product of up to `largest`, and what they are rounded with, are finite."""
+def _has_headroom(arithmetic: Rounded32, a: Range, b: Range, scales: tuple[int, int]) -> bool:
+    """Products, sums, and what they are rounded with, are finite."""
+    of_product, of_sum = arithmetic.headroom
     product = a.above + b.above + arithmetic.product_scale
-    total = math.frexp(max(largest, arithmetic.acc.format.max))[1] + 1 + arithmetic.sum_scale
-    return max(product, total) + arithmetic.headroom <= 126
+    term = product + arithmetic.total_scale - arithmetic.product_scale
+    total = max(term, arithmetic.acc.format.emax + 1 + arithmetic.total_scale) + 1
+    is_finite = max(product + of_product, b.above + scales[1] + of_product, total + of_sum) <= 126
+    return is_finite and arithmetic.acc.format.emax + 1 + arithmetic.sum_scale <= 126
 
 
 def _scales(arithmetic: Float32 | Rounded32, a: Range, b: Range) -> tuple[int, int] | None:
     """Exponents that A and B are multiplied with, which add up to the product's; None if float32 cannot hold them."""
     total = arithmetic.product_scale
-    if arithmetic.product_exact:
-        return _exact_scales(total, a, b)
-    return (_balanced_scales if isinstance(arithmetic, Rounded32) else _flushing_scales)(total, a, b)
-
-
-def _balanced_scales(total: int, a: Range, b: Range) -> tuple[int, int] | None:
-    """Exponents that add up to `total` and bring both operands' largest magnitudes to about the same.
-
-    An operand that is flushed on the way has products far below 2, which are flushed too, if the others are no larger
-    than 2^64.
-    """
-    top = total + a.above + b.above
-    a_exponent = top // 2 - a.above
-    return _normal(a_exponent, total - a_exponent) if -200 <= top <= 126 else None
+    flushing = None if arithmetic.product_exact or arithmetic.acc.product is None else _flushing_scales(total, a, b)
+    return flushing or _exact_scales(total, a, b)
 
 
 def _flushing_scales(total: int, a: Range, b: Range) -> tuple[int, int] | None:

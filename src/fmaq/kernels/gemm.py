@@ -77,7 +77,8 @@ class Gemm:
         return function, ir.IRBuilder(function.append_basic_block("entry"))
 
     def _lanes(self, b: ir.IRBuilder) -> Lanes:
-        return Lanes(b, self.target, self.arithmetic.element_bytes)
+        rounding = "zero" if self.arithmetic.toward_zero else "nearest"
+        return Lanes(b, self.target, self.arithmetic.element_bytes, rounding, self.arithmetic.flushes)
 
     # --- The register tile ------------------------------------------------------------------------------------------
 
@@ -191,7 +192,7 @@ class Gemm:
         words: list[Value | None],
         counted: list[Value],
     ) -> list[Value]:
-        return [merging.merge(v, t, s, word) for t, s, word in zip(totals, sums, words, strict=True)]
+        return merging.merge_all(v, totals, sums, words)
 
     def _store_counters(self, v: Lanes, counted: list[Value]) -> None:
         pass

@@ -73,3 +73,26 @@ def on_whole_grid(v: Lanes, units: Value, rounding: str) -> Value:
     else:
         raise NotImplementedError(f"no kernel rounds {rounding}")
     return v.add(whole, b.select(away, v.copy_sign(v.constant(1.0), units), v.constant(0.0)))
+
+
+def on_coarser_grid(v: Lanes, whole: Value, finer: int, rounding: str) -> Value:
+    """An integer to a multiple of 2^finer."""
+    if finer == 0:
+        return whole
+    b, half, below, one = v.b, 1 << (finer - 1), (1 << finer) - 1, v.bit_constant(1)
+    sign = b.ashr(whole, v.bit_constant(31))
+    match rounding:
+        case "floor":
+            pass
+        case "toward_zero":
+            whole = b.add(whole, b.and_(sign, v.bit_constant(below)))
+        case "half_up":
+            whole = b.add(whole, v.bit_constant(half))
+        case "nearest_away":
+            whole = b.add(whole, b.add(sign, v.bit_constant(half)))
+        case "nearest_even":
+            last = b.and_(b.lshr(whole, v.bit_constant(finer)), one)
+            whole = b.add(whole, b.add(last, v.bit_constant(half - 1)))
+        case _:
+            raise NotImplementedError(f"no kernel rounds integers {rounding}")
+    return b.and_(whole, v.bit_constant(-1 << finer))
