@@ -18,6 +18,8 @@ from fmaq.numerics import Accumulator, FixedFormat, Float32Format, FloatFormat, 
 
 Fast = Float32 | Rounded32 | Fixed32 | Whole32
 
+FLOAT32_MANTISSA = 23
+
 NORM_SLACK = 2.0**-80  # above what squares lose that are too small for float32, times norms of at most 2^40
 
 LONGEST_OBSERVED = 20  # bits of mantissa, so that a sum's last one is far above float32's
@@ -296,11 +298,14 @@ def _fits_single(below: Format | Float32Format, underflow: bool, depth: int) -> 
 
 
 def _single(below: Format | Float32Format, underflow: bool, scale: int, depth: int) -> Single32 | None:
-    if not _fits_single(below, underflow, depth):
-        return None
     low, high = _ends(below, underflow)
-    own = _nearest_scale(scale, FLOAT32_EMIN - low, 126 - high - depth.bit_length())
-    return None if own is None else Single32(scale, own)
+    may_be_subnormal = low < FLOAT32_EMIN
+    lowest = FLOAT32_MANTISSA if may_be_subnormal else FLOAT32_EMIN - low
+    highest = 126 - high - depth.bit_length()
+    if low < FLOAT32_EMIN - FLOAT32_MANTISSA or highest < -1:
+        return None
+    own = _nearest_scale(scale, lowest, highest)
+    return None if own is None else Single32(scale, own, may_be_subnormal)
 
 
 def _fixed_level(level: Level, below: Format | Float32Format, scale: int) -> FixedLevel32 | None:

@@ -335,7 +335,6 @@ class Gemm:
                     b.call(pack_columns, [array, panel, column_bounds, table, batch, column])
             c = element(b, parameters.pointer("c"), b.mul(batch, parameters["c_batch"]), F32)
             left = _smaller(b, b.sub(rows, row), block_rows)
-            control.set(self.arithmetic.toward_zero, self.arithmetic.flushes)
 
             def one_tile(i: Value) -> None:
                 at = b.mul(i, height)
@@ -343,12 +342,13 @@ class Gemm:
                     b.call(draw_words, [array, words, batch, b.add(row, at), column])
                 a = element(b, block, b.mul(at, depth), F32)
                 bounds = element(b, row_bounds, b.mul(b.mul(i, parameters["chunks"]), i64(2)), F32)
+                control.set(self.arithmetic.toward_zero, self.arithmetic.flushes)
                 b.call(tile, [a, panel, buffer, words, counters, depth, bounds, column_bounds, *limits])
+                control.set()
                 target = element(b, c, b.mul(b.add(row, at), c_row), F32)
                 b.call(store, [buffer, target, table, c_row, _smaller(b, b.sub(left, at), height), c_scale])
 
             repeat(b, b.sdiv(b.add(left, i64(self.tile.rows - 1)), height), one_tile)
-            control.set()
             return [group]
 
         for_range(b, first, last, [i64(-1)], one_task)

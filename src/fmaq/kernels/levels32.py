@@ -143,13 +143,28 @@ class FloatLevel32(Level32):
 
 @dataclass(frozen=True)
 class Single32(Level32):
-    """Sums in float32, to the nearest even, of terms that float32 holds, none of them subnormal when scaled."""
+    """Sums in float32, to the nearest even, of terms that float32 holds, none of them subnormal when scaled.
+
+    Args:
+        below, scale: see `Level32`.
+        may_be_subnormal: sums may be, as they are; those are multiples of float32's smallest number, and exact.
+    """
 
     below: int
     scale: int
+    may_be_subnormal: bool = False
     chunk: int | None = None
 
     addition = "nearest"
+
+    def finish(self, v: Lanes, total: Value) -> Value:
+        if not self.may_be_subnormal:
+            return super().finish(v, total)
+        # The processor would flush them; their bits are their multiples of 2^−149.
+        magnitude, normal = v.magnitude(total), super().finish(v, total)
+        count = v.b.fptosi(v.mul(magnitude, v.constant(2.0 ** (149 - self.scale))), v.bit_vector)
+        is_normal = v.b.fcmp_ordered(">=", magnitude, v.constant(2.0 ** (FLOAT32_EMIN + self.scale)))
+        return v.b.select(is_normal, normal, v.copy_sign(v.from_bits(count), total))
 
 
 @dataclass(frozen=True)
