@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from llvmlite import ir
 
 from fmaq.kernels.arithmetic import Arithmetic, Merging
-from fmaq.kernels.grids import on_float_grid
+from fmaq.kernels.grids import BY_TRUNCATION, on_coarser_grid, on_float_grid
 from fmaq.kernels.ir_blocks import I1, Value
 from fmaq.kernels.lanes import Lanes
 from fmaq.numerics import Accumulator, FixedFormat, FloatFormat, Format
@@ -306,11 +306,6 @@ class Int32Sums(Merging):
             changed = v.b.shl(changed, v.bit_constant(32 - self.width))
         return v.b.icmp_signed("==", changed, v.bit_constant(0))
 
-    def add_whole(self, v: Lanes, s: Value, p: Value, clamped: bool) -> Value:
-        """s and an integer."""
-        total = v.b.add(v.bits(s), p)
-        return v.from_bits(self.limited(v, total) if clamped else total)
-
     def limited(self, v: Lanes, total: Value) -> Value:
         """An integer into the range of the format, where it saturates."""
         half = 2 ** (self.width - 1)
@@ -331,30 +326,33 @@ WHOLE_ANCHOR, HALVES_ANCHOR = 1.5 * 2.0**23, 1.5 * 2.0**22  # among which float3
 class Fixed32(Int32Sums, Arithmetic):
     """Fixed formats in int32 lanes.
 
-    Products arrive in steps of the format. Toward zero: below 2^24 they are truncated exactly, above they saturate.
-    Otherwise a fused multiply-add brings the exact product among float32 numbers whose last place is a step, or half of
-    one: there the processor rounds to the nearest, or down (toward zero, from above), and the bits count the steps.
+    Products arrive in steps of their own, and are rounded to integers. Toward zero, or away from it at ties: below
+    2^24 they are truncated exactly, above they saturate. Otherwise a fused multiply-add brings the exact product among
+    float32 numbers whose last place is a step, or half of one: there the processor rounds to the nearest, or down
+    (toward zero, from above), or to odd, and the bits count the steps. Sums of finer products are rounded in their
+    units, after every step.
 
     Args:
-        acc: fixed format, and a fixed product format of the same fraction, or none where products are whole steps.
-        product_limited: some product may be out of the product format's range.
+        acc: fixed format, and a fixed product format, or none.
+        rounding: of products to steps: the product format's; without one, any where they are whole, the sums' where
+            it does not matter whether products or sums are rounded (`floor`, `half_up`), else `odd`, to quarters.
+        product_limited: some product may be out of the product format's range, or far out of that of sums.
         sum_clamped: some sum in a chunk may be out of range.
+        finer, coarser: a step is 2^−finer, or 2^coarser, of the sums' last place.
         by_chunk, levels: see `Float32`.
     """
 
     acc: Accumulator
+    rounding: str
     product_limited: bool
     sum_clamped: bool = True
+    finer: int = 0
+    coarser: int = 0
     by_chunk: bool = False
     levels: tuple[Merging, ...] = ()
 
     element_bytes = 4
     flushes = True
-
-    @property
-    def rounding(self) -> str:
-        """Of products."""
-        return "toward_zero" if self.acc.product is None else self.acc.rounding_of_products
 
     @property
     def toward_zero(self) -> bool:
@@ -377,28 +375,40 @@ class Fixed32(Int32Sums, Arithmetic):
         product = self.acc.product
         if isinstance(product, FixedFormat) and self.product_limited and product.overflow == "wrap":
             whole = wrapped(v, whole, product.width)
-        return self.add_whole(v, s, whole, self.sum_clamped and self.format.overflow == "saturate")
+        total = v.b.add(v.bits(s), v.b.shl(whole, v.bit_constant(self.coarser)) if self.coarser else whole)
+        if self.finer:
+            total = self.in_range(v, on_coarser_grid(v, total, self.finer, self.acc.rounding))
+        is_limited = self.sum_clamped and self.format.overflow == "saturate"
+        return v.from_bits(self.limited(v, total) if is_limited else total)
 
     def merge(self, v: Lanes, t: Value, s: Value, word: Value | None) -> Value:
-        return self.add_whole(v, t, v.bits(s), clamped=self.format.overflow == "saturate")
+        total = v.b.add(v.bits(t), v.bits(s))
+        return v.from_bits(self.limited(v, total) if self.format.overflow == "saturate" else self.in_range(v, total))
 
     def _product(self, v: Lanes, x: Value, w: Value) -> Value:
         """x·w as an integer, limited where it saturates."""
-        if self.rounding == "toward_zero":
-            return v.b.fptosi(self._limited(v, v.mul(x, w), 0.0), v.bit_vector)
+        if self.rounding in BY_TRUNCATION:
+            p = self._limited(v, v.mul(x, w), 0.0)
+            if self.rounding == "nearest_away":
+                p = v.add(p, v.copy_sign(v.constant(0.5), p))
+            return v.b.fptosi(p, v.bit_vector)
         anchor = HALVES_ANCHOR if self.rounding == "half_up" else WHOLE_ANCHOR
-        counted = v.bits(self._limited(v, v.fma(x, w, v.constant(anchor)), anchor))
-        at_zero = v.bits(v.constant(anchor))
+        (found,) = v.added("odd" if self.rounding == "odd" else "own", [x], [v.constant(anchor)], w)
+        found = self._limited(v, found, anchor)
+        counted, at_zero = v.bits(found), v.bits(v.constant(anchor))
         if self.rounding == "half_up":
             return v.b.ashr(v.b.sub(counted, v.b.sub(at_zero, v.bit_constant(1))), v.bit_constant(1))
         return v.b.sub(counted, at_zero)
 
     def _limited(self, v: Lanes, x: Value, zero: float) -> Value:
         product = self.acc.product
-        if isinstance(product, FixedFormat) and self.product_limited and product.overflow == "saturate":
-            half = 2.0 ** (product.width - 1)
-            return v.clamp(x, zero - half, zero + half - 1)
-        return x
+        if not self.product_limited:
+            return x
+        if product is None:  # so far out of the range of sums that they saturate
+            far = 2.0 ** self.width
+            return v.clamp(x, zero - far, zero + far)
+        half = 2.0 ** (_fixed(product).width - 1)
+        return v.clamp(x, zero - half, zero + half - 1) if _fixed(product).overflow == "saturate" else x
 
 
 def _fixed(format: Format) -> FixedFormat:

@@ -28,6 +28,8 @@ NEAREST_TOGETHER = 20  # of a sum and of its term, so that float32's rounding be
 
 ON_INTEGERS = ("toward_zero", "nearest_even", "nearest_away", "half_up", "floor")  # `on_coarser_grid` rounds so
 
+GUARD_BITS = 2  # behind the last one, of a product to odd, so that rounding its sum is right
+
 MOST_GROWTH = 16.0  # by rounding, up to which bounds of chunks are worth taking
 
 MOST_TERMS = 2**14  # whose squares float32 adds up with a relative error below 2^−9
@@ -113,7 +115,8 @@ def _choose(
     found = (_fixed if isinstance(acc.format, FixedFormat) else _float32)(acc, target, a, b, depth)
     if found is not None and is_counting:
         found = _counting(found, a, b)
-    levels = None if found is None else _levels(acc, target, found[0], depth)
+    below = acc.format if isinstance(acc.format, FloatFormat) else _narrowed(acc, a, b, depth)
+    levels = None if found is None else _levels(acc, below, found[0], depth)
     if found is None or levels is None or (is_counting and not all(level.sees_events for level in levels)):
         return Choice(general(acc))
     arithmetic, scales, terms = found
@@ -158,6 +161,8 @@ def _bounded(arithmetic: Fast, scales: tuple[int, int], a: Range, b: Range, term
     largest = acc.format.max
     if isinstance(acc.product, FixedFormat):
         largest -= terms * _away(acc.product, acc.rounding_of_products)
+    if isinstance(arithmetic, Fixed32):
+        largest -= terms * _away(acc.format, acc.rounding)
     norm_limit = max(largest * span, 0.0) ** 2 - NORM_SLACK
     product_limit = min((acc.product or acc.format).max * span, 2.0**126)
     norm_limit = min(max(norm_limit, -1.0), 2.0**126)
@@ -259,13 +264,29 @@ def _is_right_by_truncation(rounding: str, mantissa: int, random_bits: int) -> b
 # --- Levels -----------------------------------------------------------------------------------------------------------
 
 
-def _levels(acc: Accumulator, target: Target, arithmetic: Fast, depth: int) -> tuple[Merging, ...] | None:
-    """The merges of sums of chunks in 32-bit lanes; None where they are not exact. None needed: they are its own."""
+def _narrowed(acc: Accumulator, a: Range, b: Range, depth: int) -> FixedFormat:
+    """A fixed format that holds every sum of a chunk, as they are for operands of these ranges."""
+    format = acc.format
+    assert isinstance(format, FixedFormat)
+    largest = _largest_sum(acc, a, b, _terms(acc, depth)) * 2.0**format.fraction
+    width = max(2, math.frexp(largest)[1] + 1) if largest < 2.0**32 else 32
+    return replace(format, width=min(width, format.width))
+
+
+def _levels(
+    acc: Accumulator, below: Format | Float32Format, arithmetic: Fast, depth: int
+) -> tuple[Merging, ...] | None:
+    """The merges of sums of chunks in 32-bit lanes; None where they are not exact. None needed: they are its own.
+
+    Args:
+        below: the format of the sums of chunks.
+    """
     if acc.outer is None:
         return ()
-    is_float = isinstance(arithmetic, (Float32, Rounded32))
-    scale = arithmetic.sum_scale if is_float else acc.format.fraction  # type: ignore[union-attr]
-    below: Format | Float32Format = acc.format
+    if isinstance(arithmetic, (Float32, Rounded32)):
+        scale = arithmetic.sum_scale
+    else:
+        scale = acc.format.fraction + (arithmetic.finer if isinstance(arithmetic, Fixed32) else 0)  # type: ignore[union-attr]
     found: list[Level32 | FixedLevel32] = []
     for level in acc.levels:
         one: Level32 | FixedLevel32 | None
@@ -396,14 +417,30 @@ def _fixed(acc: Accumulator, target: Target, a: Range, b: Range, depth: int) -> 
     """`Whole32` or `Fixed32`, where one can serve."""
     format = acc.format
     assert isinstance(format, FixedFormat)
-    first = format.fraction // 2
-    scales = (first, format.fraction - first)
-    low, high = min(a.below + scales[0], b.below + scales[1]), max(a.above + scales[0], b.above + scales[1])
-    if low < FLOAT32_EMIN or high > 60:
-        return None
+    if _largest_sum(acc, a, b, depth if acc.outer is None else _terms(acc, depth)) <= format.max:
+        acc = replace(acc, format=replace(format, overflow="wrap"))  # neither happens
     terms = _terms(acc, depth)
     found = _whole32(acc, target, a, b, terms) or _fixed32(acc, target, a, b, terms)
-    return None if found is None else (found, scales, terms)
+    if found is None:
+        return None
+    total = format.fraction
+    if isinstance(found, Fixed32):
+        total += found.finer - found.coarser
+    scales = (total // 2, total - total // 2)
+    low, high = min(a.below + scales[0], b.below + scales[1]), max(a.above + scales[0], b.above + scales[1])
+    return None if low < FLOAT32_EMIN or high > 60 else (found, scales, terms)
+
+
+def _largest_sum(acc: Accumulator, a: Range, b: Range, terms: int) -> float:
+    """No sum of a fixed format and so many products is larger in magnitude before it is limited."""
+    largest = a.largest * b.largest
+    if isinstance(acc.product, FixedFormat):
+        largest = min(largest + _away(acc.product, acc.rounding_of_products), -acc.product.min)
+        if acc.product.overflow == "wrap" and largest > acc.product.max:
+            largest = -acc.product.min
+    elif acc.product is not None:
+        largest = acc.product.max
+    return (largest + _away(acc.format, acc.rounding)) * terms
 
 
 def _whole32(acc: Accumulator, target: Target, a: Range, b: Range, terms: int) -> Whole32 | None:
@@ -423,35 +460,42 @@ def _whole32(acc: Accumulator, target: Target, a: Range, b: Range, terms: int) -
 
 
 def _fixed32(acc: Accumulator, target: Target, a: Range, b: Range, terms: int) -> Fixed32 | None:
-    """`Fixed32` where products fit in int32 and are rounded exactly; sums of them need no rounding."""
+    """`Fixed32` where products fit in int32 and are rounded exactly, and so do sums in units of the finer of both."""
     format, product = acc.format, acc.product
     assert isinstance(format, FixedFormat)
-    if format.overflow == "saturate" and format.width > 30:
-        return None
-    steps = a.largest * b.largest * 2.0**format.fraction
-    if isinstance(product, FixedFormat) and product.fraction == format.fraction:
-        is_limited = steps >= 2.0 ** (product.width - 1) - 1
-        most = _most_steps(acc.rounding_of_products, target)
-        fits = 2.0 ** (product.width - 1) <= most if product.overflow == "saturate" else steps + 1 < most
-    elif product is None and a.is_whole and b.is_whole and format.fraction >= 0:
-        is_limited, fits = False, steps < 2.0**24
-    else:
-        return None
-    if not fits:
-        return None
-    largest = a.largest * b.largest
+    largest, finer, coarser, is_limited = a.largest * b.largest, 0, 0, False
     if isinstance(product, FixedFormat):
-        largest = min(largest + _away(product, acc.rounding_of_products), -product.min)
-    may_saturate = format.overflow == "saturate" and largest * terms > format.max
-    is_clamped = is_limited and product is not None and product.overflow == "saturate"
-    return Fixed32(acc, is_limited, may_saturate or is_clamped)
+        finer, coarser = max(0, product.fraction - format.fraction), max(0, format.fraction - product.fraction)
+        rounding, half = acc.rounding_of_products, 2.0 ** (product.width - 1)
+        steps = largest * 2.0**product.fraction
+        is_limited = steps >= half - 1
+        most = _most_steps(rounding, target)
+        fits = half <= most if product.overflow == "saturate" else steps + 1 < most
+        fits = fits and min(steps + 1, half) * 2.0**coarser <= 2.0**30
+    elif product is not None:
+        return None
+    else:
+        rounding = acc.rounding if acc.rounding in ("floor", "half_up") else "odd"
+        if a.is_whole and b.is_whole and format.fraction >= 0:
+            rounding = "toward_zero"
+        finer = GUARD_BITS if rounding == "odd" else 0
+        steps, most = largest * 2.0 ** (format.fraction + finer), _most_steps(rounding, target)
+        is_limited = steps + 1 >= most
+        fits = not is_limited or (format.overflow == "saturate" and 2.0 ** (format.width + finer) < most)
+    if finer:
+        fits = fits and acc.rounding in ON_INTEGERS and format.width + finer <= 30
+    if not fits or (format.overflow == "saturate" and format.width > 30):
+        return None
+    may_saturate = format.overflow == "saturate" and _largest_sum(acc, a, b, terms) > format.max
+    is_clamped = is_limited and (product or format).overflow == "saturate"  # type: ignore[union-attr]
+    return Fixed32(acc, rounding, is_limited, may_saturate or is_clamped, finer, coarser)
 
 
 def _most_steps(rounding: str, target: Target) -> float:
     """Up to how many steps `Fixed32` rounds products exactly."""
     if rounding == "toward_zero":
         return 2.0**24
-    if rounding in ("nearest_even", "floor") and target.fused:
+    if rounding == "nearest_away" or (rounding in ("nearest_even", "floor", "odd") and target.fused):
         return 2.0**22
     return 2.0**21 if rounding == "half_up" and target.fused else 0.0
 
