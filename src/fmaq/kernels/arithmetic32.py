@@ -274,9 +274,11 @@ class Int32Sums(Merging):
 
     Attributes:
         finer: they count units of 2^−finer of the format's last place.
+        is_open: no sum is out of range.
     """
 
     finer: int = 0
+    is_open: bool = False
 
     def is_empty(self, v: Lanes, total: Value) -> Value:
         return self.unchanged(v, self.zero(v), total)
@@ -301,22 +303,32 @@ class Int32Sums(Merging):
 
     def unchanged(self, v: Lanes, before: Value, after: Value) -> Value:
         changed = v.b.xor(v.bits(before), v.bits(after))
-        if self.format.overflow == "wrap":
+        if self.wraps:
             # The bits above are wrapped only at the end.
             changed = v.b.shl(changed, v.bit_constant(32 - self.width))
         return v.b.icmp_signed("==", changed, v.bit_constant(0))
 
+    @property
+    def saturates(self) -> bool:
+        """Sums may be limited."""
+        return self.format.overflow == "saturate" and not self.is_open
+
+    @property
+    def wraps(self) -> bool:
+        """Sums may be wrapped."""
+        return self.format.overflow == "wrap" and not self.is_open
+
     def limited(self, v: Lanes, total: Value) -> Value:
         """An integer into the range of the format, where it saturates."""
         half = 2 ** (self.width - 1)
-        for sign, limit in (("<", half - 2**self.finer), (">", -half)):
+        for sign, limit in (("<", half - 2**self.finer), (">", -half)) if self.saturates else ():
             bound = v.bit_constant(limit)
             total = v.b.select(v.b.icmp_signed(sign, total, bound), total, bound)
         return total
 
     def in_range(self, v: Lanes, total: Value) -> Value:
         """An integer wrapped, where the format wraps."""
-        return wrapped(v, total, self.width) if self.format.overflow == "wrap" else total
+        return wrapped(v, total, self.width) if self.wraps else total
 
 
 WHOLE_ANCHOR, HALVES_ANCHOR = 1.5 * 2.0**23, 1.5 * 2.0**22  # among which float32 counts in ones, and in halves
@@ -339,6 +351,7 @@ class Fixed32(Int32Sums, Arithmetic):
         product_limited: some product may be out of the product format's range, or far out of that of sums.
         sum_clamped: some sum in a chunk may be out of range.
         finer, coarser: a step is 2^−finer, or 2^coarser, of the sums' last place.
+        is_open: no sum is out of range, nor a sum of chunks, if it makes those.
         by_chunk, levels: see `Float32`.
     """
 
@@ -348,6 +361,7 @@ class Fixed32(Int32Sums, Arithmetic):
     sum_clamped: bool = True
     finer: int = 0
     coarser: int = 0
+    is_open: bool = False
     by_chunk: bool = False
     levels: tuple[Merging, ...] = ()
 
@@ -378,12 +392,10 @@ class Fixed32(Int32Sums, Arithmetic):
         total = v.b.add(v.bits(s), v.b.shl(whole, v.bit_constant(self.coarser)) if self.coarser else whole)
         if self.finer:
             total = self.in_range(v, on_coarser_grid(v, total, self.finer, self.acc.rounding))
-        is_limited = self.sum_clamped and self.format.overflow == "saturate"
-        return v.from_bits(self.limited(v, total) if is_limited else total)
+        return v.from_bits(self.limited(v, total) if self.sum_clamped else total)
 
     def merge(self, v: Lanes, t: Value, s: Value, word: Value | None) -> Value:
-        total = v.b.add(v.bits(t), v.bits(s))
-        return v.from_bits(self.limited(v, total) if self.format.overflow == "saturate" else self.in_range(v, total))
+        return v.from_bits(self.limited(v, v.b.add(v.bits(t), v.bits(s))))
 
     def _product(self, v: Lanes, x: Value, w: Value) -> Value:
         """x·w as an integer, limited where it saturates."""

@@ -295,7 +295,7 @@ def _levels(
         elif isinstance(level.format, Float32Format):
             one = _single(below, acc.underflow, scale, depth)
         elif isinstance(level.format, FixedFormat):
-            one = _fixed_level(level, below, scale)
+            one = _fixed_level(level, below, scale, depth)
         else:
             one = _float_level(level, acc.underflow, below, scale, depth)
         if one is None:
@@ -329,7 +329,7 @@ def _single(below: Format | Float32Format, underflow: bool, scale: int, depth: i
     return None if own is None else Single32(scale, own, may_be_subnormal)
 
 
-def _fixed_level(level: Level, below: Format | Float32Format, scale: int) -> FixedLevel32 | None:
+def _fixed_level(level: Level, below: Format | Float32Format, scale: int, depth: int) -> FixedLevel32 | None:
     """Terms and sums are integers of int32, in the finer one of both units."""
     format = level.format
     assert isinstance(format, FixedFormat)
@@ -338,8 +338,11 @@ def _fixed_level(level: Level, below: Format | Float32Format, scale: int) -> Fix
     finer = max(0, below.fraction - format.fraction)
     if finer and level.rounding not in ON_INTEGERS:
         return None
-    is_narrow = format.width + finer <= 30 or (format.overflow == "wrap" and finer == 0)
-    return FixedLevel32(level, scale, finer) if is_narrow and below.emax + format.fraction + finer <= 30 else None
+    away = _away(format, level.rounding) if finer else 0.0
+    is_open = depth * (2.0**below.emax + away) <= format.max
+    is_narrow = format.width + finer <= 30 or ((format.overflow == "wrap" or is_open) and finer == 0)
+    fits = is_narrow and below.emax + format.fraction + finer <= 30
+    return FixedLevel32(level, scale, finer, is_open) if fits else None
 
 
 def _float_level(
@@ -347,28 +350,42 @@ def _float_level(
 ) -> FloatLevel32 | None:
     format = level.format
     assert isinstance(format, FloatFormat)
-    addition = _addition(level, underflow, below, depth)
+    low, high = _sums(format, underflow, below, depth)
+    addition = _addition(level, below, max(high, _ends(below, underflow)[1]) + 1 - low <= 24)
     if addition is None:
         return None
     smallest = format.emin if underflow else FLOAT32_EMIN
-    highest = 126 - max(format.emax + 1, _ends(below, underflow)[1])
     free = FLOAT32_EMIN - smallest
+    found = FloatLevel32(level, underflow, scale, free, addition, low < smallest, high > format.emax)
+    highest = 126 - found.headroom - max(format.emax + 1, _ends(below, underflow)[1])
     if level.rounding == "toward_zero" and _nearest_scale(scale, free, min(free, highest)) == free:
-        return FloatLevel32(level, underflow, scale, free, addition)
+        return found
     own = _nearest_scale(scale, free + 1, highest)  # what may be rounded up to the smallest is not flushed
-    return None if own is None else FloatLevel32(level, underflow, scale, own, addition)
+    return None if own is None else replace(found, scale=own)
 
 
-def _addition(level: Level, underflow: bool, below: Format | Float32Format, depth: int) -> str | None:
-    """How t + s is rounded to float32 so that rounding it once more is right; None where it is not.
+def _sums(format: FloatFormat, underflow: bool, below: Format | Float32Format, depth: int) -> tuple[int, int]:
+    """Every sum of up to `depth` terms is a multiple of 2^the first, and below 2^the second.
 
-    To the nearest, even, of a longer and a shorter significand: a sum that float32 does not hold lies next to the
-    larger one, far from a tie.
+    It is a multiple of the terms' unit, or of the larger one that it was rounded to, unless it has a half unit.
+    """
+    low, high = _ends(below, underflow)
+    growth = depth * 2.0**-format.mantissa  # by rounding
+    most = math.ceil(high + math.log2(depth) + growth / math.log(2) + 2.0**-20)
+    own_low = _ends(format, underflow)[0] if format.half_unit else format.emax - format.significant
+    return min(low, own_low), min(most, format.emax + 1)
+
+
+def _addition(level: Level, below: Format | Float32Format, is_exact: bool) -> str | None:
+    """How t + s is rounded to float32, if it is not exact there, so that rounding it once more is right.
+
+    None where no way is. To the nearest, even, of a longer and a shorter significand: a sum that float32 does not hold
+    lies next to the larger one, far from a tie.
     """
     m, rounding = level.format.mantissa, level.rounding  # type: ignore[union-attr]
     if rounding == "stochastic" and m + level.random_bits > 23:
         return None
-    if _merges_exactly(level, underflow, below, depth):
+    if is_exact:
         return "own"
     if rounding in ("nearest_even", "odd"):
         is_next = rounding == "nearest_even" and m >= 1 and below.significant <= m
@@ -377,20 +394,6 @@ def _addition(level: Level, underflow: bool, below: Format | Float32Format, dept
     if rounding in ("floor", "half_up"):
         return "down" if m <= 22 else None
     return "zero" if rounding == "stochastic" or _is_right_by_truncation(rounding, m, level.random_bits) else None
-
-
-def _merges_exactly(level: Level, underflow: bool, below: Format | Float32Format, depth: int) -> bool:
-    """Float32 holds every t + s: multiples of a unit, up to so many of them.
-
-    A sum is a multiple of the terms' unit, or of the larger one that it was rounded to, unless it has a half unit.
-    """
-    format = level.format
-    assert isinstance(format, FloatFormat)
-    low, high = _ends(below, underflow)
-    growth = math.exp(min(depth * 2.0**-format.mantissa, 80.0))  # by rounding
-    most = min(high + math.log2(depth * growth), format.emax + 1)
-    own_low = _ends(format, underflow)[0] if format.half_unit else format.emax - format.significant
-    return math.ceil(max(most, high)) + 1 - min(low, own_low) <= 24
 
 
 def _nearest_scale(scale: int, low: int, high: int) -> int | None:
@@ -417,10 +420,9 @@ def _fixed(acc: Accumulator, target: Target, a: Range, b: Range, depth: int) -> 
     """`Whole32` or `Fixed32`, where one can serve."""
     format = acc.format
     assert isinstance(format, FixedFormat)
-    if _largest_sum(acc, a, b, depth if acc.outer is None else _terms(acc, depth)) <= format.max:
-        acc = replace(acc, format=replace(format, overflow="wrap"))  # neither happens
+    is_open = _largest_sum(acc, a, b, depth if acc.outer is None else _terms(acc, depth)) <= format.max
     terms = _terms(acc, depth)
-    found = _whole32(acc, target, a, b, terms) or _fixed32(acc, target, a, b, terms)
+    found = _whole32(acc, target, a, b, terms, is_open) or _fixed32(acc, target, a, b, terms, is_open)
     if found is None:
         return None
     total = format.fraction
@@ -443,7 +445,7 @@ def _largest_sum(acc: Accumulator, a: Range, b: Range, terms: int) -> float:
     return (largest + _away(acc.format, acc.rounding)) * terms
 
 
-def _whole32(acc: Accumulator, target: Target, a: Range, b: Range, terms: int) -> Whole32 | None:
+def _whole32(acc: Accumulator, target: Target, a: Range, b: Range, terms: int, is_open: bool) -> Whole32 | None:
     """Of whole operands whose products need no rounding, if 24 bits hold every sum (and one half, if it saturates)."""
     format, product = acc.format, acc.product
     assert isinstance(format, FixedFormat)
@@ -455,11 +457,12 @@ def _whole32(acc: Accumulator, target: Target, a: Range, b: Range, terms: int) -
     if not (a.is_whole and b.is_whole and format.fraction >= 0 and target.fused):
         return None
     units, half = largest * 2.0**format.fraction, 2.0 ** (format.width - 1)
-    fits = units * terms < 2.0**24 if format.overflow == "wrap" else units + half < 2.0**23
-    return Whole32(acc, format.overflow == "saturate" and largest * terms > format.max) if fits else None
+    fits = units * terms < 2.0**24 if is_open or format.overflow == "wrap" else units + half < 2.0**23
+    may_saturate = format.overflow == "saturate" and largest * terms > format.max
+    return Whole32(acc, may_saturate, is_open) if fits else None
 
 
-def _fixed32(acc: Accumulator, target: Target, a: Range, b: Range, terms: int) -> Fixed32 | None:
+def _fixed32(acc: Accumulator, target: Target, a: Range, b: Range, terms: int, is_open: bool) -> Fixed32 | None:
     """`Fixed32` where products fit in int32 and are rounded exactly, and so do sums in units of the finer of both."""
     format, product = acc.format, acc.product
     assert isinstance(format, FixedFormat)
@@ -484,11 +487,11 @@ def _fixed32(acc: Accumulator, target: Target, a: Range, b: Range, terms: int) -
         fits = not is_limited or (format.overflow == "saturate" and 2.0 ** (format.width + finer) < most)
     if finer:
         fits = fits and acc.rounding in ON_INTEGERS and format.width + finer <= 30
-    if not fits or (format.overflow == "saturate" and format.width > 30):
+    if not fits or (format.overflow == "saturate" and format.width > 30 and not is_open):
         return None
     may_saturate = format.overflow == "saturate" and _largest_sum(acc, a, b, terms) > format.max
     is_clamped = is_limited and (product or format).overflow == "saturate"  # type: ignore[union-attr]
-    return Fixed32(acc, rounding, is_limited, may_saturate or is_clamped, finer, coarser)
+    return Fixed32(acc, rounding, is_limited, may_saturate or is_clamped, finer, coarser, is_open)
 
 
 def _most_steps(rounding: str, target: Target) -> float:

@@ -221,6 +221,10 @@ class Lanes:
         """All bits set where the sign is, none elsewhere: −1 or 0."""
         return self.b.ashr(self.bits(x), self.bit_constant(self.integer.width - 1))
 
+    def leading_bit(self, x: Value) -> Value:
+        """x without its mantissa."""
+        return self.keep_bits(x, self.mantissa)
+
     def keep_bits(self, x: Value, dropped: int) -> Value:
         """x without its lowest bits."""
         if dropped == 0:

@@ -28,6 +28,11 @@ from fmaq.kernels.lanes import Lanes
 from fmaq.numerics import FixedFormat, FloatFormat, Level
 
 
+# A sum is rounded to M bits by adding, and taking away again, a power of two 23 − M places above its leading bit, the
+# addition rounded so.
+BY_ADDITION = {"nearest_even": "nearest", "floor": "down"}
+
+
 class Level32(Merging):
     """Merges in float32 lanes, whose additions round in a way of their own.
 
@@ -54,25 +59,24 @@ class Level32(Merging):
         """The largest magnitude of sums, as they are held; None where they do not exceed it."""
         return None
 
-    def rounded(self, v: Lanes, total: Value, word: Value | None) -> Value:
+    def rounded(self, v: Lanes, totals: list[Value], words: list[Value | None]) -> list[Value]:
         """On the level's grid, flushed but not limited."""
-        return total
+        return totals
 
     def merge(self, v: Lanes, t: Value, s: Value, word: Value | None) -> Value:
         return self.merge_all(v, [t], [s], [word])[0]
 
     def merge_all(self, v: Lanes, ts: list[Value], ss: list[Value], words: list[Value | None]) -> list[Value]:
-        totals = v.added(self.addition, ss, ts, self.lift)
-        return [self._limited(v, self.rounded(v, *pair)) for pair in zip(totals, words, strict=True)]
+        rounded = self.rounded(v, v.added(self.addition, ss, ts, self.lift), words)
+        return [self._limited(v, total) for total in rounded]
 
     def overflowing_merge(self, v: Lanes, t: Value, s: Value, word: Value | None) -> tuple[Value, Value]:
-        (total,) = v.added(self.addition, [s], [t], self.lift)
-        rounded = self.rounded(v, total, word)
+        (rounded,) = self.rounded(v, v.added(self.addition, [s], [t], self.lift), [word])
         return self._limited(v, rounded), nowhere(v) if self.limit is None else is_beyond(v, rounded, self.limit)
 
     def observed_merge(self, v: Lanes, t: Value, s: Value, word: Value | None) -> tuple[Value, list[Value]]:
         (total,) = v.added(self.addition, [s], [t], self.lift)
-        rounded = self.rounded(v, total, word)
+        (rounded,) = self.rounded(v, [total], [word])
         after, masks = observed_sum(v, s, self.lift, t, total, rounded, self.limit, terms="any")
         return after, [nowhere(v), nowhere(v), *masks]
 
@@ -94,6 +98,7 @@ class FloatLevel32(Level32):
         level: its format is a `FloatFormat`.
         underflow: as of the accumulator.
         is_clean: as of `Float32`.
+        may_underflow, may_overflow: some sum may be flushed, or limited.
         below, scale, addition: see `Level32`.
     """
 
@@ -102,6 +107,8 @@ class FloatLevel32(Level32):
     below: int
     scale: int
     addition: str
+    may_underflow: bool = True
+    may_overflow: bool = True
     is_clean: bool = False
 
     @property
@@ -120,25 +127,41 @@ class FloatLevel32(Level32):
         return self.format.emin if self.underflow else FLOAT32_EMIN
 
     @property
-    def limit(self) -> float:
-        return self.format.max * 2.0**self.scale
+    def limit(self) -> float | None:
+        return self.format.max * 2.0**self.scale if self.may_overflow else None
+
+    @property
+    def headroom(self) -> int:
+        """Places above a sum that it is rounded with."""
+        return 24 - self.format.mantissa if self.level.rounding in BY_ADDITION else 0
 
     def looking(self) -> FloatLevel32:
         return replace(self, is_clean=True)
 
-    def rounded(self, v: Lanes, total: Value, word: Value | None) -> Value:
-        if self.level.rounding == "stochastic":
-            assert word is not None
-            dropped, random_bits = 23 - self.format.mantissa, self.level.random_bits
-            bits = v.b.shl(v.b.lshr(word, v.word(32 - random_bits)), v.word(dropped - random_bits))
-            rounded = v.keep_bits(v.from_bits(v.b.add(v.bits(total), bits)), dropped)
-        elif self.level.rounding == "toward_zero":
-            rounded = truncated(v, total, self.format, self.is_clean)
+    def rounded(self, v: Lanes, totals: list[Value], words: list[Value | None]) -> list[Value]:
+        rounding, format = self.level.rounding, self.format
+        if rounding == "stochastic":
+            rounded = [self._rounded_stochastically(v, *pair) for pair in zip(totals, words, strict=True)]
+        elif rounding == "toward_zero":
+            rounded = [truncated(v, total, format, self.is_clean) for total in totals]
             if self.smallest + self.scale == FLOAT32_EMIN:
                 return rounded  # the processor flushes what the format does
+        elif rounding in BY_ADDITION and format.mantissa < v.mantissa and v.target.fused:
+            up = 2.0 ** (v.mantissa - format.mantissa)
+            leading = [v.leading_bit(total) for total in totals]
+            far = v.added(BY_ADDITION[rounding], leading, totals, up)
+            rounded = [v.fma(one, v.constant(-up), x) for one, x in zip(leading, far, strict=True)]
         else:
-            rounded = on_float_grid(v, total, self.format, self.level.rounding)
-        return v.zero_below(rounded, 2.0 ** (self.smallest + self.scale))
+            rounded = [on_float_grid(v, total, format, rounding) for total in totals]
+        if not self.may_underflow:
+            return rounded
+        return [v.zero_below(total, 2.0 ** (self.smallest + self.scale)) for total in rounded]
+
+    def _rounded_stochastically(self, v: Lanes, total: Value, word: Value | None) -> Value:
+        assert word is not None
+        dropped, random_bits = 23 - self.format.mantissa, self.level.random_bits
+        bits = v.b.shl(v.b.lshr(word, v.word(32 - random_bits)), v.word(dropped - random_bits))
+        return v.keep_bits(v.from_bits(v.b.add(v.bits(total), bits)), dropped)
 
 
 @dataclass(frozen=True)
@@ -175,11 +198,13 @@ class FixedLevel32(Int32Sums):
         level: its format is a `FixedFormat`.
         below: terms arrive times 2^this.
         finer: terms have so many bits behind the level's last one.
+        is_open: no sum is out of range.
     """
 
     level: Level
     below: int
     finer: int = 0
+    is_open: bool = False
 
     @property
     def chunk(self) -> int | None:  # type: ignore[override]
@@ -199,8 +224,6 @@ class FixedLevel32(Int32Sums):
         if self.scale != self.below:
             s = v.mul(s, v.constant(2.0 ** (self.scale - self.below)))
         total = on_coarser_grid(v, v.b.add(v.bits(t), v.b.fptosi(s, v.bit_vector)), self.finer, self.level.rounding)
-        if self.format.overflow == "saturate":
-            total = self.limited(v, total)
-        elif self.finer > 0:
+        if self.finer:
             total = self.in_range(v, total)  # its sign matters
-        return v.from_bits(total)
+        return v.from_bits(self.limited(v, total))

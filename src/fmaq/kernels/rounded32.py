@@ -37,8 +37,6 @@ from fmaq.kernels.ir_blocks import Value
 from fmaq.kernels.lanes import Lanes
 from fmaq.numerics import Accumulator, FloatFormat, Format
 
-EXPONENT_BITS = -1 << 23  # with the sign
-
 
 @dataclass(frozen=True)
 class Rounded32(Arithmetic):
@@ -209,7 +207,7 @@ class Rounded32(Arithmetic):
         if rounding == "toward_zero":
             return truncated(v, v.mul(x, w), format, self.is_clean)
         if self.is_anchored:
-            anchor = _leading_bit(v, v.mul(v.mul(w, v.constant(2.0**dropped)), x))
+            anchor = v.leading_bit(v.mul(v.mul(w, v.constant(2.0**dropped)), x))
             return v.sub(v.fma(x, w, anchor), anchor)
         return on_float_grid(v, v.mul(x, w), format, rounding)
 
@@ -221,7 +219,7 @@ class Rounded32(Arithmetic):
             bits = _moved(v, word, 32, dropped, self.acc.random_bits)
             total = _add_bits(v, total, bits, dropped)
         elif rounding == "nearest_even":
-            leading, up = _leading_bit(v, total), 2.0**dropped
+            leading, up = v.leading_bit(total), 2.0**dropped
             total = v.fma(leading, v.constant(-up), v.fma(leading, v.constant(up), total))
         else:
             total = truncated(v, total, format, self.is_clean) if rounding == "toward_zero" else on_float_grid(
@@ -233,11 +231,6 @@ class Rounded32(Arithmetic):
 def _float(format: Format | None) -> FloatFormat:
     assert isinstance(format, FloatFormat)
     return format
-
-
-def _leading_bit(v: Lanes, x: Value) -> Value:
-    """x without its mantissa."""
-    return v.from_bits(v.b.and_(v.bits(x), v.bit_constant(EXPONENT_BITS)))
 
 
 def _moved(v: Lanes, word: Value, end: int, dropped: int, random_bits: int) -> Value:
