@@ -299,7 +299,10 @@ class Int32Sums(Merging):
 
     def passed(self, v: Lanes, total: Value) -> Value:
         """In units."""
-        return v.b.sitofp(self.in_range(v, v.bits(total)), v.vector)
+        return v.b.sitofp(self.passed_whole(v, total), v.vector)
+
+    def passed_whole(self, v: Lanes, total: Value) -> Value:
+        return self.in_range(v, v.bits(total))
 
     def unchanged(self, v: Lanes, before: Value, after: Value) -> Value:
         changed = v.b.xor(v.bits(before), v.bits(after))

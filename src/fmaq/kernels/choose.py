@@ -288,21 +288,28 @@ def _levels(
     else:
         scale = acc.format.fraction + (arithmetic.finer if isinstance(arithmetic, Fixed32) else 0)  # type: ignore[union-attr]
     found: list[Level32 | FixedLevel32] = []
+    sums = _sums_of(depth, acc.chunk)
     for level in acc.levels:
         one: Level32 | FixedLevel32 | None
-        if isinstance(below, FixedFormat) and below.width > 25:  # float32 does not hold its sums
+        count, sums = sums if level.chunk is None else min(sums, level.chunk), _sums_of(sums, level.chunk)
+        if isinstance(level.format, FixedFormat):
+            one = _fixed_level(level, below, scale, count)
+        elif isinstance(below, FixedFormat) and below.width > 25:  # float32 does not hold its sums
             one = None
         elif isinstance(level.format, Float32Format):
-            one = _single(below, acc.underflow, scale, depth)
-        elif isinstance(level.format, FixedFormat):
-            one = _fixed_level(level, below, scale, depth)
+            one = _single(below, acc.underflow, scale, count)
         else:
-            one = _float_level(level, acc.underflow, below, scale, depth)
+            one = _float_level(level, acc.underflow, below, scale, count)
         if one is None:
             return None
         found.append(one)
         below, scale = level.format, one.scale
     return tuple(found)
+
+
+def _sums_of(terms: int, chunk: int | None) -> int:
+    """How many sums of a chunk so many terms make."""
+    return 1 if chunk is None else -(-terms // chunk)
 
 
 def _ends(format: Format | Float32Format, underflow: bool) -> tuple[int, int]:
@@ -318,39 +325,39 @@ def _fits_single(below: Format | Float32Format, underflow: bool, depth: int) -> 
     return low >= FLOAT32_EMIN and high + depth.bit_length() <= 127
 
 
-def _single(below: Format | Float32Format, underflow: bool, scale: int, depth: int) -> Single32 | None:
+def _single(below: Format | Float32Format, underflow: bool, scale: int, count: int) -> Single32 | None:
     low, high = _ends(below, underflow)
     may_be_subnormal = low < FLOAT32_EMIN
     lowest = FLOAT32_MANTISSA if may_be_subnormal else FLOAT32_EMIN - low
-    highest = 126 - high - depth.bit_length()
+    highest = 126 - high - count.bit_length()
     if low < FLOAT32_EMIN - FLOAT32_MANTISSA or highest < -1:
         return None
     own = _nearest_scale(scale, lowest, highest)
     return None if own is None else Single32(scale, own, may_be_subnormal)
 
 
-def _fixed_level(level: Level, below: Format | Float32Format, scale: int, depth: int) -> FixedLevel32 | None:
+def _fixed_level(level: Level, below: Format | Float32Format, scale: int, count: int) -> FixedLevel32 | None:
     """Terms and sums are integers of int32, in the finer one of both units."""
     format = level.format
     assert isinstance(format, FixedFormat)
-    if not isinstance(below, FixedFormat) or format.fraction - below.fraction > 126:
+    if not isinstance(below, FixedFormat) or format.fraction - scale > 30:
         return None
     finer = max(0, below.fraction - format.fraction)
     if finer and level.rounding not in ON_INTEGERS:
         return None
     away = _away(format, level.rounding) if finer else 0.0
-    is_open = depth * (2.0**below.emax + away) <= format.max
+    is_open = count * (2.0**below.emax + away) <= format.max
     is_narrow = format.width + finer <= 30 or ((format.overflow == "wrap" or is_open) and finer == 0)
     fits = is_narrow and below.emax + format.fraction + finer <= 30
     return FixedLevel32(level, scale, finer, is_open) if fits else None
 
 
 def _float_level(
-    level: Level, underflow: bool, below: Format | Float32Format, scale: int, depth: int
+    level: Level, underflow: bool, below: Format | Float32Format, scale: int, count: int
 ) -> FloatLevel32 | None:
     format = level.format
     assert isinstance(format, FloatFormat)
-    low, high = _sums(format, underflow, below, depth)
+    low, high = _sums(format, underflow, below, count)
     addition = _addition(level, below, max(high, _ends(below, underflow)[1]) + 1 - low <= 24)
     if addition is None:
         return None
@@ -364,14 +371,14 @@ def _float_level(
     return None if own is None else replace(found, scale=own)
 
 
-def _sums(format: FloatFormat, underflow: bool, below: Format | Float32Format, depth: int) -> tuple[int, int]:
-    """Every sum of up to `depth` terms is a multiple of 2^the first, and below 2^the second.
+def _sums(format: FloatFormat, underflow: bool, below: Format | Float32Format, count: int) -> tuple[int, int]:
+    """Every sum of up to `count` terms is a multiple of 2^the first, and below 2^the second.
 
     It is a multiple of the terms' unit, or of the larger one that it was rounded to, unless it has a half unit.
     """
     low, high = _ends(below, underflow)
-    growth = depth * 2.0**-format.mantissa  # by rounding
-    most = math.ceil(high + math.log2(depth) + growth / math.log(2) + 2.0**-20)
+    growth = count * 2.0**-format.mantissa  # by rounding
+    most = math.ceil(high + math.log2(count) + growth / math.log(2) + 2.0**-20)
     own_low = _ends(format, underflow)[0] if format.half_unit else format.emax - format.significant
     return min(low, own_low), min(most, format.emax + 1)
 

@@ -160,7 +160,8 @@ class Gemm:
         if not self.arithmetic.levels:
             return sums
         below = self.arithmetic if level == 1 else self.arithmetic.levels[level - 2]
-        return [below.passed(v, s) for s in sums]
+        passed = below.passed_whole if self.arithmetic.levels[level - 1].takes_whole else below.passed
+        return [passed(v, s) for s in sums]
 
     # What a step and a merge do to all cells; `events` and `histograms` carry counters along.
 
@@ -316,6 +317,10 @@ class Gemm:
         height = i64(self.tile.rows)
         control = FloatControl(b, self.target)
         control.set()
+        keeps_subnormal = self.arithmetic.merging[-1].may_be_subnormal
+
+        def set_control() -> None:
+            control.set(self.arithmetic.toward_zero, self.arithmetic.flushes)
 
         def one_task(t: Value, previous: list[Value]) -> list[Value]:
             group = b.sdiv(t, panels)
@@ -335,6 +340,7 @@ class Gemm:
                     b.call(pack_columns, [array, panel, column_bounds, table, batch, column])
             c = element(b, parameters.pointer("c"), b.mul(batch, parameters["c_batch"]), F32)
             left = _smaller(b, b.sub(rows, row), block_rows)
+            set_control()
 
             def one_tile(i: Value) -> None:
                 at = b.mul(i, height)
@@ -342,13 +348,16 @@ class Gemm:
                     b.call(draw_words, [array, words, batch, b.add(row, at), column])
                 a = element(b, block, b.mul(at, depth), F32)
                 bounds = element(b, row_bounds, b.mul(b.mul(i, parameters["chunks"]), i64(2)), F32)
-                control.set(self.arithmetic.toward_zero, self.arithmetic.flushes)
+                if keeps_subnormal:
+                    set_control()
                 b.call(tile, [a, panel, buffer, words, counters, depth, bounds, column_bounds, *limits])
-                control.set()
+                if keeps_subnormal:
+                    control.set()
                 target = element(b, c, b.mul(b.add(row, at), c_row), F32)
                 b.call(store, [buffer, target, table, c_row, _smaller(b, b.sub(left, at), height), c_scale])
 
             repeat(b, b.sdiv(b.add(left, i64(self.tile.rows - 1)), height), one_tile)
+            control.set()
             return [group]
 
         for_range(b, first, last, [i64(-1)], one_task)

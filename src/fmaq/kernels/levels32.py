@@ -196,7 +196,7 @@ class FixedLevel32(Int32Sums):
 
     Args:
         level: its format is a `FixedFormat`.
-        below: terms arrive times 2^this.
+        below: terms arrive as integers, times 2^this, and are multiples of the level's units.
         finer: terms have so many bits behind the level's last one.
         is_open: no sum is out of range.
     """
@@ -205,6 +205,8 @@ class FixedLevel32(Int32Sums):
     below: int
     finer: int = 0
     is_open: bool = False
+
+    takes_whole = True
 
     @property
     def chunk(self) -> int | None:  # type: ignore[override]
@@ -221,9 +223,11 @@ class FixedLevel32(Int32Sums):
         return self.format.fraction + self.finer
 
     def merge(self, v: Lanes, t: Value, s: Value, word: Value | None) -> Value:
-        if self.scale != self.below:
-            s = v.mul(s, v.constant(2.0 ** (self.scale - self.below)))
-        total = on_coarser_grid(v, v.b.add(v.bits(t), v.b.fptosi(s, v.bit_vector)), self.finer, self.level.rounding)
+        if self.scale > self.below:
+            s = v.b.shl(s, v.bit_constant(self.scale - self.below))
+        elif self.scale < self.below:
+            s = v.b.ashr(s, v.bit_constant(self.below - self.scale))
+        total = on_coarser_grid(v, v.b.add(v.bits(t), s), self.finer, self.level.rounding)
         if self.finer:
             total = self.in_range(v, total)  # its sign matters
         return v.from_bits(self.limited(v, total))

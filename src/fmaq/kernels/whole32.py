@@ -81,10 +81,14 @@ class Whole32(Arithmetic):
         """In units."""
         if self._saturates:
             return v.sub(total, v.constant(HALF))
-        return total if self.is_open else v.b.sitofp(self._in_range(v, v.b.fptosi(total, v.bit_vector)), v.vector)
+        return total if self.is_open else v.b.sitofp(self.passed_whole(v, total), v.vector)
+
+    def passed_whole(self, v: Lanes, total: Value) -> Value:
+        units = v.sub(total, v.constant(HALF)) if self._saturates else total
+        return self._in_range(v, v.b.fptosi(units, v.bit_vector))
 
     def _in_range(self, v: Lanes, whole: Value) -> Value:
-        return whole if self.is_open else wrapped(v, whole, self._format.width)
+        return whole if self.is_open or self._saturates else wrapped(v, whole, self._format.width)
 
     def _limited(self, v: Lanes, x: Value) -> Value:
         limit = 2.0 ** (self._format.width - 1) - HALF
