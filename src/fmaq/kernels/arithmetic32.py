@@ -420,7 +420,7 @@ class Fixed32(Int32Sums, Arithmetic):
         if not self.product_limited:
             return x
         if product is None:  # so far out of the range of sums that they saturate
-            far = 2.0 ** self.width
+            far = 2.0**self.width
             return v.clamp(x, zero - far, zero + far)
         half = 2.0 ** (_fixed(product).width - 1)
         return v.clamp(x, zero - half, zero + half - 1) if _fixed(product).overflow == "saturate" else x

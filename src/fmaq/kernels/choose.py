@@ -215,7 +215,8 @@ def _float32(acc: Accumulator, target: Target, a: Range, b: Range, depth: int) -
     checks = (acc, is_exact, is_masked, is_clamped, is_summed_up or is_clamped)
     is_short = a.significant + b.significant <= 24
     truncates = acc.rounding == "toward_zero" and not (is_masked and acc.rounding_of_products != "toward_zero")
-    arithmetic = Float32(*checks) if truncates else Rounded32(*checks, product_short=is_short)
+    by_mask = target.name == "avx512" and acc.rounding == "nearest_away"
+    arithmetic = Float32(*checks) if truncates else Rounded32(*checks, product_short=is_short, by_mask=by_mask)
     is_right = _rounds_sums(acc) and (not is_masked or _rounds_products(acc, is_short))
     if not is_right or not _constants_fit(arithmetic):
         return None
@@ -497,7 +498,7 @@ def _fixed32(acc: Accumulator, target: Target, a: Range, b: Range, terms: int, i
     if not fits or (format.overflow == "saturate" and format.width > 30 and not is_open):
         return None
     may_saturate = format.overflow == "saturate" and _largest_sum(acc, a, b, terms) > format.max
-    is_clamped = is_limited and (product or format).overflow == "saturate"  # type: ignore[union-attr]
+    is_clamped = is_limited and (product or format).overflow == "saturate"
     return Fixed32(acc, rounding, is_limited, may_saturate or is_clamped, finer, coarser, is_open)
 
 

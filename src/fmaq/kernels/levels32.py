@@ -27,7 +27,6 @@ from fmaq.kernels.ir_blocks import Value
 from fmaq.kernels.lanes import Lanes
 from fmaq.numerics import FixedFormat, FloatFormat, Level
 
-
 # A sum is rounded to M bits by adding, and taking away again, a power of two 23 − M places above its leading bit, the
 # addition rounded so.
 BY_ADDITION = {"nearest_even": "nearest", "floor": "down"}

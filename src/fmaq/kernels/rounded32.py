@@ -10,9 +10,10 @@ Products and sums may be rounded each in its own way.
 * Stochastic: likewise. Random bits are added to those behind the last that is kept.
 
 What is below a format's smallest magnitude is flushed once it is rounded: by a multiplication with a power of two that
-brings the smallest to float32's, below which the processor flushes. Before it, products and sums are held in scales
-where the smallest is larger, so that what is rounded up to it is not flushed on the way. The multiplication brings
-a product into the scale in which it is added; a fused multiply-add brings sums back into that.
+brings the smallest to float32's, below which the processor flushes. Before it, products and sums are in scales where
+the smallest is larger, so that what is rounded up to it is not flushed on the way. The multiplication brings a product
+into the scale in which it is added; a fused multiply-add brings sums back into that. Where the AND that rounds takes a
+mask (AVX-512), a test of exponent bits flushes instead, and sums stay where they are.
 """
 
 from __future__ import annotations
@@ -37,12 +38,15 @@ from fmaq.kernels.ir_blocks import Value
 from fmaq.kernels.lanes import Lanes
 from fmaq.numerics import Accumulator, FloatFormat, Format
 
+FROM_TWICE_THE_SMALLEST = 0x7F << 24  # bits of which float32's magnitudes from 2^−125 on have one
+
 
 @dataclass(frozen=True)
 class Rounded32(Arithmetic):
     """Float formats; checks that operands make needless are left out.
 
     Args:
+        by_mask: flush by a test of bits.
         product_short: float32 holds every x·w, so that it can be rounded however the processor rounds.
         acc, product_exact, product_masked, product_clamped, sum_clamped, by_chunk, levels, is_clean, terms: as those
             of `Float32`.
@@ -56,6 +60,7 @@ class Rounded32(Arithmetic):
     by_chunk: bool = False
     levels: tuple[Merging, ...] = ()
     product_short: bool = False
+    by_mask: bool = False
     is_clean: bool = False
     terms: str = "any"
 
@@ -82,18 +87,23 @@ class Rounded32(Arithmetic):
     @property
     def sum_scale(self) -> int:
         """Sums are held times 2^this."""
-        return self._scale(self.acc.format)
+        return self._scale(self.acc.format) + self.by_mask
 
     @property
     def total_scale(self) -> int:
         """Sums are rounded times 2^this."""
-        lowest = self.sum_scale + 1
-        return lowest if self.product_exact else max(lowest, self._scale(self.acc.product))
+        lowest = self._scale(self.acc.format) + 1
+        return lowest if self.product_exact or self.by_mask else max(lowest, self._scale(self.acc.product))
 
     @property
     def product_scale(self) -> int:
         """x·w arrives times 2^this."""
         return self.total_scale if self.product_exact else self._scale(self.acc.product) + self._is_rounded_up
+
+    @property
+    def _register_scale(self) -> int:
+        """Products are added times 2^this."""
+        return self._scale(self.acc.product) + (self.by_mask and self._is_rounded_up)
 
     @property
     def _is_rounded_up(self) -> bool:
@@ -155,7 +165,7 @@ class Rounded32(Arithmetic):
             overflows = is_beyond(v, self._product(v, x, w, word), self._product_limit)
         p = self._in_register(v, self._product(v, x, w, word))
         is_term = v.b.and_(v.b.fcmp_unordered("!=", x, zero), v.b.fcmp_unordered("!=", w, zero))
-        lift = 2.0 ** (self.total_scale - self._scale(self.acc.product))
+        lift = 2.0 ** (self.total_scale - self._register_scale)
         after, masks = observed_sum(v, p, lift, before, total, rounded, limit, self.terms)
         return self._held(v, after), [overflows, is_term, *masks]
 
@@ -174,19 +184,23 @@ class Rounded32(Arithmetic):
 
     def _raised(self, v: Lanes, s: Value) -> Value:
         """A sum as it is rounded."""
-        return v.mul(s, v.constant(2.0 ** (self.total_scale - self.sum_scale)))
+        return s if self.by_mask else v.mul(s, v.constant(2.0 ** (self.total_scale - self.sum_scale)))
 
     def _held(self, v: Lanes, rounded: Value) -> Value:
         """A rounded sum as it is held, flushed on the way."""
-        return v.mul(rounded, v.constant(2.0 ** (self.sum_scale - self.total_scale)))
+        return (
+            _kept(v, rounded)
+            if self.by_mask
+            else v.mul(rounded, v.constant(2.0 ** (self.sum_scale - self.total_scale)))
+        )
 
     def _total(self, v: Lanes, x: Value, w: Value, s: Value, word: Value | None) -> Value:
         """s and the product in its register, before the sum is rounded."""
         if self.product_exact:
             return v.fma(x, w, self._raised(v, s))
         p = self._in_register(v, self._product(v, x, w, word))
-        lift = self.total_scale - self._scale(self.acc.product)
-        if lift == 0:
+        lift = self.total_scale - self._register_scale
+        if lift == 0 and not self.by_mask:
             return v.fma(s, v.constant(2.0 ** (self.total_scale - self.sum_scale)), p)
         return v.fma(p, v.constant(2.0**lift), self._raised(v, s))
 
@@ -194,7 +208,9 @@ class Rounded32(Arithmetic):
         """A product on its grid, limited, and flushed."""
         if self.product_clamped:
             p = clamp(v, p, self._product_limit)
-        return v.mul(p, v.constant(0.5)) if self._is_rounded_up else p
+        if not self._is_rounded_up:
+            return p
+        return _kept(v, p) if self.by_mask else v.mul(p, v.constant(0.5))
 
     def _product(self, v: Lanes, x: Value, w: Value, word: Value | None) -> Value:
         """The product on its grid, neither limited nor flushed yet."""
@@ -222,8 +238,10 @@ class Rounded32(Arithmetic):
             leading, up = v.leading_bit(total), 2.0**dropped
             total = v.fma(leading, v.constant(-up), v.fma(leading, v.constant(up), total))
         else:
-            total = truncated(v, total, format, self.is_clean) if rounding == "toward_zero" else on_float_grid(
-                v, total, format, rounding
+            total = (
+                truncated(v, total, format, self.is_clean)
+                if rounding == "toward_zero"
+                else on_float_grid(v, total, format, rounding)
             )
         return clamp(v, total, self._sum_limit) if clamped else total
 
@@ -244,3 +262,9 @@ def _moved(v: Lanes, word: Value, end: int, dropped: int, random_bits: int) -> V
 
 def _add_bits(v: Lanes, x: Value, bits: Value, dropped: int) -> Value:
     return v.keep_bits(v.from_bits(v.b.add(v.bits(x), bits)), dropped)
+
+
+def _kept(v: Lanes, x: Value) -> Value:
+    """x, flushed below 2^−125: by the AND that rounded it, if one did."""
+    bits = v.b.and_(v.bits(x), v.bit_constant(FROM_TWICE_THE_SMALLEST))
+    return v.b.select(v.b.icmp_unsigned("!=", bits, v.bit_constant(0)), x, v.constant(0.0))
