@@ -5,28 +5,23 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from fmaq.kernels.arithmetic import Arithmetic, Merging
+from fmaq.kernels.arithmetic import Arithmetic
 from fmaq.kernels.arithmetic32 import FLOAT32_EMIN, Fixed32, Float32
 from fmaq.kernels.arithmetic64 import General64, general
-from fmaq.kernels.grids import BY_TRUNCATION
-from fmaq.kernels.levels32 import FixedLevel32, FloatLevel32, Level32, Single32
+from fmaq.kernels.choose_levels import fits_single, merging_levels
+from fmaq.kernels.grids import ON_INTEGERS, is_right_by_truncation, most_away
 from fmaq.kernels.ranges import Range
 from fmaq.kernels.rounded32 import Rounded32
 from fmaq.kernels.targets import Target
 from fmaq.kernels.whole32 import Whole32
-from fmaq.numerics import Accumulator, FixedFormat, Float32Format, FloatFormat, Format, Level
+from fmaq.numerics import Accumulator, FixedFormat, Float32Format, FloatFormat, Format
 
 Fast = Float32 | Rounded32 | Fixed32 | Whole32
-
-FLOAT32_MANTISSA = 23
 
 NORM_SLACK = 2.0**-80  # above what squares lose that are too small for float32, times norms of at most 2^40
 
 LONGEST_OBSERVED = 20  # bits of mantissa, so that a sum's last one is far above float32's
 OBSERVED_TOGETHER = 19  # of a sum and of its term, where the sum has a half unit or is rounded to the nearest
-NEAREST_TOGETHER = 20  # of a sum and of its term, so that float32's rounding before changes no rounding to the nearest
-
-ON_INTEGERS = ("toward_zero", "nearest_even", "nearest_away", "half_up", "floor")  # `on_coarser_grid` rounds so
 
 GUARD_BITS = 2  # behind the last one, of a product to odd, so that rounding its sum is right
 
@@ -89,7 +84,7 @@ def _usual_bias(acc: Accumulator, depth: int) -> int:
     below: Format | Float32Format = acc.format
     for level in acc.levels:
         if isinstance(level.format, Float32Format):
-            fits = _fits_single(below, acc.underflow, depth)  # where it ends is not moved along
+            fits = fits_single(below, acc.underflow, depth)  # where it ends is not moved along
         else:
             fits = level.format.emin - shift >= FLOAT32_EMIN and level.format.emax - shift <= 127
         if acc.outer is not None and not fits:
@@ -116,7 +111,7 @@ def _choose(
     if found is not None and is_counting:
         found = _counting(found, a, b)
     below = acc.format if isinstance(acc.format, FloatFormat) else _narrowed(acc, a, b, depth)
-    levels = None if found is None else _levels(acc, below, found[0], depth)
+    levels = None if found is None else merging_levels(acc, below, _scale_of_sums(found[0]), depth)
     if found is None or levels is None or (is_counting and not all(level.sees_events for level in levels)):
         return Choice(general(acc))
     arithmetic, scales, terms = found
@@ -126,6 +121,14 @@ def _choose(
     if not use_bounds or not arithmetic.sum_clamped:
         return Choice(arithmetic, *scales)
     return _bounded(arithmetic, scales, a, b, terms)
+
+
+def _scale_of_sums(arithmetic: Fast) -> int:
+    """Sums of chunks are passed on times 2^this."""
+    if isinstance(arithmetic, (Float32, Rounded32)):
+        return arithmetic.sum_scale
+    finer = arithmetic.finer if isinstance(arithmetic, Fixed32) else 0
+    return arithmetic.acc.format.fraction + finer  # type: ignore[union-attr]
 
 
 def _counting(found: Found, a: Range, b: Range) -> Found | None:
@@ -160,31 +163,22 @@ def _bounded(arithmetic: Fast, scales: tuple[int, int], a: Range, b: Range, term
     span = 2.0 ** -(a.above + b.above) / growth * (1 - 2.0**-8)
     largest = acc.format.max
     if isinstance(acc.product, FixedFormat):
-        largest -= terms * _away(acc.product, acc.rounding_of_products)
+        largest -= terms * most_away(acc.product, acc.rounding_of_products)
     if isinstance(arithmetic, Fixed32):
-        largest -= terms * _away(acc.format, acc.rounding)
+        largest -= terms * most_away(acc.format, acc.rounding)
     norm_limit = max(largest * span, 0.0) ** 2 - NORM_SLACK
     product_limit = min((acc.product or acc.format).max * span, 2.0**126)
     norm_limit = min(max(norm_limit, -1.0), 2.0**126)
     return Choice(replace(arithmetic, by_chunk=True), *scales, *units, norm_limit, product_limit)
 
 
-def _away(format: Format, rounding: str) -> float:
-    """The most by which rounding can increase a magnitude: of a fixed format; of a float one, relative to it."""
-    if rounding == "toward_zero" and not format.half_unit:
-        return 0.0
-    unit = format.tiny if isinstance(format, FixedFormat) else 2.0**-format.mantissa
-    is_near = format.half_unit or rounding in ("nearest_even", "nearest_away", "half_up")
-    return unit / 2 if is_near else unit
-
-
 def _growth(acc: Accumulator, terms: int) -> float:
     """How many times as large as the exact one rounding can make a product, or a sum of `terms` of them, in floats."""
     if isinstance(acc.format, FixedFormat):
         return 1.0
-    away = _away(acc.format, acc.rounding)
+    away = most_away(acc.format, acc.rounding)
     if isinstance(acc.product, FloatFormat):
-        away = max(away, _away(acc.product, acc.rounding_of_products))
+        away = max(away, most_away(acc.product, acc.rounding_of_products))
     exponent = (terms + 1) * math.log1p(away)
     return math.exp(exponent) * (1 + 2.0**-40) if exponent < 80 else math.inf
 
@@ -239,7 +233,7 @@ def _rounds_sums(acc: Accumulator) -> bool:
     if acc.rounding == "nearest_even":
         p = acc.product.significant if isinstance(acc.product, FloatFormat) else None
         return p is not None and 1 <= p <= m <= 10
-    return _is_right_by_truncation(acc.rounding, m, acc.random_bits)
+    return is_right_by_truncation(acc.rounding, m, acc.random_bits)
 
 
 def _rounds_products(acc: Accumulator, is_short: bool) -> bool:
@@ -252,164 +246,7 @@ def _rounds_products(acc: Accumulator, is_short: bool) -> bool:
         return True
     if acc.rounding == "nearest_even":
         return rounding == "nearest_even"
-    return _is_right_by_truncation(rounding, m, acc.random_bits)
-
-
-def _is_right_by_truncation(rounding: str, mantissa: int, random_bits: int) -> bool:
-    """A number that is truncated to float32 is rounded as it would be without."""
-    if rounding == "stochastic":
-        return mantissa + random_bits <= 23
-    return rounding in BY_TRUNCATION and (rounding == "toward_zero" or mantissa <= 22)
-
-
-# --- Levels -----------------------------------------------------------------------------------------------------------
-
-
-def _narrowed(acc: Accumulator, a: Range, b: Range, depth: int) -> FixedFormat:
-    """A fixed format that holds every sum of a chunk, as they are for operands of these ranges."""
-    format = acc.format
-    assert isinstance(format, FixedFormat)
-    largest = _largest_sum(acc, a, b, _terms(acc, depth)) * 2.0**format.fraction
-    width = max(2, math.frexp(largest)[1] + 1) if largest < 2.0**32 else 32
-    return replace(format, width=min(width, format.width))
-
-
-def _levels(
-    acc: Accumulator, below: Format | Float32Format, arithmetic: Fast, depth: int
-) -> tuple[Merging, ...] | None:
-    """The merges of sums of chunks in 32-bit lanes; None where they are not exact. None needed: they are its own.
-
-    Args:
-        below: the format of the sums of chunks.
-    """
-    if acc.outer is None:
-        return ()
-    if isinstance(arithmetic, (Float32, Rounded32)):
-        scale = arithmetic.sum_scale
-    else:
-        scale = acc.format.fraction + (arithmetic.finer if isinstance(arithmetic, Fixed32) else 0)  # type: ignore[union-attr]
-    found: list[Level32 | FixedLevel32] = []
-    sums = _sums_of(depth, acc.chunk)
-    for level in acc.levels:
-        one: Level32 | FixedLevel32 | None
-        count, sums = sums if level.chunk is None else min(sums, level.chunk), _sums_of(sums, level.chunk)
-        if isinstance(level.format, FixedFormat):
-            one = _fixed_level(level, below, scale, count)
-        elif isinstance(below, FixedFormat) and below.width > 25:  # float32 does not hold its sums
-            one = None
-        elif isinstance(level.format, Float32Format):
-            one = _single(below, acc.underflow, scale, count)
-        else:
-            one = _float_level(level, acc.underflow, below, scale, count)
-        if one is None:
-            return None
-        found.append(one)
-        below, scale = level.format, one.scale
-    return tuple(found)
-
-
-def _sums_of(terms: int, chunk: int | None) -> int:
-    """How many sums of a chunk so many terms make."""
-    return 1 if chunk is None else -(-terms // chunk)
-
-
-def _ends(format: Format | Float32Format, underflow: bool) -> tuple[int, int]:
-    """Exponents of the last bit of the smallest value, and above that of the largest."""
-    if isinstance(format, FixedFormat):
-        return -format.fraction, format.emax + 1
-    return (format.emin if underflow else FLOAT32_EMIN) - format.significant, format.emax + 1
-
-
-def _fits_single(below: Format | Float32Format, underflow: bool, depth: int) -> bool:
-    """Float32 sums of up to `depth` terms are neither subnormal nor infinite."""
-    low, high = _ends(below, underflow)
-    return low >= FLOAT32_EMIN and high + depth.bit_length() <= 127
-
-
-def _single(below: Format | Float32Format, underflow: bool, scale: int, count: int) -> Single32 | None:
-    low, high = _ends(below, underflow)
-    may_be_subnormal = low < FLOAT32_EMIN
-    lowest = FLOAT32_MANTISSA if may_be_subnormal else FLOAT32_EMIN - low
-    highest = 126 - high - count.bit_length()
-    if low < FLOAT32_EMIN - FLOAT32_MANTISSA or highest < -1:
-        return None
-    own = _nearest_scale(scale, lowest, highest)
-    return None if own is None else Single32(scale, own, may_be_subnormal)
-
-
-def _fixed_level(level: Level, below: Format | Float32Format, scale: int, count: int) -> FixedLevel32 | None:
-    """Terms and sums are integers of int32, in the finer one of both units."""
-    format = level.format
-    assert isinstance(format, FixedFormat)
-    if not isinstance(below, FixedFormat) or format.fraction - scale > 30:
-        return None
-    finer = max(0, below.fraction - format.fraction)
-    if finer and level.rounding not in ON_INTEGERS:
-        return None
-    away = _away(format, level.rounding) if finer else 0.0
-    is_open = count * (2.0**below.emax + away) <= format.max
-    is_narrow = format.width + finer <= 30 or ((format.overflow == "wrap" or is_open) and finer == 0)
-    fits = is_narrow and below.emax + format.fraction + finer <= 30
-    return FixedLevel32(level, scale, finer, is_open) if fits else None
-
-
-def _float_level(
-    level: Level, underflow: bool, below: Format | Float32Format, scale: int, count: int
-) -> FloatLevel32 | None:
-    format = level.format
-    assert isinstance(format, FloatFormat)
-    low, high = _sums(format, underflow, below, count)
-    addition = _addition(level, below, max(high, _ends(below, underflow)[1]) + 1 - low <= 24)
-    if addition is None:
-        return None
-    smallest = format.emin if underflow else FLOAT32_EMIN
-    free = FLOAT32_EMIN - smallest
-    found = FloatLevel32(level, underflow, scale, free, addition, low < smallest, high > format.emax)
-    highest = 126 - found.headroom - max(format.emax + 1, _ends(below, underflow)[1])
-    if level.rounding == "toward_zero" and _nearest_scale(scale, free, min(free, highest)) == free:
-        return found
-    own = _nearest_scale(scale, free + 1, highest)  # what may be rounded up to the smallest is not flushed
-    return None if own is None else replace(found, scale=own)
-
-
-def _sums(format: FloatFormat, underflow: bool, below: Format | Float32Format, count: int) -> tuple[int, int]:
-    """Every sum of up to `count` terms is a multiple of 2^the first, and below 2^the second.
-
-    It is a multiple of the terms' unit, or of the larger one that it was rounded to, unless it has a half unit.
-    """
-    low, high = _ends(below, underflow)
-    growth = count * 2.0**-format.mantissa  # by rounding
-    most = math.ceil(high + math.log2(count) + growth / math.log(2) + 2.0**-20)
-    own_low = _ends(format, underflow)[0] if format.half_unit else format.emax - format.significant
-    return min(low, own_low), min(most, format.emax + 1)
-
-
-def _addition(level: Level, below: Format | Float32Format, is_exact: bool) -> str | None:
-    """How t + s is rounded to float32, if it is not exact there, so that rounding it once more is right.
-
-    None where no way is. To the nearest, even, of a longer and a shorter significand: a sum that float32 does not hold
-    lies next to the larger one, far from a tie.
-    """
-    m, rounding = level.format.mantissa, level.rounding  # type: ignore[union-attr]
-    if rounding == "stochastic" and m + level.random_bits > 23:
-        return None
-    if is_exact:
-        return "own"
-    if rounding in ("nearest_even", "odd"):
-        is_next = rounding == "nearest_even" and m >= 1 and below.significant <= m
-        is_next = is_next and m + below.significant <= NEAREST_TOGETHER
-        return "own" if is_next else "odd" if m <= 21 else None
-    if rounding in ("floor", "half_up"):
-        return "down" if m <= 22 else None
-    return "zero" if rounding == "stochastic" or _is_right_by_truncation(rounding, m, level.random_bits) else None
-
-
-def _nearest_scale(scale: int, low: int, high: int) -> int | None:
-    """The exponent from `low` to `high` that is nearest to that of the terms; None where no power of two brings it."""
-    if low > high:
-        return None
-    own = min(max(scale, low), high)
-    return own if abs(own - scale) <= 126 and abs(own) <= 126 else None
+    return is_right_by_truncation(rounding, m, acc.random_bits)
 
 
 # --- Fixed point, and scales ------------------------------------------------------------------------------------------
@@ -445,12 +282,21 @@ def _largest_sum(acc: Accumulator, a: Range, b: Range, terms: int) -> float:
     """No sum of a fixed format and so many products is larger in magnitude before it is limited."""
     largest = a.largest * b.largest
     if isinstance(acc.product, FixedFormat):
-        largest = min(largest + _away(acc.product, acc.rounding_of_products), -acc.product.min)
+        largest = min(largest + most_away(acc.product, acc.rounding_of_products), -acc.product.min)
         if acc.product.overflow == "wrap" and largest > acc.product.max:
             largest = -acc.product.min
     elif acc.product is not None:
         largest = acc.product.max
-    return (largest + _away(acc.format, acc.rounding)) * terms
+    return (largest + most_away(acc.format, acc.rounding)) * terms
+
+
+def _narrowed(acc: Accumulator, a: Range, b: Range, depth: int) -> FixedFormat:
+    """A fixed format that holds every sum of a chunk, as they are for operands of these ranges."""
+    format = acc.format
+    assert isinstance(format, FixedFormat)
+    largest = _largest_sum(acc, a, b, _terms(acc, depth)) * 2.0**format.fraction
+    width = max(2, math.frexp(largest)[1] + 1) if largest < 2.0**32 else 32
+    return replace(format, width=min(width, format.width))
 
 
 def _whole32(acc: Accumulator, target: Target, a: Range, b: Range, terms: int, is_open: bool) -> Whole32 | None:

@@ -9,9 +9,26 @@ from __future__ import annotations
 
 from fmaq.kernels.ir_blocks import Value
 from fmaq.kernels.lanes import Lanes
-from fmaq.numerics import FloatFormat
+from fmaq.numerics import FixedFormat, FloatFormat, Format
 
 BY_TRUNCATION = ("toward_zero", "nearest_away")
+ON_INTEGERS = ("toward_zero", "nearest_even", "nearest_away", "half_up", "floor")  # `on_coarser_grid` rounds so
+
+
+def is_right_by_truncation(rounding: str, mantissa: int, random_bits: int) -> bool:
+    """A number that is truncated to float32 is rounded as it would be without."""
+    if rounding == "stochastic":
+        return mantissa + random_bits <= 23
+    return rounding in BY_TRUNCATION and (rounding == "toward_zero" or mantissa <= 22)
+
+
+def most_away(format: Format, rounding: str) -> float:
+    """The most by which rounding can increase a magnitude: of a fixed format; of a float one, relative to it."""
+    if rounding == "toward_zero" and not format.half_unit:
+        return 0.0
+    unit = format.tiny if isinstance(format, FixedFormat) else 2.0**-format.mantissa
+    is_near = format.half_unit or rounding in ("nearest_even", "nearest_away", "half_up")
+    return unit / 2 if is_near else unit
 
 
 def on_float_grid(v: Lanes, x: Value, format: FloatFormat, rounding: str) -> Value:
