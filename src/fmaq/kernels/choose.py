@@ -305,8 +305,8 @@ def _whole32(acc: Accumulator, target: Target, a: Range, b: Range, terms: int, i
     assert isinstance(format, FixedFormat)
     largest = a.largest * b.largest
     if product is not None:
-        is_open = isinstance(product, FixedFormat) and product.fraction >= 0 and largest <= product.max
-        if not is_open:
+        is_unrounded = isinstance(product, FixedFormat) and product.fraction >= 0 and largest <= product.max
+        if not is_unrounded:
             return None
     if not (a.is_whole and b.is_whole and format.fraction >= 0 and target.fused):
         return None
