@@ -176,8 +176,13 @@ def test_what_is_left_in_the_general_path():
     assert [name for name, choice in found.items() if not isinstance(choice.arithmetic, General64)] == []
 
 
-@pytest.mark.parametrize("target", [t.name for t in available_targets()])
-@pytest.mark.parametrize("name", [*FLOATS, *FIXED, *WHOLE])
+@pytest.mark.parametrize(
+    ("target", "name"),
+    [
+        *((target, name) for target in FUSED for name in (*FLOATS, *WHOLE)),
+        *((target.name, name) for target in available_targets() for name in FIXED),
+    ],
+)
 def test_they_equal_the_reference(target, name):
     acc = Accumulator(name)
     for kind, scale in (("int8", 1.0),) if name in WHOLE else (("float32", 0.05), ("float8", 4.0)):
