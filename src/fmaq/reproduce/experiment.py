@@ -10,7 +10,7 @@ An experiment of trainings with every key it may have:
     task, model, data: ...                   # as in a recipe, see fmaq.training.recipe
     policy: {weight: M4E3, activation: M4E3} # of every cell; the grid gives the accumulator and the estimator
     pretrain: {stages: ..., batch_size: 64}  # in float32, once a seed; cells start there, else from random weights
-    schedules:                               # by name; each as a recipe's `finetune`
+    schedules:                               # by name; each as a recipe's `finetune`, `calibrate` too
       from scratch: {stages: [{epochs: 3, learning_rate: 1e-3}]}
     grid:                                    # blocks, each the product of its lists
       - {accumulators: [fp32, M7E4b10 product=M7E4b12], estimators: [identity], seeds: [0, 1, 2]}
