@@ -60,11 +60,19 @@ def draw(record: Record) -> Figure:
 def accumulator_labels(accumulators: list[str]) -> list[str]:
     """What stands below each column: the format without its bias, or more where that does not tell columns apart."""
     parsed = [None if name == "fp32" else Accumulator.parse(name) for name in accumulators]
-    short = ["float32" if acc is None else re.sub(r"b-?\d+", "", str(acc.format)) for acc in parsed]
+    short = ["float32" if acc is None else _unbiased(acc.format) for acc in parsed]
     biased = ["float32" if acc is None else str(acc.format) for acc in parsed]
+    levels = [
+        name if acc is None or acc.outer is None else f"{name}\nouter {_unbiased(acc.outer)}"
+        for name, acc in zip(short, parsed, strict=True)
+    ]
     full = ["float32" if acc is None else "\n".join(str(acc).split()) for acc in parsed]
-    names = next((n for n in (short, biased) if len(set(n)) == len(n)), full)
+    names = next((n for n in (short, biased, levels) if len(set(n)) == len(n)), full)
     return [f"{name}\n{32 if acc is None else acc.bits} bits" for name, acc in zip(names, parsed, strict=True)]
+
+
+def _unbiased(described: Any) -> str:
+    return re.sub(r"(E\d+)b-?\d+", r"\1", str(described))
 
 
 def _value(row: Row, metric: str, scale: float) -> float:

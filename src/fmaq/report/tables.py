@@ -50,7 +50,7 @@ def cells(record: Record, row: Row) -> list[str]:
     if acc is None:
         names = ["float32", "32", "float32", "–"]
     else:
-        names = [name_of(acc), str(acc.bits), _products(acc), "all" if acc.chunk is None else str(acc.chunk)]
+        names = [name_of(acc), str(acc.bits), products_of(acc), "all" if acc.chunk is None else str(acc.chunk)]
     ranges = [row.chosen or ("–" if acc is None else AS_GIVEN)] if record.is_calibrated else []
     line = [row.operands, *names, *ranges, show(metric, row.metrics.get(metric))]
     if record.stages == 0:
@@ -59,15 +59,21 @@ def cells(record: Record, row: Row) -> list[str]:
 
 
 def name_of(acc: Accumulator | None) -> str:
-    """An accumulator in short: format, rounding and outer level."""
+    """An accumulator in short: format, rounding and outer level; None is float32."""
     if acc is None:
         return "float32"
-    rounding = "" if acc.rounding == "toward_zero" else f" {acc.rounding.replace('_', ' ')}"
-    return f"{acc.format}{rounding}{'' if acc.outer is None else f' outer {acc.outer}'}"
+    return f"{acc.format}{_rounded(acc.rounding)}{'' if acc.outer is None else f' outer {acc.outer}'}"
 
 
-def _products(acc: Accumulator | None) -> str:
-    return "float32" if acc is None else "exact" if acc.product is None else str(acc.product)
+def products_of(acc: Accumulator | None) -> str:
+    """The format of an accumulator's products, and their rounding where it is their own; None is float32."""
+    if acc is None or acc.product is None:
+        return "float32" if acc is None else "exact"
+    return f"{acc.product}{_rounded(acc.product_rounding or 'toward_zero')}"
+
+
+def _rounded(rounding: str) -> str:
+    return "" if rounding == "toward_zero" else f" {rounding.replace('_', ' ')}"
 
 
 def _side_by_side(record: Record, rows: list[Row]) -> list[str]:
@@ -81,7 +87,7 @@ def _side_by_side(record: Record, rows: list[Row]) -> list[str]:
         values = [row.metrics.get(metric), *([row.after(record.stages - 1, metric)] if row.tuned else [])]
         shown[row.series or record.series[0]] = " → ".join(show(metric, value) for value in values)
     name = "float32" if acc is None else str(acc.format)
-    return [rows[0].operands, name, str(rows[0].bits), _products(acc), *shown.values()]
+    return [rows[0].operands, name, str(rows[0].bits), products_of(acc), *shown.values()]
 
 
 def rich_table(record: Record) -> Table:

@@ -45,6 +45,7 @@ from pydantic import AfterValidator, Field, model_validator
 from fmaq.emulation.policy import FP32
 from fmaq.numerics import Accumulator
 from fmaq.numerics.reference import ESTIMATORS
+from fmaq.report.tables import name_of
 from fmaq.training.explain import RecipeError, read_yaml
 from fmaq.training.recipe import (
     Accumulators,
@@ -102,7 +103,7 @@ class Cell:
     @property
     def label(self) -> str:
         """In words."""
-        how = "float32" if self.parsed is None else f"{self.parsed.format} {self.estimator}"
+        how = "float32" if self.parsed is None else f"{name_of(self.parsed)} {self.estimator}"
         return f"{how}, {self.variant}, seed {self.seed}"
 
 
