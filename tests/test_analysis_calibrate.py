@@ -147,6 +147,22 @@ def test_a_louder_channel_changes_no_other(spec, channels):
     assert torch.equal(before, after)
 
 
+@pytest.mark.parametrize("position", [700, 708, 716, 724])  # in parts of the sum that are looked at, and that are not
+def test_a_huge_product_has_room_wherever_it_stands(position):
+    generator = torch.Generator().manual_seed(0)
+    layer = nn.Linear(1536, 8, bias=False)
+    with torch.no_grad():
+        layer.weight.copy_(torch.randn(8, 1536, generator=generator))
+    x = torch.randn(64, 1536, generator=generator)
+    x[0, position] = 3000.0
+    spec = "M5E4h product=M5E4h chunk=8 outer=M10E5"
+    wanted = layer(x).detach()
+    policy = fmaq.calibrate(layer, spec, [x])
+    fmaq.attach(layer, policy)
+    assert float(policy.for_layer("").gain.tensor.max()) < 1.5
+    assert float(((layer(x).detach() - wanted)[0] / wanted[0]).abs().max()) < 0.1
+
+
 def test_a_channel_has_room_for_what_only_others_were_shown():
     """A classifier calibrated on images of three of its twelve classes: the logits of the others fit all the same."""
     torch.manual_seed(2)

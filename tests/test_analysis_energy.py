@@ -2,6 +2,7 @@
 
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -10,10 +11,10 @@ pytest.importorskip("amaranth", reason="needs the extra fmaq[hardware]")
 pytest.importorskip("pyosys", reason="needs the extra fmaq[hardware]")
 
 import fmaq
-from fmaq import ops
+from fmaq import hardware, ops
 from fmaq.analysis import energy, model_energy
 from fmaq.emulation import listening
-from fmaq.hardware import streams
+from fmaq.hardware import cost, streams, synthesis
 from fmaq.hardware.layers import Layer, energy_by_layer
 from fmaq.hardware.liberty import find_library
 from fmaq.hardware.streams import of_layer
@@ -36,9 +37,10 @@ def test_a_model_costs_operations_times_the_energy_of_one():
     conv, head = found.to_dicts()
     assert (conv["layer"], head["layer"]) == ("0", "4")
     assert conv["operations"] == 4 * 36 * 9 and head["operations"] == 144 * 5
+    assert conv["merges"] == 4 * 36 and head["merges"] == 5 * 9  # of chunks of 16 in 9 and in 144 steps
     assert conv["operands"] == head["operands"] == "recorded"
     for row in (conv, head):
-        assert row["energy"] == pytest.approx(row["operations"] * row["operation"])
+        assert row["energy"] == pytest.approx(row["operations"] * row["operation"] + row["merges"] * row["merge"])
         assert row["bits"] == 7 and row["product"] == "M3E3b6" and row["product_bits"] == 7
         assert 0 < row["to_32_bit"] < 1
     assert found.total == pytest.approx(conv["energy"] + head["energy"])
@@ -53,8 +55,9 @@ def test_the_energy_is_that_of_the_layers_own_operands():
     (row,) = model_energy(nn.Sequential(layer), SMALL, x).to_dicts()
     a, w = fmaq.quantize(x, "M1E2").double().numpy(), fmaq.quantize(layer.weight.detach(), "M1E2").double().numpy()
     streams = of_layer("0", a, w)
-    (cost,) = energy_by_layer([Layer("0", 960, str(SMALL.accumulator), "M1E2", "M1E2", streams)], find_library())
-    assert row["operation"] == cost.operation
+    layer_of_it = Layer("0", 960, str(SMALL.accumulator), "M1E2", "M1E2", streams, merges=60)
+    (cost,) = energy_by_layer([layer_of_it], find_library())
+    assert row["operation"] == cost.operation and row["merge"] == cost.merge and row["energy"] == cost.total / 10
     assert model_energy(nn.Sequential(layer), SMALL, torch.zeros(10, 16)).to_dicts()[0]["operation"] < cost.operation
 
 
@@ -110,6 +113,61 @@ def test_layers_in_float32_cost_what_32_bits_do():
         model_energy(model, "fp32", x)
 
 
+LEVELS = "M3E3b4h product=M3E3b6h outer=M6E4b8"
+
+
+def test_merges_are_counted_and_adders_chosen():
+    model, x = nn.Sequential(nn.Linear(40, 6, bias=False)), torch.randn(4, 40)
+    policy = {"accumulator": LEVELS, "weight": "M1E2", "activation": "M1E2"}
+    (own,), (shared,) = (model_energy(model, policy, x, adder=adder).to_dicts() for adder in ("own", "shared"))
+    assert own["merges"] == shared["merges"] == 3 * 6 and own["outer"] == "M6E4b8"
+    assert own["operation"] == shared["operation"]
+    # An adder of one's own takes a sum up and lets go of it; a shared one has the next lane's at once.
+    assert own["merge"] > shared["merge"] > 0
+    unit = hardware.synthesize(LEVELS, "M1E2", "M1E2").area
+    share = hardware.synthesize_shared(LEVELS, "M1E2", "M1E2").merge_area / 16
+    assert shared["area"] == pytest.approx(unit + share, rel=0.1) and own["area"] > unit + 8 * share
+    assert "adder of chunks' sums shared" in str(model_energy(model, policy, x, adder="shared"))
+    with pytest.raises(ValueError, match="adder must be own or shared, got 'both'"):
+        model_energy(model, policy, x, adder="both")
+
+
+def test_one_chunk_is_not_merged_and_neither_are_baselines():
+    model, x = nn.Sequential(nn.Linear(40, 6, bias=False)), torch.randn(4, 40)
+    for accumulator, merges in (("M3E3b4 chunk=none", 0), ("M3E3b4 chunk=none outer=M6E4b8", 6), ("fp32", 0)):
+        layers = {"0": {"accumulator": accumulator}}
+        other = nn.Sequential(*model, nn.Linear(6, 2))
+        row = model_energy(other, fmaq.Policy(SMALL.accumulator, "M1E2", "M1E2", layers=layers), x).to_dicts()[0]
+        assert row["merges"] == merges and (row["merge"] > 0) == (merges > 0)
+        assert (row["to_32_bit"], row["area_to_32_bit"]) == (1, 1) if accumulator == "fp32" else row["to_32_bit"] < 1
+    with pytest.raises(ValueError, match="there is nothing to share"):
+        model_energy(model, "M3E3b4 chunk=none outer=M6E4b8", x, adder="shared")
+    with pytest.raises(ValueError, match="has one level above its chunks"):
+        model_energy(model, "M3E3b4 outer=(M6E4b8 chunk=2 outer=fp32)", x)
+
+
+def test_a_merge_takes_what_the_adders_netlist_does():
+    unit, drawn = Unit.of("M4E3b4 chunk=5 outer=M6E4b8", "M1E2", "M1E2"), streams.gaussian(steps=12, lanes=8)
+    trace = streams.merge_trace(unit, drawn)
+    assert trace["s"].shape == (1 + 2 * 3, 8)  # the last chunk has two steps
+    zero = unit.format.encode(0.0)
+    assert (trace["s"][::2] == zero).all() and (trace["s"][1::2] != zero).any()
+    sums = synthesis.lower(cost.merge_design(unit)).simulate(trace)["y"]
+    values = unit.total.decode(trace["t"])
+    assert np.array_equal(unit.total.decode(sums)[1:-1:2], values[2::2])  # a merge's sum is the total behind it
+    assert np.array_equal(values[1::2], values[:-1:2])
+
+
+def test_offsets_move_a_layers_products():
+    layer, x = nn.Linear(32, 6, bias=False), torch.randn(10, 32)
+    rows = [
+        model_energy(nn.Sequential(layer), fmaq.Policy("I8f6", "M1E2", "M1E2", offset=offset), x).to_dicts()[0]
+        for offset in (None, [-1, 0, 0, 0, 0, 3], [-6] * 6)
+    ]
+    assert rows[0]["operation"] == rows[1]["operation"]  # the middle one is 0
+    assert rows[2]["operation"] < rows[0]["operation"]  # most products are below the last place
+
+
 def test_attention_and_repeated_layers_are_counted():
     class Twice(nn.Module):
         def __init__(self):
@@ -123,6 +181,7 @@ def test_attention_and_repeated_layers_are_counted():
     rows = model_energy(Twice(), SMALL, torch.randn(2, 5, 8)).to_dicts()
     assert rows[0]["layer"] == "fc" and rows[0]["operations"] == 2 * 5 * 64
     assert sum(row["operations"] for row in rows[1:]) == 2 * 5 * 5 * 8
+    assert rows[0]["merges"] == 2 * 2 * 5 * 8 / 2  # a chunk in each sum: two calls of two examples
 
 
 def test_it_prints_itself():
@@ -131,7 +190,7 @@ def test_it_prints_itself():
     title, heads, rule, row, total = str(found).splitlines()
     assert title.startswith("Energy of one example in C_inv V^2, library unit")
     assert heads.split()[:4] == ["layer", "accumulator", "bits", "product"] and set(rule) <= {"-", " "}
-    assert row.split()[:7] == ["0", "M3E3b4", "7", "M3E3b6", "7", "M1E2", "M1E2"]
+    assert row.split()[:8] == ["0", "M3E3b4", "7", "M3E3b6", "7", "M3E3b4", "M1E2", "M1E2"]
     assert total.split()[0] == "all" and len(total.split()) == 3
     assert isinstance(found.to_dataframe(), pd.DataFrame) and len(found) == 1
 

@@ -132,6 +132,35 @@ def test_a_calibrated_policy_serves_every_command(
     assert offsets and "M4E3" in Path("runs/small/events.csv").read_text()
 
 
+def test_finetune_calibrates_first_where_the_recipe_says_so(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from fmaq.training import run as runs
+
+    narrow = "M3E3h product=M3E3h outer=M10E5"
+    assert run(monkeypatch, "finetune", recipe, "-a", narrow) == 2  # has no bias, and nothing chooses one
+    recipe.write_text(RECIPE + "  calibrate: {per: channel, batches: 1}\n")
+    assert run(monkeypatch, "finetune", recipe, "-a", narrow, "-o", "chosen") == 0
+    (row,) = Record.load(Path("chosen/finetune.json")).rows
+    assert row.accumulator.startswith("M3E3h product=M3E3h") and row.chosen == "per channel"
+    policy = Policy.load("chosen/policy.yaml")
+    assert any("offset" in entry for entry in policy.layers.values() if entry)
+    assert "calibrated per channel" in capsys.readouterr().out
+
+    monkeypatch.setattr(runs, "calibrate", None)  # is not called again
+    assert run(monkeypatch, "finetune", recipe, "-a", narrow, "-o", "chosen") == 0
+    assert "nothing is left to train" in capsys.readouterr().out
+    assert run(monkeypatch, "finetune", recipe, "--policy", "chosen/policy.yaml", "-o", "given") == 0
+    (given,) = Record.load(Path("given/finetune.json")).rows
+    assert given.metrics == row.metrics and given.tuned["stages"] == row.tuned["stages"]
+
+    monkeypatch.undo()
+    monkeypatch.chdir(recipe.parent)
+    assert run(monkeypatch, "finetune", recipe, "-a", "M3E3 product=M3E3", "-o", "chosen") == 2
+    assert "another policy" in capsys.readouterr().err
+    assert Policy.load("chosen/policy.yaml") == policy
+
+
 def test_recorded_commands_can_be_pasted_into_a_shell(
     recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -81,7 +81,7 @@ SMALL = ("-w", "M1E2", "-x", "M1E2")
         (("synthesize", "M3E3b4 product=M3E3b6", *SMALL), 1),
         (("synthesize", "M3E3b4 product=M3E3b6", *SMALL, "--part", "mac"), 1),
         (("table", "M3E3b4 product=M3E3b6", *SMALL, "-l", "unit", "--wide", "M5E3b4", "--half", "M4E3b4"), 1),
-        (("prove", "M3E3b4 product=M3E3b6", *SMALL), 2),
+        (("prove", "M3E3b4 product=M3E3b6", *SMALL), 3),
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else "",
 )
@@ -176,6 +176,44 @@ def test_a_multiply_accumulate_is_proven(fmaq):
     assert set(found["mismatches"]) > {"rtl"} and not any(found["mismatches"].values())
 
 
+@pytest.mark.parametrize("command", ["rtl", "testbench", "prove"])
+def test_every_part_is_to_be_had(fmaq, tmp_path, command):
+    text, out = "M2E2b2h product=M2E2b3h chunk=2 outer=M3E3b4", ("-o", str(tmp_path / "out"))
+    for part in ("unit", "mac", "shared"):
+        options = ("--vectors", "4000") if command == "prove" else ("--name", part, *out)
+        code, said, _ = fmaq(command, text, *SMALL, "--part", part, *options)
+        assert code == 0
+        if command == "prove":
+            assert part in said and "in 5 designs, 0 mismatches" in " ".join(said.split())
+        if command == "testbench":
+            assert f"module {part}_tb;" in (tmp_path / "out" / f"{part}_tb.v").read_text()
+        if command == "rtl":
+            assert f"module {part}(" in (tmp_path / "out").read_text()
+
+
+def test_prove_without_accumulators_tries_all_parts(fmaq, monkeypatch):
+    from fmaq.hardware import table
+
+    study = table.Study("M1E2", "M1E2", ("M2E2b2 chunk=2", "M2E2b2 chunk=2 outer=M3E3b4"), "", "")
+    monkeypatch.setattr(table, "PROVEN", {part: (study,) for part in table.PARTS})
+    code, out, _ = fmaq("prove", "--vectors", "2000", "--json")
+    assert code == 0
+    assert [found["part"] for found in json.loads(out)] == ["unit", "mac", "mac", "shared", "shared"]
+    code, out, _ = fmaq("prove", "--vectors", "2000", "--json", "--part", "shared")
+    assert [found["part"] for found in json.loads(out)] == ["shared", "shared"]
+
+
+def test_a_table_of_all_parts(fmaq, tmp_path):
+    baselines = ("--wide", "M3E3b4 chunk=2", "--half", "M3E3b4 chunk=2")
+    arguments = ("table", "M2E2b2 chunk=2", *SMALL, "-l", "unit", "--part", "all", *baselines)
+    code, out, _ = fmaq(*arguments)
+    assert code == 0 and "own area" in " ".join(out.split())
+    rows = read_csv(fmaq(*arguments, "--csv", "-o", str(tmp_path))[1])
+    assert [row["part"] for row in rows] == ["unit", "unit", "mac", "mac", "shared", "shared"]
+    assert set(json.loads((tmp_path / "hardware.json").read_text())["unit"]) == {"unit", "mac", "shared"}
+    assert (tmp_path / "hardware.png").read_bytes()[:4] == b"\x89PNG"
+
+
 def test_help_of_every_command_has_examples(fmaq):
     for command in ("estimate", "synthesize", "rtl", "testbench", "prove", "table", "model", "formats"):
         code, out, _ = fmaq(command, "--help")
@@ -209,11 +247,11 @@ def test_prove_counts_mismatches(fmaq):
         (("rtl", "M7E4"), "hardware needs a bias"),
         (
             ("table", "--operands", "int5"),
-            "operands must be one of M4E3, int8, levels, got 'int5'; for others give accumulators",
+            "operands must be one of M4E3, int8, levels, roundings, got 'int5'; for others give accumulators",
         ),
         (("table", "paper12", "-w", "int99"), "weight format 'int99' does not fit the unit"),
         (("rtl", "paper12", "--name", "module"), "'module' is no name of a Verilog module"),
-        (("rtl", "paper12", "--part", "core"), "part must be one of unit, mac, got 'core'"),
+        (("rtl", "paper12", "--part", "core"), "part must be one of unit, mac, shared, got 'core'"),
         (("synthesize", "paper12", "--part", "core"), "part must be one of unit, mac, shared, got 'core'"),
         (("synthesize", "ieee32", "--part", "mac"), "has a unit, and no chunked"),
         (("testbench", "ieee32", "--part", "mac"), "has a unit, and no chunked"),

@@ -17,9 +17,22 @@ from fmaq.hardware.cost import design
 from fmaq.hardware.layers import Layer, energy_by_layer
 from fmaq.hardware.liberty import find_library
 from fmaq.hardware.netlist import Gate, Netlist, energy, pack, unpack
-from fmaq.hardware.table import FLOAT, INTEGER, Study, columns, label, markdown, record, run_study, study_of
+from fmaq.hardware.table import (
+    FLOAT,
+    INTEGER,
+    PARTS,
+    Study,
+    columns,
+    label,
+    markdown,
+    proven,
+    record,
+    run_study,
+    study_of,
+)
 from fmaq.hardware.unit import Unit
 from fmaq.numerics import Accumulator
+from fmaq.numerics.accumulator import ROUNDINGS
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -292,7 +305,7 @@ def test_a_table_compares_with_its_baselines():
     assert rows[2].area_to_wide == rows[2].area_iso_to_wide == 1
     assert rows[1].area_to_half == 1
     assert rows[0].area_to_wide < rows[1].area_to_wide < 1
-    text = markdown(study, find_library(), rows)
+    text = markdown(study, find_library(), {"unit": rows})
     assert text.splitlines()[0].startswith("**M1E2 operands, library unit**")
     assert len(text.splitlines()) == 7
     heads = [cell.strip() for cell in text.splitlines()[2].strip("|").split("|")]
@@ -311,9 +324,42 @@ def test_a_table_of_multiply_accumulates():
     assert rows[0].synthesis == mac
     assert rows[0].area_to_wide == mac.area / hardware.synthesize_mac("M5E3b4", "M1E2", "M1E2").area
     assert "gates" not in columns("mac")
-    assert len(markdown(study, find_library(), rows, "mac").splitlines()[4].split("|")) == len(columns("mac")) + 2
+    text = markdown(study, find_library(), {"mac": rows})
+    assert text.startswith("**M1E2 operands, chunked multiply-accumulate, library unit**")
+    assert len(text.splitlines()[4].split("|")) == len(columns("mac")) + 2
     with pytest.raises(ValueError, match="part must be one of unit, mac, shared, got 'core'"):
         run_study(study, find_library(), part="core")
+
+
+def test_all_parts_side_by_side():
+    study = study_of(["M2E2b2 chunk=2", "ieee16"], "M1E2", "M1E2", wide="M3E3b4 chunk=2", half="M3E3b4 chunk=2")
+    rows = {part: run_study(study, find_library(), part=part) for part in PARTS}
+    text = markdown(study, find_library(), rows).splitlines()
+    assert text[0].startswith("**M1E2 operands, units, and multiply-accumulates with a merging adder of their own and")
+    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in text[2:]]
+    assert tuple(table[0]) == columns("all") and len(table) == 4  # heads, rule, and those that have all parts
+    assert table[2][:3] == ["M2E2b2 chunk=2", "5", "exact"]
+    parts = [synthesize("M2E2b2 chunk=2", "M1E2", "M1E2") for synthesize in SYNTHESIZE]
+    assert table[2][3::3] == [f"{part.area:.0f}" for part in parts]
+    assert table[2][5::3] == [f"{part.energy:.0f}" for part in parts]
+
+
+SYNTHESIZE = (hardware.synthesize, hardware.synthesize_mac, hardware.synthesize_shared)
+
+
+def test_what_is_proven_without_a_list():
+    units = [Unit.of(*names) for names in proven("unit")]
+    plain = [unit.accumulator for unit in units if isinstance(unit.accumulator, Accumulator)]
+    assert {acc.rounding for acc in plain} == set(ROUNDINGS)
+    assert sum(replace(acc, outer=None) == replace(plain[0], outer=None) for acc in plain) == 1  # once, whatever outer
+    assert any(getattr(acc.format, "half_unit", False) for acc in plain)
+    assert any(acc.product_rounding not in (None, acc.rounding) for acc in plain)
+    for part in ("mac", "shared"):
+        accumulators = [Unit.of(*names).accumulator for names in proven(part)]
+        assert {"M10E5b16", "fp32"} <= {str(acc.outer).split()[0] for acc in accumulators}
+        assert any(getattr(acc.format, "half_unit", False) for acc in accumulators)
+    with pytest.raises(ValueError, match="part must be one of"):
+        proven("core")
 
 
 @pytest.mark.parametrize(

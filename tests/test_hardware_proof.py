@@ -374,5 +374,5 @@ def test_a_wrong_multiply_accumulate_is_found(monkeypatch):
 
 
 def test_there_is_no_other_part():
-    with pytest.raises(ValueError, match="part must be one of unit, mac, got 'adder'"):
+    with pytest.raises(ValueError, match="part must be one of unit, mac, shared, got 'adder'"):
         proof.prove(Unit.of("M3E3b4", "M1E2", "M1E2"), part="adder")

@@ -7,60 +7,63 @@ pytest.importorskip("amaranth", reason="needs the extra fmaq[hardware]")
 pytest.importorskip("pyosys", reason="needs the extra fmaq[hardware]")
 
 from fmaq import hardware
-from fmaq.hardware import cost, proof, streams, synthesis
+from fmaq.hardware import cost, proof, streams, synthesis, testbench
 from fmaq.hardware.liberty import find_library
-from fmaq.hardware.unit import Unit, dot_products
+from fmaq.hardware.netlist import Gate, Netlist
+from fmaq.hardware.unit import Unit
+from fmaq.hardware.verilog import verilog
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
 
-def wrong_totals(netlist, unit, dots=2, chunks=2, blocks=64):
-    """How many totals differ of dot products that all lanes do one after another, each lane a cycle behind the last."""
-    lanes = unit.accumulator.chunk
-    steps, rng = chunks * lanes, np.random.default_rng(0)
-    x = rng.integers(0, 1 << unit.activation.bits, (dots, steps, blocks, lanes))
-    w = rng.integers(0, 1 << unit.weight.bits, (dots, steps, blocks, lanes))
-    busy = dots * steps
-    cycle = np.arange(busy + lanes + 4)
-    last = (cycle % steps == 0) & (cycle > 0) & (cycle <= busy)
-    ports = {"rst": cycle == 0, "valid": (cycle > 0) & (cycle <= busy), "last": last}
-    ports = {name: np.repeat(values.astype(np.int64)[:, None], blocks, axis=1) for name, values in ports.items()}
-    for lane in range(lanes):
-        for name, codes in (("x", x), ("w", w)):
-            port = np.zeros((len(cycle), blocks), np.int64)
-            port[1 + lane : 1 + lane + busy] = codes.reshape(busy, blocks, lanes)[:, :, lane]
-            ports[f"{name}_{lane}"] = port
-    out, expected, wrong = netlist.simulate(ports), dot_products(unit, x, w), 0
-    for lane in range(lanes):
-        due = np.flatnonzero(last) + 2 + lane
-        assert np.array_equal(out[f"done_{lane}"][:, 0], np.isin(cycle, due))
-        wrong += proof.mismatches(unit.total, out[f"total_{lane}"][due], expected[..., lane])
-    return wrong
+SHARING = [
+    ("M5E4b10h product=M5E4b12h chunk=4 outer=M10E5b16", "M4E3", "M4E3"),
+    ("I10f4 product=I10f4 product_rounding=half_up chunk=4 outer=I16f4", "M4E3", "M4E3"),
+    ("M3E3b4h product=M3E3b6h chunk=3 outer=fp32", "int4", "int4"),
+    ("M4E4b10 product=M3E4b12 chunk=2 product_rounding=stochastic random_bits=3 outer=M5E5b16h", "M4E3", "M4E3"),
+    ("M3E3b4z chunk=1", "M1E2", "M1E2"),
+]
+
+
+@pytest.mark.parametrize("description", SHARING, ids=lambda d: d[0].replace(" ", ","))
+def test_rtl_of_a_shared_adder(description):
+    found = proof.prove(Unit.of(*description), [], 20_000, part="shared", iverilog=testbench.has_iverilog())
+    assert found.holds and found.vectors > 19_000 and "rtl" in found.mismatches
 
 
 @pytest.mark.parametrize(
-    "accumulator",
-    [
-        "M5E4b10h product=M5E4b12h chunk=4 outer=M10E5b16",
-        "I10f4 product=I10f4 product_rounding=half_up chunk=4 outer=I16f4",
-        "M3E3b4h product=M3E3b6h chunk=3 outer=fp32",
-        "M3E3b4z chunk=1",
-    ],
+    "description",
+    # In the second, bits of a lane's total are constants.
+    [("M2E3b4h product=M2E3b6h chunk=2 outer=M4E3b4", "M1E2", "M1E2"), ("I6f2 chunk=3 outer=I9f4", "M1E2", "M1E2")],
+    ids=lambda d: d[0].replace(" ", ","),
 )
-def test_rtl_of_a_shared_adder(accumulator):
-    unit = Unit.of(accumulator)
-    assert wrong_totals(synthesis.lower(cost.shared_design(unit)), unit) == 0
+def test_netlists_of_lanes_and_of_their_adder(description):
+    found = proof.prove(Unit.of(*description), [find_library()], 20_000, part="shared")
+    assert set(found.mismatches) == {"rtl", *(f"unit/{recipe.name}" for recipe in synthesis.RECIPES)}
+    assert found.holds
 
 
-def test_netlists_of_a_shared_adder():
-    unit = Unit.of("M2E3b4h product=M2E3b6h chunk=2 outer=M4E3b4", "M1E2", "M1E2")
-    for mapped in synthesis.map_to_cells(cost.shared_design(unit), find_library()):
-        assert wrong_totals(mapped.netlist(find_library()), unit) == 0
+def test_another_adder_is_found(monkeypatch):
+    one, other = (Unit.of(f"M2E2b2 chunk=2 outer={outer}", "M1E2", "M1E2") for outer in ("M4E3b4", "M4E3b4h"))
+    monkeypatch.setattr(proof, "shared_designs", lambda _: cost.shared_designs(other))
+    found = proof.prove(one, [find_library()], 10_000, part="shared").mismatches
+    assert found.pop("rtl") == 0 and all(count > 50 for count in found.values())
 
 
-def test_another_adder_is_found():
-    one, other = (Unit.of(f"M3E3b4 chunk=4 outer={outer}") for outer in ("M6E4b8", "M6E4b8h"))
-    assert wrong_totals(synthesis.lower(cost.shared_design(other)), one) > 50
+def test_an_instance_has_nets_of_its_own():
+    cell = {"type": "one", "connections": {"a": [2, 3], "y": [4], "z": [5]}}
+    inner = Netlist(
+        {"a": [2, 3]}, {"y": [4], "z": [2]}, [Gate("NAND2X1", {"A": 2, "B": 3, "Y": 4})], find_library().cells
+    )
+    second = {"type": "one", "connections": {"a": [4, 5], "y": [6], "z": [7]}}
+    ports = {"i": {"direction": "input", "bits": [2, 3]}, "o": {"direction": "output", "bits": [6, 7, 5]}}
+    module = {"ports": ports, "cells": {"first": cell, "second": second}}
+    both = Netlist.from_yosys(module, inner.cells, {"one": inner})
+    codes = np.arange(4)
+    a, b = codes & 1, codes >> 1
+    nand = 1 - (a & b)
+    assert np.array_equal(both.simulate({"i": codes})["o"], (1 - (nand & a)) | nand << 1 | a << 2)
+    assert len(both.gates) == 2
 
 
 def test_the_traces_are_what_lane_and_adder_see():
@@ -103,5 +106,9 @@ def test_a_share_costs_less_than_an_adder_of_ones_own():
     ],
 )
 def test_what_cannot_share_is_refused(accumulator, message):
+    unit = Unit.of(accumulator)
+    for what in (cost.synthesize_shared, lambda _: verilog(unit, "shared"), lambda _: proof.prove(unit, part="shared")):
+        with pytest.raises(ValueError, match=message):
+            what(accumulator)
     with pytest.raises(ValueError, match=message):
-        hardware.synthesize_shared(accumulator)
+        testbench.testbench(unit, "shared")

@@ -28,18 +28,23 @@ def test_verilog_names_its_signals_and_its_formats():
     assert "assign multiply_significand = { x_normal, x[3:0] } * { w_normal, w[3:0] };" in text
     assert "\\src" not in text and "attribute" not in text
     assert "input clk;" in verilog(unit, "mac")
-    with pytest.raises(ValueError, match="part must be one of unit, mac, got 'core'"):
+    with pytest.raises(ValueError, match="part must be one of unit, mac, shared, got 'core'"):
         verilog(unit, "core")
     with pytest.raises(ValueError, match="has a unit, and no chunked"):
         verilog(Unit.of("ieee32"), "mac")
 
 
-@pytest.mark.parametrize("part", ["unit", "mac"])
-def test_two_designs_have_no_module_name_in_common(part):
-    unit = Unit.of("M3E3b4 rounding=stochastic random_bits=3", "M1E2", "M1E2")
+@pytest.mark.parametrize(
+    ("part", "modules"),
+    # Top, lane, unit, merge and two shift registers; lanes that share an adder have one module, and no random merges.
+    [("unit", 1), ("mac", 6), ("shared", 7)],
+)
+def test_two_designs_have_no_module_name_in_common(part, modules):
+    outer = "outer=(M4E3b4 chunk=None rounding=toward_zero)" if part == "shared" else ""
+    unit = Unit.of(f"M3E3b4 rounding=stochastic random_bits=3 {outer}", "M1E2", "M1E2")
     names = [set(re.findall(r"^module (\S+?)\(", verilog(unit, part, name), re.MULTILINE)) for name in ("one", "two")]
     assert not names[0] & names[1]
-    assert len(names[0]) == (1 if part == "unit" else 6)  # top, lane, unit, merge and two shift registers
+    assert len(names[0]) == modules
     assert all(module == "one" or module.startswith("one_") for module in names[0])
 
 
@@ -88,7 +93,15 @@ def test_the_bench_of_a_multiply_accumulate_passes(description):
 
 
 @needs_iverilog
-@pytest.mark.parametrize("part", ["unit", "mac"])
+@pytest.mark.parametrize("description", [d for d in DESCRIPTIONS if "chunk=4" not in d[0]], ids=lambda d: d[0])
+def test_the_bench_of_a_shared_adder_passes(description):
+    files = bench.testbench(Unit.of(*description), "shared", count=40, name="dut")
+    assert "localparam COUNT = 48, " in files["dut_tb.v"]  # 16 lanes, three dot products each
+    assert bench.mismatches(files) == 0
+
+
+@needs_iverilog
+@pytest.mark.parametrize("part", ["unit", "mac", "shared"])
 def test_a_bench_finds_another_design(part):
     unit, other = Unit.of("M3E3b4", "M1E2", "M1E2"), Unit.of("M3E3b4 rounding=nearest_even", "M1E2", "M1E2")
     files = bench.testbench(unit, part, count=200) | {"fmaq.v": verilog(other, part)}
@@ -103,8 +116,9 @@ def test_a_bench_without_its_stimulus_fails():
 
 
 @needs_iverilog
-def test_a_multiply_accumulate_that_is_never_done_fails():
-    files = bench.testbench(Unit.of("M3E3b4", "M1E2", "M1E2"), "mac", count=5)
+@pytest.mark.parametrize("part", ["mac", "shared"])
+def test_a_multiply_accumulate_that_is_never_done_fails(part):
+    files = bench.testbench(Unit.of("M3E3b4", "M1E2", "M1E2"), part, count=5)
     files["fmaq.v"] = (
         files["fmaq.v"].replace("assign done = ", "assign done = 1'b0 & ").replace("done <=", "done <= 0 &")
     )
@@ -147,6 +161,15 @@ def test_levels_that_no_multiply_accumulate_has_are_refused(accumulator, message
         verilog(unit, "mac")
     with pytest.raises(ValueError, match=message):
         dot_products(unit, np.zeros((1, 3), int), np.zeros((1, 3), int))
+
+
+def test_verilog_of_a_shared_adder_says_what_its_lanes_take():
+    text = verilog(Unit.of("M3E3b4 chunk=4", "M1E2", "M1E2"), "shared", "core")
+    assert "// dot products in chunks, by 4 lanes that share the adder of their chunks' sums" in text
+    assert "// Lane i takes x_i and w_i i cycles later. A dot product has whole chunks" in text
+    assert text.count("core_lane lane_") == 4 and text.count("module core_lane(") == 1
+    with pytest.raises(ValueError, match="nothing to share in M3E3b4 chunk=None"):
+        verilog(Unit.of("M3E3b4 chunk=None", "M1E2", "M1E2"), "shared")
 
 
 def test_verilog_says_what_the_total_is():

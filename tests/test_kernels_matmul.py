@@ -8,12 +8,7 @@ from hypothesis import strategies as st
 
 import fmaq
 from fmaq.kernels import available_targets, matmul, use_target
-from fmaq.kernels.arithmetic32 import Fixed32, Float32
-from fmaq.kernels.choose import choose
-from fmaq.kernels.levels32 import FixedLevel32, FloatLevel32, Single32
 from fmaq.kernels.products import count_events
-from fmaq.kernels.ranges import measure
-from fmaq.kernels.rounded32 import Rounded32
 from fmaq.numerics import ROUNDINGS, Accumulator, FixedFormat, reference
 from strategies import (
     Machine,
@@ -97,99 +92,6 @@ def test_whole_numbers_into_fixed_point(acc, machine, largest, seed):
     )
     assert_equal(a, b, acc, machine)
     assert_equal(a * (torch.arange(37) < 16), b.abs(), acc, machine)
-
-
-@st.composite
-def accumulators_of_one_unit(draw: st.DrawFn) -> Accumulator:
-    """Fixed formats of one fraction for products, sums and levels: in int32 lanes, if the products are small."""
-    fraction = draw(st.integers(-2, 8))
-
-    def format(least: int = 2) -> FixedFormat:
-        return FixedFormat(draw(st.integers(least, 28)), fraction, draw(st.sampled_from(["saturate", "wrap"])))
-
-    outer = draw(st.sampled_from([None, "fixed", "wider", "fp32", "M10E5b16", "M7E5b14h"]))
-    if outer in ("fixed", "wider"):
-        outer = FixedFormat(draw(st.integers(8, 30)), fraction + 2 * (outer == "wider"))
-    rounding = draw(st.sampled_from(["toward_zero", "nearest_even", "half_up", "floor"]))
-    return Accumulator(format(), format(4), draw(st.sampled_from([1, 3, 16, None])), rounding, outer=outer)
-
-
-@examples(120)
-@given(data=st.data(), acc=accumulators_of_one_unit(), machine=machines, seed=st.integers(0, 2**32 - 1))
-def test_products_are_rounded_into_fixed_point(data, acc, machine, seed):
-    """Ties, and numbers next to them, of either sign; some far out of range."""
-    rng = np.random.default_rng(seed)
-    largest = data.draw(st.sampled_from([2.0, 20.0, 600.0, 1e5])) * 2.0**-acc.format.fraction
-    halves = rng.integers(-64, 65, (1, 11, 37)) * 2.0 ** (-acc.format.fraction - 1)
-    a = np.where(rng.random((1, 11, 37)) < 0.5, halves, rng.uniform(-largest, largest, (1, 11, 37)))
-    b = rng.choice([1.0, -1.0, 0.5, 3.0, 1 + 2.0**-23, 1 - 2.0**-23, 2.0**-40, 0.0], (1, 37, 35))
-    assert_equal(torch.from_numpy(a.astype(np.float32)), torch.from_numpy(b.astype(np.float32)), acc, machine)
-
-
-IN_32_BITS = {
-    "M7E4b10h product=M7E4b12h": [Float32],
-    "M5E4b10h": [Float32],
-    "M5E4b10h product=M5E4b12 product_rounding=toward_zero": [Float32],
-    "paper12 rounding=nearest_away": [Rounded32],
-    "M7E4b10 rounding=nearest_away": [Rounded32],
-    "paper12 product_rounding=nearest_away": [Rounded32],
-    "M7E4b10 product=M6E4b12h rounding=nearest_away": [Rounded32],
-    "M7E4b10 product=M6E4b12h rounding=stochastic": [Rounded32],
-    "paper12 outer=M10E5b16": [Float32, FloatLevel32],
-    "M5E4b10h product=M5E4b12h outer=(M10E5b16 rounding=nearest_even chunk=2 outer=fp32)": [
-        *(Float32, FloatLevel32, Single32),
-    ],
-    "paper12 outer=(M9E5b16h chunk=2)": [Float32, FloatLevel32, FloatLevel32],
-    "paper12 rounding=nearest_away outer=M10E5b16": [Rounded32, FloatLevel32],
-    "paper12 rounding=nearest_even outer=(M10E5b16 rounding=nearest_even chunk=None)": [Rounded32, FloatLevel32],
-    "paper12 rounding=nearest_even outer=fp32": [Rounded32, Single32],
-    "paper12 outer=(M9E5b15 rounding=stochastic chunk=None)": [Float32, FloatLevel32],
-    "I16f8 product=I16f8 rounding=half_up": [Fixed32],
-    "I16f8 product=I16f8 rounding=nearest_even": [Fixed32],
-    "I16f8 product=I16f8 rounding=floor": [Fixed32],
-    "I16f8w product=I16f8w rounding=half_up outer=I24f8": [Fixed32, FixedLevel32],
-    "I12f6 product=I12f6 outer=M10E5b16h": [Fixed32, FloatLevel32],
-    "I12f6 product=I12f6 rounding=nearest_even outer=(I20f8 chunk=2 outer=fp32)": [Fixed32, FixedLevel32, Single32],
-}
-
-
-@pytest.mark.parametrize("target", [t.name for t in available_targets() if t.fused])
-@pytest.mark.parametrize("name", IN_32_BITS)
-@pytest.mark.parametrize("scale", [0.05, 4.0])
-def test_in_32_bit_lanes(target, name, scale):
-    """These are fast, and right, whether or not sums may saturate."""
-    acc, rng = Accumulator(name), np.random.default_rng(3)
-    a, b = (torch.from_numpy(rng.normal(0, scale, s).astype(np.float32)) for s in ((1, 19, 50), (1, 50, 37)))
-    with use_target(target) as chosen:
-        arithmetic = choose(acc, chosen, measure(a, chosen), measure(b, chosen), 50, True).arithmetic
-        found = matmul(a, b, acc)
-    assert [type(each) for each in (arithmetic, *arithmetic.levels)] == IN_32_BITS[name]
-    np.testing.assert_array_equal(found.numpy(), expected(a, b, acc))
-
-
-@pytest.mark.parametrize(
-    ("name", "kinds"),
-    [
-        ("M5E4b10h product=M5E4b12h", [Float32]),
-        ("M8E4b10h product=M7E4b12h", [Float32]),
-        ("M8E4b10 product=M7E4b12h", [Float32]),
-        ("M5E4b10h product=M5E4b12h outer=(M10E5b16 chunk=2 outer=M6E5b14h)", [Float32, FloatLevel32, FloatLevel32]),
-        ("paper12 rounding=nearest_away", [Rounded32]),
-        ("paper12 rounding=nearest_even", [Rounded32]),
-        ("paper12 rounding=stochastic", [Rounded32]),
-        ("M6E4b10 product=M5E4b12h rounding=nearest_away outer=(M9E5b15 chunk=None)", [Rounded32, FloatLevel32]),
-    ],
-)
-def test_events_are_counted_in_32_bit_lanes(name, kinds):
-    acc, rng = Accumulator(name), np.random.default_rng(3)
-    for scale in (0.05, 4.0):
-        a, b = (torch.from_numpy(rng.normal(0, scale, s).astype(np.float32)) for s in ((1, 19, 70), (1, 70, 37)))
-        target = available_targets()[0]
-        arithmetic = choose(acc, target, measure(a, target), measure(b, target), 70, True, True).arithmetic
-        assert [type(each) for each in (arithmetic, *arithmetic.levels)] == kinds
-        counted = reference.count_events(a[0].numpy(), b[0].numpy(), acc)
-        wanted = [counted[f"{prefix}{event}"] for prefix in ("", "merge_") for event in reference.EVENTS]
-        assert count_events(a, b, acc) == wanted
 
 
 def test_bounds_know_that_rounding_grows_sums():

@@ -45,7 +45,7 @@ def test_code_is_generated_for_every_target(name):
     ("acc", "instruction"),
     [
         ("M7E4b10 rounding=nearest_even", r"fadd\s+v\d+\.2d"),
-        ("I16f4w", r"fadd\s+v\d+\.2d"),
+        ("I16f4w rounding=odd", r"fadd\s+v\d+\.2d"),
         ("M7E4b10 product=M7E4b12 rounding=nearest_even", r"fmla\s+v\d+\.4s"),
         ("M7E4b10 rounding=stochastic", r"fmla\s+v\d+\.4s"),
         ("I16f4 product=I16f4", r"fcvtzs\s+v\d+\.4s"),

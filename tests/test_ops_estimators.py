@@ -14,7 +14,7 @@ import fmaq
 from fmaq.emulation import Policy, attach
 from fmaq.kernels import Geometry
 from fmaq.numerics import Accumulator, reference
-from ops_cases import EXACT, accumulators, torch_gradients, values
+from ops_cases import EXACT, accumulators, reference_matmul, same, torch_gradients, values
 from test_kernels_conv import unfolded
 from test_kernels_gradients import NARROW, expected_of_conv, small_integers
 
@@ -190,6 +190,34 @@ def test_second_derivatives_are_refused():
     (first,) = torch.autograd.grad(fmaq.matmul(a, b, LOW, "immediate/diff").pow(2).sum(), a, create_graph=True)
     with pytest.raises(RuntimeError, match=r'estimator "immediate/diff" have no derivative; use "identity"'):
         first.sum().backward()
+
+
+TRAINED = (
+    "M2E3b6h product=M2E3b7h chunk=4 outer=M5E4b9",
+    "M1E3b6h chunk=3 outer=(M3E3b6h chunk=2 outer=fp32)",
+    "I5f2 product=I5f2 product_rounding=half_up chunk=4 outer=M5E4b7",
+)
+"""Half-unit formats, fixed point to the nearest, and outer levels, in which some steps below overflow or are lost."""
+
+
+@pytest.mark.parametrize("underflow", [True, False])
+@pytest.mark.parametrize("estimator", reference.ESTIMATORS)
+@pytest.mark.parametrize("accumulator", TRAINED)
+def test_both_stages_of_a_model_train_by_the_reference(accumulator, estimator, underflow):
+    rng = np.random.default_rng(9)
+    x, grad, layer = values(rng, (16, 30)).requires_grad_(), values(rng, (16, 5)), nn.Linear(30, 5, bias=False)
+    layer.weight.data = values(rng, (5, 30))
+    policy = Policy(accumulator=accumulator, estimator=estimator)
+    model = attach(nn.Sequential(layer), policy.replace(underflow=underflow))
+    acc = Accumulator.parse(Accumulator.parse(accumulator).to_mapping() | {"underflow": underflow})
+    y = model(x)
+    same(y, reference_matmul(x, layer.weight.mT, acc))
+    of_x, of_weight = torch_gradients(y, (x, layer.weight), grad)
+    wanted_x, wanted_weight = reference.gradients(x.detach(), layer.weight.detach().T, grad, acc, estimator)
+    close(of_x, wanted_x)
+    close(of_weight, wanted_weight.T)
+    masks = reference.estimator_masks(x.detach(), layer.weight.detach().T, acc, estimator)
+    assert masks.all() == (estimator == "identity")
 
 
 # --- Identity ---------------------------------------------------------------------------------------------------------

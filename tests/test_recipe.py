@@ -111,6 +111,10 @@ def test_defaults(folder: Path) -> None:
         (BASE + "accumulators: [M7E8b10]\n", "does not fit in float32"),
         (BASE + "operands: [M4]\n", "'M4'"),
         (BASE + "finetune: {batch_size: 3}\n", "give either stages"),
+        (
+            BASE + "finetune: {calibrate: {per: chanel}}\n",
+            "line 7: finetune.calibrate.per: Input should be 'model', 'layer'",
+        ),
         (BASE + "finetune: {stages: [{epochs: 1, learnin_rate: 1}]}\n", "finetune.stages.0.learnin_rate: unknown key"),
         (BASE.replace("model.py:linear", "model.py:liner"), "has no function 'liner'; did you mean 'linear'?"),
         (BASE.replace("model.py:linear", "models.py:linear"), "models.py does not exist"),

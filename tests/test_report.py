@@ -11,7 +11,7 @@ from rich.console import Console
 
 from fmaq.report import rich_table, write_report
 from fmaq.report.plot import draw, to_svg
-from fmaq.report.tables import cells, headings
+from fmaq.report.tables import cells, headings, lines
 from fmaq.training.record import Record, Row, show
 
 STAGE = {"epochs": 2, "learning_rate": 1e-3, "underflow": False, "cosine": True, "final_learning_rate": 0.0}
@@ -110,6 +110,58 @@ def test_columns_of_the_plot_are_told_apart() -> None:
         made.rows = rows[:count]
         labels = [label.get_text() for label in draw(made).axes[0].get_xticklabels()]
         assert labels[1] == expected and len(set(labels)) == count
+
+
+def test_accumulators_of_one_format_are_told_apart(record: Record) -> None:
+    for name, shown in (
+        ("M3E3b4h product=M3E3b6h", "M3E3b4h"),
+        ("M3E3b4h outer=M10E5b14", "M3E3b4h outer M10E5b14"),
+        ("I8f6 rounding=half_up outer=fp32", "I8f6 half up outer fp32"),
+    ):
+        record.rows[1].accumulator = name
+        assert cells(record, record.rows[1])[1] == shown
+    record.rows[1].accumulator = "M3E3b4h"
+    labels = [label.get_text() for label in draw(record).axes[0].get_xticklabels()]
+    assert labels == ["float32\n32 bits", "M3E3h\n7 bits", "M3E3\n7 bits"]
+
+
+@pytest.fixture
+def compared() -> Record:
+    """Two kinds at two widths; one of each kind is fine-tuned, and the control."""
+    tuned = {"stages": [stage(0.9, False), stage(0.95, True)], "seconds": 3.0}
+    rows = [
+        Row("M4E3", "fp32", {"accuracy": 0.97}, 1.0, tuned),
+        Row("M4E3", "M7E4b10 product=M7E4b12", {"accuracy": 0.96}, 1.0, series="truncated"),
+        Row("M4E3", "M7E4b10h product=M7E4b12h", {"accuracy": 0.98}, 1.0, series="half-unit"),
+        Row("M4E3", "M3E3b5 product=M3E3b7", {"accuracy": 0.3}, 1.0, tuned, series="truncated"),
+        Row("M4E3", "M3E3b5h product=M3E3b7h", {"accuracy": 0.8}, 1.0, tuned, series="half-unit"),
+    ]
+    return Record("demo", "n", "t", 0, Row("float32", "fp32", {"accuracy": 0.98}, 1.0), rows)
+
+
+def test_kinds_of_accumulators_stand_side_by_side(compared: Record, tmp_path: Path) -> None:
+    assert headings(compared) == ["operands", "accumulator", "bits", "products", "truncated", "half-unit"]
+    assert lines(compared) == [
+        (["M4E3", "float32", "32", "float32", "97.00 % → 95.00 %", ""], False),
+        (["M4E3", "M7E4b10", "12", "M7E4b12", "96.00 %", "98.00 %"], False),
+        (["M4E3", "M3E3b5", "7", "M3E3b7", "30.00 % → 95.00 %", "80.00 % → 95.00 %"], True),
+    ]
+    assert cells(compared, compared.baseline)[-2:] == ["98.00 %", ""]
+    page = " ".join(write_report(compared, tmp_path, "page").page.read_text(encoding="utf-8").split())
+    assert "7 bits, half-unit, fine-tuned" in page and "An arrow leads to" in page and "An h marks" in page
+    compared.save_csv(tmp_path / "r.csv")
+    assert [row["series"] for row in csv.DictReader((tmp_path / "r.csv").open())][2:4] == ["truncated", "half-unit"]
+
+
+def test_the_plot_has_a_line_for_each_kind_of_accumulator(compared: Record) -> None:
+    axes = draw(compared).axes[0]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["M7E4\n12 bits", "M3E3\n7 bits"]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == [*compared.series, "the same, fine-tuned"]
+    drawn = [line for line in axes.get_lines() if line.get_label() in compared.series]
+    assert [list(line.get_ydata()) for line in drawn] == [[96.0, 30.0], [98.0, 80.0]]
+    assert len({(line.get_color(), line.get_marker(), line.get_linestyle()) for line in drawn}) == 2
+    hollow = [line for line in axes.get_lines() if line.get_markerfacecolor() == "none" and len(line.get_xdata())]
+    assert [float(line.get_ydata()[0]) for line in hollow] == [95.0, 95.0]
 
 
 @pytest.fixture

@@ -128,6 +128,23 @@ def test_quick_end_to_end(tmp_path: Path) -> None:
     assert all("Quick form of mlp-fashion: a small MLP on scikit-learn" in text for text in (table, shown))
 
 
+def test_cells_are_calibrated_first_where_their_schedule_says_so(tmp_path: Path) -> None:
+    def metrics(calibrate: str, folder: str) -> list[dict[str, float]]:
+        schedule = "from scratch: {stages: [{epochs: 4, learning_rate: 1.0e-2}], batch_size: 32"
+        experiment = load(changed(tmp_path, f"{schedule}}}", f"{schedule}{calibrate}}}"), quick=True)
+        block = experiment.grid[0].model_copy(update={"accumulators": ["M3E3b9h product=M3E3b9h"], "seeds": [0]})
+        block = block.model_copy(update={"estimators": ["identity"]})
+        experiment = experiment.model_copy(update={"grid": [block]})
+        said: list[str] = []
+        run_experiment(experiment, tmp_path / folder, say=said.append)
+        results = run_experiment(experiment, tmp_path / folder, say=said.append)
+        assert [line.endswith("(from before)") for line in said] == [False, True]
+        return [cell.metrics for cell in results.cells]
+
+    (as_given,), (chosen,) = metrics("", "kept"), metrics(", calibrate: {per: layer, batches: 1}", "kept")
+    assert chosen["accuracy"] > as_given["accuracy"]
+
+
 def test_going_on_gives_the_same_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     experiment = load(find("mlp-fashion"), quick=True)
     experiment = experiment.model_copy(update={"grid": [experiment.grid[0].model_copy(update={"seeds": [0]})]})

@@ -2,8 +2,9 @@
 
     print(fmaq.analysis.model_energy(model, "paper12", x))
 
-The model runs once. Each product's operands are drawn from, its operations counted, and a unit for its accumulator and
-formats synthesized (`fmaq.hardware`), whose energy for one operation on those operands is multiplied by their number.
+The model runs once. Each product's operands are drawn from, its steps and the merges of its chunks counted, and a unit
+for its accumulator and formats and the adder of the merges synthesized (`fmaq.hardware`), whose energies for one on
+those operands are multiplied by their numbers.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -22,7 +24,7 @@ from fmaq.emulation.attach import attached, policy_of
 from fmaq.emulation.coverage import undisturbed
 from fmaq.emulation.policy import AccumulatorLike, Policy
 from fmaq.emulation.products import Product, listening
-from fmaq.hardware.layers import FLOAT32, Layer, LayerEnergy, energy_by_layer
+from fmaq.hardware.layers import Layer, LayerEnergy, energy_by_layer, merges
 from fmaq.hardware.liberty import Library, find_library
 from fmaq.hardware.streams import MAX_STEPS, Streams, of_layer
 
@@ -34,8 +36,8 @@ ROWS = 64
 OPERANDS = "M4E3"
 """The format of operands that neither the policy nor the caller names."""
 HEADS = (
-    *("layer", "accumulator", "bits", "product", "its bits", "weight", "activation", "drawn", "operations", "of one"),
-    *("energy", "to 32-bit"),
+    *("layer", "accumulator", "bits", "product", "its bits", "outer", "weight", "activation", "drawn", "area"),
+    *("steps", "of one", "merges", "of one", "energy", "to 32-bit"),
 )
 
 
@@ -48,12 +50,14 @@ class ModelEnergy:
         examples: that the model ran on.
         library: the cell library's name.
         unit: of the energies.
+        adder: of the chunks' sums: `"own"` or `"shared"`.
     """
 
     layers: tuple[LayerEnergy, ...]
     examples: int
     library: str
     unit: str
+    adder: str = "own"
 
     def __iter__(self) -> Iterator[LayerEnergy]:
         return iter(self.layers)
@@ -80,14 +84,19 @@ class ModelEnergy:
                 "bits": cost.unit.format.bits,
                 "product": "exact" if cost.unit.product is None else str(cost.unit.product),
                 "product_bits": cost.unit.product_bits,
+                "outer": str(cost.unit.total) if cost.layer.merges else None,
                 "weight": cost.layer.weight,
                 "activation": cost.layer.activation,
                 "operands": "recorded" if cost.layer.streams else "gaussian",
+                "area": cost.area,
                 "operations": cost.layer.macs / self.examples,
                 "operation": cost.operation,
+                "merges": cost.layer.merges / self.examples,
+                "merge": cost.merge,
                 "energy": cost.total / self.examples,
                 "baseline": cost.baseline_accumulator,
-                "to_32_bit": cost.operation / cost.baseline if cost.baseline else None,
+                "to_32_bit": cost.total / cost.baseline_total if cost.baseline_total else None,
+                "area_to_32_bit": cost.area / cost.baseline_area if cost.baseline_area else None,
                 "energy_unit": self.unit,
             }
             for cost in self.layers
@@ -104,18 +113,22 @@ class ModelEnergy:
         rows = [
             [
                 *(str(row["layer"]), str(row["accumulator"]).split()[0], str(row["bits"]), str(row["product"])),
-                *(str(row["product_bits"]), str(row["weight"]), str(row["activation"]), str(row["operands"])),
-                *(f"{row['operations']:,.0f}", f"{row['operation']:.0f}", f"{row['energy']:.3g}"),
+                *(str(row["product_bits"]), str(row["outer"] or "–"), str(row["weight"]), str(row["activation"])),
+                *(str(row["operands"]), f"{row['area']:.0f}"),
+                *(f"{row['operations']:,.0f}", f"{row['operation']:.0f}"),
+                *((f"{row['merges']:,.0f}", f"{row['merge']:.0f}") if row["merges"] else ("–", "–")),
+                f"{row['energy']:.3g}",
                 "–" if row["to_32_bit"] is None else f"{row['to_32_bit']:.2f}",
             ]
             for row in self.to_dicts()
         ]
-        return [*rows, ["all", *[""] * 9, f"{self.total:.3g}", f"{self.ratio:.2f}"]]
+        return [*rows, ["all", *[""] * (len(HEADS) - 3), f"{self.total:.3g}", f"{self.ratio:.2f}"]]
 
     @property
     def title(self) -> str:
         """What the figures are."""
-        return f"Energy of one example in {self.unit}, library {self.library}: no glitches, wires, memory, registers"
+        what = f"Energy of one example in {self.unit}, library {self.library}, area in NAND2 equivalents"
+        return f"{what}; adder of chunks' sums {self.adder}; no glitches, wires, memory, registers"
 
     def __str__(self) -> str:
         rows = [HEADS, *self.cells()]
@@ -134,6 +147,7 @@ def model_energy(
     activation: str | None = None,
     library: Library | str | Path | None = None,
     examples: int | None = None,
+    adder: str = "own",
     **kwargs: Any,
 ) -> ModelEnergy:
     """Run a model once and say what its products cost in hardware, layer by layer.
@@ -148,15 +162,19 @@ def model_energy(
             hardware would be built for. A warning names layers for which the policy has formats of its own.
         library: cells, as for `fmaq.hardware.synthesize`.
         examples: that the inputs are; the first tensor's length unless given.
+        adder: of the chunks' sums: `"own"`, each unit has one, in which nothing changes between merges; or `"shared"`,
+            as many units as a chunk has steps have one, which merges in every cycle.
 
     Raises:
-        TypeError, ValueError: the policy, a format or the library is wrong, or nothing is emulated.
+        TypeError, ValueError: the policy, a format, the adder or the library is wrong, or nothing is emulated; or there
+            is no hardware for an accumulator, such as one of more than two levels.
         SynthesisError: pyosys is not installed, or Yosys fails.
     """
     given = [x for x in (*inputs, *kwargs.values()) if isinstance(x, Tensor) and x.dim()]
     count = examples or (len(given[0]) if given else 1)
     with undisturbed(model):
-        return energy_of_run(model, policy, lambda: model(*inputs, **kwargs), count, weight, activation, library)
+        run = lambda: model(*inputs, **kwargs)  # noqa: E731
+        return energy_of_run(model, policy, run, count, weight, activation, library, adder)
 
 
 def energy_of_run(
@@ -167,6 +185,7 @@ def energy_of_run(
     weight: str | None = None,
     activation: str | None = None,
     library: Library | str | Path | None = None,
+    adder: str = "own",
 ) -> ModelEnergy:
     """The same of whatever `run` makes the model do on so many examples; arguments and errors as of `model_energy`."""
     if policy is None and all(policy_of(module) is None for module in model.modules()):
@@ -175,7 +194,8 @@ def energy_of_run(
     recorder = _Recorder(weight, activation)
     with nullcontext() if policy is None else attached(model, Policy.parse(policy)), listening(recorder):
         run()
-    return ModelEnergy(tuple(energy_by_layer(recorder.layers(), cells)), examples, cells.name, cells.energy_unit)
+    layers = tuple(energy_by_layer(recorder.layers(), cells, adder))
+    return ModelEnergy(layers, examples, cells.name, cells.energy_unit, adder)
 
 
 class _Recorder:
@@ -188,19 +208,24 @@ class _Recorder:
 
     def __call__(self, product: Product) -> None:
         key, macs = (product.layer, product.kind), product.macs or 0
-        if key in self.found:
-            self.found[key] = replace(self.found[key], macs=self.found[key].macs + macs)
-            return
         is_emulated = product.rule is not None and product.reason is None
+        accumulator = str(product.rule.accumulator) if is_emulated and product.rule is not None else "fp32"
+        merged = macs // product.steps * merges(accumulator, product.steps) if product.steps else 0
+        if key in self.found:
+            known = self.found[key]
+            self.found[key] = replace(known, macs=known.macs + macs, merges=known.merges + merged)
+            return
         name = product.layer if product.kind in ("linear", "conv2d") else f"{product.layer} {product.kind}".strip()
         first, second = (product.formats or (None, None))[:2]
         self.found[key] = Layer(
             name=name or "(model)",
             macs=macs,
-            accumulator=str(product.rule.accumulator) if is_emulated and product.rule is not None else "fp32",
+            accumulator=accumulator,
             weight=self._format("weight", second, name),
             activation=self._format("activation", first, name),
             streams=_streams(product),
+            merges=merged,
+            offset=_offset(product),
         )
 
     def _format(self, role: str, format: str | None, name: str) -> str:
@@ -215,7 +240,7 @@ class _Recorder:
         Raises:
             ValueError: nothing of it was emulated.
         """
-        if not any(layer.accumulator not in ("fp32", FLOAT32) for layer in self.found.values()):
+        if not any(layer.accumulator != "fp32" for layer in self.found.values()):
             raise ValueError("the policy emulates nothing here: give it an accumulator, such as paper12")
         for role, formats in self.kept.items():
             if formats:
@@ -230,6 +255,12 @@ def _kept(role: str, asked: str | None, formats: Mapping[str, str], count: int) 
         f"{role} {asked} is for operands that the policy leaves in float32: {len(formats)} of {count} layers ({names}) "
         f"keep the policy's {', '.join(sorted(set(formats.values())))}; change the policy to cost them otherwise"
     )
+
+
+def _offset(product: Product) -> int:
+    """The middle one of the output channels' offsets: a unit that serves one of them has it as a constant."""
+    offset = None if product.rule is None else product.rule.offset
+    return 0 if offset is None else int(np.sort(offset.array, axis=None)[offset.size // 2])
 
 
 def _streams(product: Product) -> Streams | None:

@@ -166,9 +166,10 @@ class Trial:
             largest = torch.maximum(largest, tail.largest())
         beyond = torch.where(shown > 0, largest / shown.clamp(min=1e-300), 1.0)
         spans = spans_of(acc, sample.depth)
-        parts = [largest if n == sample.depth else beyond * _largest_parts(sample, groups, n) for n in spans]
+        products = _largest_products(sample, groups)
+        parts = [largest if n == sample.depth else beyond * _largest_parts(sample, groups, n, products) for n in spans]
         sums = _exponent(parts[0])
-        aboves = [_above(x, sums, is_shared) for x in (_largest_products(sample, groups), *parts[1:])]
+        aboves = [_above(x, sums, is_shared) for x in (products, *parts[1:])]
         top = _top_of(acc, int(sums.max()), aboves)
         wanted = top - (sums.max().expand_as(sums) if is_shared else sums)
         offset = wanted.clamp(-MOST_OFFSET, MOST_OFFSET)
@@ -422,9 +423,12 @@ def _largest_conv_products(sample: ConvSample) -> Tensor:
     return products.reshape(1, -1, *[1] * (sample.x.dim() - 2))
 
 
-def _largest_parts(sample: Sample, groups: Groups, span: int) -> Tensor:
-    """The largest magnitude of a sum of so many consecutive products, in each group."""
-    largest = torch.zeros(groups.shape, dtype=torch.float64)
+def _largest_parts(sample: Sample, groups: Groups, span: int, products: Tensor) -> Tensor:
+    """The largest magnitude of a sum of so many consecutive products, in each group.
+
+    Not every part of a long sum is looked at, but that of the largest product is about as large as that.
+    """
+    largest = products.double()
     for part in sample.parts(span, MOST_PARTS):
         largest = torch.maximum(largest, groups.largest(part).double())
     return largest

@@ -77,7 +77,7 @@ def demo(
     quick: Annotated[bool, typer.Option("--quick", help="Fewer epochs: seconds, to see that everything runs.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Train a small CNN on digits, try ever smaller accumulators, fine-tune the two that suffer.
+    """Train a small CNN on digits, try ever smaller accumulators of three kinds, fine-tune those that suffer.
 
     It takes a minute or two, needs no network, and writes nothing outside its output folder.
     """

@@ -46,8 +46,14 @@ Activation = Annotated[str, typer.Option("--activation", "-x", help="Format of t
 Liberty = Annotated[
     str, typer.Option("--liberty", "--library", "-l", help="unit (our own cells), osu018, osu035, or a Liberty file.")
 ]
-Part = Annotated[str, typer.Option(help="unit: the combinational FMAq. mac: with chunks, registers and merging.")]
-PartOrShare = Annotated[
+Part = Annotated[
+    str,
+    typer.Option(
+        help="unit: the combinational FMAq. mac: with chunks, registers and merging. shared: as many of these as a "
+        "chunk has steps, which share a merging adder.",
+    ),
+]
+PartOfCost = Annotated[
     str,
     typer.Option(
         "--part",
@@ -115,7 +121,7 @@ def synthesize(
     weight: Weight = "M4E3",
     activation: Activation = "M4E3",
     liberty: Liberty = "unit",
-    part: PartOrShare = "unit",
+    part: PartOfCost = "unit",
     as_csv: Csv = False,
     as_json: Json = False,
 ) -> None:
@@ -126,7 +132,7 @@ def synthesize(
 
     refuse_both(as_json, as_csv)
     runs = {"unit": cost.synthesize, "mac": cost.synthesize_mac, "shared": cost.synthesize_shared}
-    run = runs[cost.check_part(part, runs)]
+    run = runs[cost.check_part(part)]
     library = find_library(liberty)
     warn_of_library(library)
     warn_of_unlike([Unit.of(text, weight, activation) for text in accumulators])
@@ -170,7 +176,8 @@ def _shown(record: dict[str, Any], index: int) -> list[str]:
 @app.command(
     epilog="[bold]Examples[/bold]\n\n  fmaq hardware rtl paper12 -o fmaq.v\n\n"
     "  fmaq hardware rtl paper12 --part mac -o mac.v\n\n"
-    "  fmaq hardware rtl M5E4b10 --part mac --name mac10 -o mac10.v"
+    "  fmaq hardware rtl M5E4b10 --part mac --name mac10 -o mac10.v\n\n"
+    '  fmaq hardware rtl "M4E4b10h product=M4E4b12h outer=M10E5b16" --part shared --name macs -o macs.v'
 )
 def rtl(
     accumulator: Name,
@@ -182,7 +189,7 @@ def rtl(
         Path | None, typer.Option("--output", "-o", help="Verilog file; standard output without.")
     ] = None,
 ) -> None:
-    """Write the Verilog of an accumulator's unit, or of the chunked multiply-accumulate around it.
+    """Write the Verilog of an accumulator's unit, of the multiply-accumulate around it, or of many that share an adder.
 
     Designs of different names can be simulated together: no module of one has a name of the other's.
     """
@@ -201,6 +208,7 @@ def rtl(
 @app.command(
     epilog="[bold]Examples[/bold]\n\n  fmaq hardware testbench paper12 -o bench\n\n"
     "  fmaq hardware testbench paper12 --part mac --name mac12 --vectors 2000 -o bench\n\n"
+    "  fmaq hardware testbench paper12 --part shared --name macs --vectors 160 -o bench\n\n"
     "  cd bench && iverilog -g2012 -o mac12_tb mac12_tb.v mac12.v && vvp -n mac12_tb"
 )
 def testbench(
@@ -210,7 +218,7 @@ def testbench(
     part: Part = "unit",
     name: ModuleName = "fmaq",
     vectors: Annotated[
-        int, typer.Option(min=1, help="Of a unit; dot products of 37 steps of a multiply-accumulate. Few inputs: all.")
+        int, typer.Option(min=1, help="Of a unit (few inputs: all); else dot products of 37 steps.")
     ] = 1000,
     seed: Annotated[int, typer.Option(min=0, help="Of the vectors.")] = 0,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the files.")] = Path("bench"),
@@ -234,49 +242,67 @@ def testbench(
     epilog="[bold]Examples[/bold]\n\n  fmaq hardware prove paper12\n\n"
     "  fmaq hardware prove paper12 M3E3b4 -l osu018 --iverilog\n\n"
     "  fmaq hardware prove paper12 M23E8b127 -w int8 -x int8 --part mac\n\n"
-    "  fmaq hardware prove -l unit -l osu018"
+    '  fmaq hardware prove "M4E4b10h product=M4E4b12h outer=M10E5b16" --part shared\n\n'
+    "  fmaq hardware prove -l unit -l osu018 --part unit"
 )
 def prove(
     accumulators: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[ACCUMULATOR...]", help="Those of `fmaq hardware table` without.", show_default=False),
+        typer.Argument(
+            metavar="[ACCUMULATOR...]",
+            help="Without: units of all lists of `fmaq hardware table` and of every other rounding, and some macs.",
+            show_default=False,
+        ),
     ] = None,
     weight: Weight = "M4E3",
     activation: Activation = "M4E3",
     liberty: Annotated[
         list[str] | None, typer.Option("--liberty", "-l", help="Libraries; unit, our own cells, without.")
     ] = None,
-    part: Part = "unit",
+    part: Annotated[
+        str | None, typer.Option(help="unit, mac or shared, as of rtl; unit without, and all without accumulators.")
+    ] = None,
     vectors: Annotated[
-        int, typer.Option(min=1, help="Where trying all inputs is too much; steps of a multiply-accumulate.")
+        int, typer.Option(min=1, help="Where trying all inputs is too much; steps of multiply-accumulates.")
     ] = 100_000,
     iverilog: Annotated[bool, typer.Option("--iverilog", help="Simulate the Verilog by Icarus Verilog too.")] = False,
     as_json: Json = False,
 ) -> None:
     """Compare RTL and netlists with the reference, bit for bit; exit code 1 if anything differs."""
-    from fmaq.hardware import find_library
-    from fmaq.hardware.proof import prove as compare
-    from fmaq.hardware.table import FLOAT, INTEGER
-    from fmaq.hardware.unit import IEEE, Unit
+    from rich.progress import Progress
 
-    wanted = [(text, weight, activation) for text in accumulators or []]
-    in_tables = [(text, s.weight, s.activation) for s in (FLOAT, INTEGER) for text in s.accumulators]
-    wanted = wanted or [names for names in in_tables if part == "unit" or names[0] not in IEEE]
+    from fmaq.hardware import find_library
+    from fmaq.hardware.cost import DESIGNS, check_part
+    from fmaq.hardware.proof import prove as compare
+    from fmaq.hardware.table import proven
+    from fmaq.hardware.unit import Unit
+
+    parts = [check_part(part or "unit")] if part or accumulators else list(DESIGNS)
+    own = [(text, weight, activation) for text in accumulators or []]
+    wanted = [(part, *names) for part in parts for names in own or proven(part)]
     libraries = [find_library(name) for name in liberty or ["unit"]]
-    units = [Unit.of(*names) for names in wanted]
-    proofs = [compare(unit, libraries, vectors, iverilog=iverilog, part=part) for unit in units]
+    units = [Unit.of(*names) for _, *names in wanted]
+    with Progress(transient=True, disable=as_json) as bars:
+        proofs = [
+            compare(unit, libraries, vectors, iverilog=iverilog, part=part)
+            for unit, (part, *_) in bars.track(list(zip(units, wanted, strict=True)), description="proof")
+        ]
     if as_json:
-        typer.echo(json.dumps([asdict(proof) for proof in proofs]))
+        records = zip(wanted, proofs, strict=True)
+        typer.echo(json.dumps([asdict(proof) | {"part": part} for (part, *_), proof in records]))
     else:
         rows = []
-        for (text, *operands), unit, proof in zip(wanted, units, proofs, strict=True):
+        for (part, text, *operands), unit, proof in zip(wanted, units, proofs, strict=True):
             tried = f"{proof.vectors:,}" + (" (all)" if proof.exhaustive else "")
             wrong = ", ".join(f"{name}: {count}" for name, count in proof.mismatches.items() if count)
             product = "exact" if unit.product is None else str(unit.product)
             bits = (str(unit.format.bits), product, str(unit.product_bits))
-            rows.append([text, " x ".join(operands), *bits, tried, str(len(proof.mismatches)), wrong or "0"])
-        names = ["accumulator", "operands", "bits", "product", "its bits"]
-        print_rows([*names, "vectors" if part == "unit" else "steps", "designs", "mismatches"], rows, words=2)
+            rows.append([text, " x ".join(operands), part, *bits, tried, str(len(proof.mismatches)), wrong or "0"])
+        names = ["accumulator", "operands", "part", "bits", "product", "its bits"]
+        print_rows([*names, "vectors or steps", "designs", "mismatches"], rows, words=3)
+        comparisons = sum(proof.vectors * len(proof.mismatches) for proof in proofs)
+        designs, faults = sum(len(p.mismatches) for p in proofs), sum(sum(p.mismatches.values()) for p in proofs)
+        typer.echo(f"{comparisons:,} comparisons in {designs} designs, {faults} mismatches")
     if not all(proof.holds for proof in proofs):
         raise typer.Exit(1)
 
@@ -284,7 +310,8 @@ def prove(
 @app.command(
     epilog="[bold]Examples[/bold]\n\n  fmaq hardware table\n\n"
     "  fmaq hardware table -l unit -l osu018 --operands int8 --markdown\n\n"
-    "  fmaq hardware table --operands levels -l unit --part shared\n\n"
+    "  fmaq hardware table --operands levels -l unit --part all\n\n"
+    "  fmaq hardware table --operands roundings -l osu018 --markdown\n\n"
     '  fmaq hardware table paper12 "M5E4b10 product=M5E4b12" I16f10 -l unit --part mac\n\n'
     "  fmaq hardware table I14f0 I18f0 -w int8 -x int4 -l unit --csv > mine.csv"
 )
@@ -294,7 +321,10 @@ def table(
         typer.Argument(metavar="[ACCUMULATOR...]", help="Your own list, beside baselines.", show_default=False),
     ] = None,
     operands: Annotated[
-        str, typer.Option(help="M4E3, int8 or levels: which of the documentation's lists, without one of your own.")
+        str,
+        typer.Option(
+            help="M4E3, int8, levels or roundings: which of the documentation's lists, without one of your own."
+        ),
     ] = "M4E3",
     weight: Annotated[
         str | None, typer.Option("--weight", "-w", help="Format of the weights of your list; --operands without.")
@@ -308,7 +338,9 @@ def table(
     half: Annotated[
         str, typer.Option(help="The 16-bit baseline; without, M10E5b16, or I16f0.", show_default=False)
     ] = "",
-    part: PartOrShare = "unit",
+    part: Annotated[
+        str, typer.Option(help="unit, mac or shared, as of synthesize; all: the three of them side by side.")
+    ] = "unit",
     liberty: Annotated[
         list[str] | None, typer.Option("--liberty", "-l", help="Libraries; all that are installed without.")
     ] = None,
@@ -336,31 +368,35 @@ def table(
         warn_of_library(library)
     if study.warning:
         warn_of_unlike([study.unit(text) for text in study.accumulators])
+    parts = list(tables.PARTS) if part == tables.ALL else [part]
     found = {}
     with Progress(transient=True, disable=as_json or as_csv or markdown) as bars:
-        task = bars.add_task("synthesis", total=len(libraries) * len(study.accumulators))
+        task = bars.add_task("synthesis", total=len(libraries) * len(study.accumulators) * len(parts))
         for library in libraries:
-            found[library.name] = tables.run_study(study, library, progress=lambda _: bars.advance(task), part=part)
-    record = {name: [asdict(row) for row in rows] for name, rows in found.items()}
+            found[library.name] = {
+                part: tables.run_study(study, library, progress=lambda _: bars.advance(task), part=part)
+                for part in parts
+            }
     for library in libraries if not (as_json or as_csv) else []:
         rows = found[library.name]
         if markdown:
-            typer.echo(tables.markdown(study, library, rows, part) + "\n")
+            typer.echo(tables.markdown(study, library, rows) + "\n")
         else:
-            what = f"{tables.PARTS[part]}, ".removeprefix(", ")
-            units = f"delay in {library.delay_unit}, energy in {library.energy_unit}"
-            title = f"{what}{study.operands} operands, library {library.name}: area in NAND2 equivalents, {units}"
-            print_rows(tables.columns(part), [tables.cells(row, part) for row in rows], title=title)
+            title = f"{tables.title(study, library, part)}: {tables.units(library)}"
+            print_rows(tables.columns(part), tables.lines(rows), title=title)
+    of_parts = {name: {p: [asdict(row) for row in rows] for p, rows in by.items()} for name, by in found.items()}
+    record = of_parts if part == tables.ALL else {name: by[part] for name, by in of_parts.items()}
     if as_json:
         typer.echo(json.dumps(record))
     if as_csv:
-        print_csv([tables.record(study, row, part) for rows in found.values() for row in rows])
+        print_csv([tables.record(study, row, p) for by in found.values() for p, rows in by.items() for row in rows])
     if output is not None:
         from fmaq.hardware.plot import save_plot
 
         output.mkdir(parents=True, exist_ok=True)
         (output / "hardware.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
-        save_plot(found, output / "hardware.png")
+        plots = {", ".join((name, p)[: len(parts)]): rows for name, by in found.items() for p, rows in by.items()}
+        save_plot(plots, output / "hardware.png")
         typer.echo(f"plot: {output / 'hardware.png'}", err=as_json or as_csv)
 
 
@@ -378,6 +414,7 @@ def _study(operands: str) -> Study:
 @app.command(
     epilog="[bold]Examples[/bold]\n\n  fmaq hardware model examples/digits/recipe.yaml\n\n"
     "  fmaq hardware model recipe.yaml -a paper12 --examples 8 -l osu018\n\n"
+    '  fmaq hardware model recipe.yaml -a "M4E4b10h product=M4E4b12h outer=M10E5b16" --adder shared\n\n'
     "  fmaq hardware model recipe.yaml --policy runs/mine/policy.yaml --weights runs/mine/model.safetensors\n\n"
     "  fmaq hardware model recipe.yaml -a I24f0 -w int8 -x int8 --csv > energy.csv"
 )
@@ -394,11 +431,15 @@ def model(
         str | None, typer.Option("--activation", "-x", help="The same of activations; M4E3 without.")
     ] = None,
     liberty: Liberty = "unit",
+    adder: Annotated[
+        str,
+        typer.Option(help="Of chunks' sums: own, one for each unit; shared, one for as many as a chunk has steps."),
+    ] = "own",
     examples: Annotated[int, typer.Option(min=1, help="Test examples that the model runs on.")] = 4,
     as_csv: Csv = False,
     as_json: Json = False,
 ) -> None:
-    """Energy by layer: operations times the energy of one, over the layer's own weights and activations.
+    """Energy by layer: steps and merges times the energy of one, over the layer's own weights and activations.
 
     In Python: fmaq.analysis.model_energy(model, policy, inputs).
     """
@@ -411,7 +452,7 @@ def model(
     library = find_library(liberty)
     warn_of_library(library)
     with warnings_in_yellow():
-        found = recipe_energy(loaded, weight, activation, library)
+        found = recipe_energy(loaded, weight, activation, library, adder)
     if as_json:
         record = {"layers": found.to_dicts(), "library": library.name, "to_32_bit": found.ratio}
         typer.echo(json.dumps(record))

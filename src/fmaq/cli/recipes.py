@@ -37,8 +37,8 @@ PolicyFile = Annotated[
     Path | None,
     typer.Option(
         "--policy",
-        help="A policy's YAML file, such as calibrate writes, in place of the recipe's policy, accumulators and "
-        "operands.",
+        help="A policy's YAML file, such as calibrate writes, in place of the recipe's policy, accumulators, operands "
+        "and finetune.calibrate.",
         show_default=False,
     ),
 ]
@@ -82,6 +82,8 @@ def load_recipe(
     if weights is not None:
         changed["model.weights"] = _existing(weights, "--weights")
     recipe = Recipe.load(path, changed)
+    if policy is not None and recipe.finetune is not None:
+        recipe = recipe.model_copy(update={"finetune": recipe.finetune.model_copy(update={"calibrate": None})})
     return with_accumulators(recipe, accumulators) if accumulators else recipe
 
 

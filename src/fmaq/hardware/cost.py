@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -278,6 +278,14 @@ def mac_design(unit: Unit, name: str = synthesis.TOP) -> str:
     return _rtlil(back, top, name)
 
 
+@lru_cache(maxsize=64)
+def merge_design(unit: Unit) -> str:
+    """The RTL of the merging adder alone; errors as of `mac_design`."""
+    _ = unit.merge
+    back, rtl = _amaranth()
+    return _rtlil(back, rtl.Merge(unit), synthesis.TOP)
+
+
 def sharing(unit: Unit) -> int:
     """How many multiply-accumulates can share a merging adder: as many as a chunk has steps.
 
@@ -293,22 +301,30 @@ def sharing(unit: Unit) -> int:
 
 
 @lru_cache(maxsize=64)
-def shared_designs(unit: Unit) -> tuple[str, str]:
-    """The RTL of a lane, and that of the merging adder of as many lanes as a chunk has steps."""
+def shared_designs(unit: Unit, lane: str = synthesis.TOP, merge: str = synthesis.TOP) -> tuple[str, str]:
+    """The RTL of a lane, and that of the merging adder of as many lanes as a chunk has steps.
+
+    Args:
+        lane, merge: names of their top modules.
+    """
     count = sharing(unit)
     back, _ = _amaranth()
     from fmaq.hardware import shared
 
-    tops = shared.SharedLane(unit), shared.SharedMerge(unit, count)
-    return _rtlil(back, tops[0], synthesis.TOP), _rtlil(back, tops[1], synthesis.TOP)
+    return _rtlil(back, shared.SharedLane(unit), lane), _rtlil(back, shared.SharedMerge(unit, count), merge)
 
 
-def shared_design(unit: Unit) -> str:
-    """The RTL of them all together."""
+def shared_top(unit: Unit, name: str = synthesis.TOP) -> str:
+    """The RTL that connects instances of `NAME_lane` and `NAME_merge`, which `shared_designs` makes."""
     back, _ = _amaranth()
     from fmaq.hardware import shared
 
-    return _rtlil(back, shared.Shared(unit, sharing(unit)), synthesis.TOP)
+    return _rtlil(back, shared.Shared(unit, sharing(unit), f"{name}_lane", f"{name}_merge"), name)
+
+
+def shared_design(unit: Unit, name: str = synthesis.TOP) -> str:
+    """The RTL of them all together."""
+    return "\n".join([*shared_designs(unit, f"{name}_lane", f"{name}_merge"), shared_top(unit, name)])
 
 
 SYNTHESES: dict[str, Callable[[Unit, Library, Streams], Synthesis]] = {
@@ -316,16 +332,14 @@ SYNTHESES: dict[str, Callable[[Unit, Library, Streams], Synthesis]] = {
     "mac": synthesize_mac_unit,
     "shared": synthesize_shared_unit,
 }
-"""The parts that can be synthesized."""
-
-DESIGNS = {"unit": design, "mac": mac_design}
-"""The parts that there is RTL of."""
+DESIGNS: dict[str, Callable[..., str]] = {"unit": design, "mac": mac_design, "shared": shared_design}
+"""What is synthesized of each part, and its RTL."""
 
 
-def check_part(part: str, parts: Iterable[str] = DESIGNS) -> str:
-    """The part, if there is one of this name among `parts`; ValueError otherwise."""
-    if part not in parts:
-        raise ValueError(f"part must be one of {', '.join(parts)}, got {part!r}")
+def check_part(part: str) -> str:
+    """The part, if there is one of this name; ValueError otherwise."""
+    if part not in DESIGNS:
+        raise ValueError(f"part must be one of {', '.join(DESIGNS)}, got {part!r}")
     return part
 
 

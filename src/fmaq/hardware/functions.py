@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 PIN = r"[A-Za-z_]\w*(?:\[\d+\]|<\d+>)?"
+OPERAND = re.compile(r"pins(?:\.get\(|\[)'([^']+)'(?:, -?\d\)|\])")
+"""A pin or a constant in what `_python` makes."""
 TOKEN = re.compile(rf"{PIN}|[01](?!\w)|\S")
 
 
@@ -27,6 +29,17 @@ def compile_function(text: str) -> Callable[[Mapping[str, Any]], Any]:
         FunctionError: it is not a Boolean expression.
     """
     return eval(f"lambda pins: {_python(text)}")  # our own rendering of checked words
+
+
+def statement(text: str, output: str, names: Mapping[str, str]) -> str:
+    """A Python statement that gives a function's value to a variable, with variables' names for its pins.
+
+    Args:
+        names: of every pin of the function, and of the constants, "0" and "1".
+    Raises:
+        FunctionError: it is not a Boolean expression.
+    """
+    return f"{output} = {OPERAND.sub(lambda match: names[match[1]], _python(text))}"
 
 
 def pins_of(text: str) -> set[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fmaq.hardware.functions import compile_function, pins_of
+from fmaq.hardware.functions import compile_function, pins_of, statement
 from fmaq.hardware.liberty import Cell, Library, Register
 
 Words = NDArray[np.uint64]
@@ -58,24 +58,59 @@ class Netlist:
     cells: Mapping[str, Cell]
 
     @classmethod
-    def from_yosys(cls, module: Mapping[str, Any], cells: Mapping[str, Cell]) -> Netlist:
+    def from_yosys(
+        cls, module: Mapping[str, Any], cells: Mapping[str, Cell], inside: Mapping[str, Netlist] | None = None
+    ) -> Netlist:
         """From a module of Yosys's write_json.
 
+        Args:
+            inside: netlists, over the same cells, of modules that it has instances of.
         Raises:
-            ValueError: a cell is not of the library.
+            ValueError: a cell is neither of the library nor one of these.
         """
         ports: dict[str, dict[str, list[int | str]]] = {"input": {}, "output": {}}
         for name, port in module["ports"].items():
-            ports[port["direction"]][name] = ["0" if bit == "x" else bit for bit in port["bits"]]
-        gates = []
+            ports[port["direction"]][name] = _bits(port["bits"])
+        gates: list[Gate] = []
+        driven: dict[int | str, int | str] = {}
         for cell in module["cells"].values():
+            connections = {port: _bits(bits) for port, bits in cell["connections"].items() if bits}
             if cell["type"] == "$scopeinfo":  # a note of the hierarchy before it was flattened
+                continue
+            if inside and cell["type"] in inside:
+                more, sources = inside[cell["type"]]._instance(connections, f"{len(gates)}.")
+                gates, driven = gates + more, driven | sources
                 continue
             if cell["type"] not in cells:
                 raise ValueError(f"the netlist has a cell {cell['type']!r}, which the library does not have")
-            pins = {pin: "0" if bits[0] == "x" else bits[0] for pin, bits in cell["connections"].items() if bits}
-            gates.append(Gate(cell["type"], pins))
-        return cls(ports["input"], ports["output"], gates, cells)
+            gates.append(Gate(cell["type"], {pin: bits[0] for pin, bits in connections.items()}))
+
+        def source(net: int | str) -> int | str:
+            while net in driven:
+                net = driven[net]
+            return net
+
+        gates = [Gate(gate.cell, {pin: source(net) for pin, net in gate.pins.items()}) for gate in gates]
+        outputs = {name: [source(net) for net in nets] for name, nets in ports["output"].items()}
+        return cls(ports["input"], outputs, gates, cells)
+
+    def _instance(
+        self, connections: Mapping[str, list[int | str]], prefix: str
+    ) -> tuple[list[Gate], dict[int | str, int | str]]:
+        """Its gates as part of another netlist, all names of nets inside made its own; and what drives nets outside."""
+        outside: dict[int | str, int | str] = {"0": "0", "1": "1"}
+        for port, nets in self.inputs.items():
+            outside |= dict(zip(nets, connections[port], strict=True))
+        gates = [
+            Gate(gate.cell, {pin: outside.get(net, f"{prefix}{net}") for pin, net in gate.pins.items()})
+            for gate in self.gates
+        ]
+        driven = {
+            name: outside.get(net, f"{prefix}{net}")
+            for port, nets in self.outputs.items()
+            for net, name in zip(nets, connections.get(port, []), strict=False)
+        }
+        return gates, driven
 
     @property
     def area(self) -> float:
@@ -123,8 +158,8 @@ class Netlist:
     def _driven(self, gate: Gate) -> list[int | str]:
         return [gate.pins[pin] for pin in self.cells[gate.cell].outputs if pin in gate.pins]
 
-    def nets(self, vectors: Mapping[str, Codes]) -> dict[int | str, Words]:
-        """Every net's bits, packed along the last axis of the vectors.
+    def nets(self, vectors: Mapping[str, Codes], wanted: Iterable[int | str] | None = None) -> dict[int | str, Words]:
+        """Nets' bits, packed along the last axis of the vectors: every net's, or at least those wanted.
 
         Args:
             vectors: codes of every input port but the clock, arrays of one shape; (steps, lanes) with flip-flops.
@@ -143,15 +178,20 @@ class Netlist:
         for index in range(shape[0]):
             steps.append({net: words[index] for net, words in nets.items()})
             states = self._step(steps[-1], states)
-        return {net: np.stack([step[net] for step in steps]) for net in steps[0]}
+        return {net: np.stack([step[net] for step in steps]) for net in (steps[0] if wanted is None else wanted)}
 
-    def _settle(self, nets: dict[int | str, Words]) -> None:
-        """Add what the gates make of the inputs, and of the flip-flops' outputs."""
-        constants: dict[str, Words] = {"0": nets["0"], "1": nets["1"]}
+    @cached_property
+    def _settle(self) -> Callable[[dict[int | str, Words]], None]:
+        """Adds what the gates make of the inputs, and of the flip-flops' outputs: a function with a line for each."""
+        lines = ["def settle(nets):", "    pass"]
         for gate in self._order[0]:
-            for pin, inputs, function in self._functions[gate.cell]:
-                if pin in gate.pins:
-                    nets[gate.pins[pin]] = function(constants | {name: nets[gate.pins[name]] for name in inputs})
+            names = {pin: f"nets[{net!r}]" for pin, net in (gate.pins | {"0": "0", "1": "1"}).items()}
+            outputs = self.cells[gate.cell].outputs
+            lines += [f"    {statement(f, names[pin], names)}" for pin, f in outputs.items() if pin in gate.pins]
+        scope: dict[str, Any] = {}
+        exec("\n".join(lines), scope)  # our own rendering of checked words
+        settle: Callable[[dict[int | str, Words]], None] = scope["settle"]
+        return settle
 
     def _step(self, nets: dict[int | str, Words], states: dict[int, Words]) -> dict[int, Words]:
         """Add every net of one clock cycle; the flip-flops' states in the next."""
@@ -159,7 +199,7 @@ class Netlist:
             cell, state = self.cells[gate.cell], states[id(gate)]
             assert cell.register is not None
             inside = {cell.register.state: state, cell.register.inverse: ~state, "0": nets["0"], "1": nets["1"]}
-            for pin, _, function in self._functions[gate.cell]:
+            for pin, function in self._outputs[gate.cell]:
                 if pin in gate.pins:
                     nets[gate.pins[pin]] = function(inside)
         self._settle(nets)
@@ -173,10 +213,10 @@ class Netlist:
         return pins | {register.state: states[id(gate)], register.inverse: ~states[id(gate)]}
 
     @cached_property
-    def _functions(self) -> dict[str, list[tuple[str, list[str], Any]]]:
-        """Of each type of cell, its outputs: pin, inputs, and function."""
-        used = [self.cells[name] for name in self.counts]
-        return {c.name: [(pin, list(c.inputs), compile_function(f)) for pin, f in c.outputs.items()] for c in used}
+    def _outputs(self) -> dict[str, list[tuple[str, Any]]]:
+        """Of each type of flip-flop, its outputs: pin and function."""
+        used = [self.cells[name] for name in {gate.cell for gate in self.registers}]
+        return {c.name: [(pin, compile_function(f)) for pin, f in c.outputs.items()] for c in used}
 
     @cached_property
     def _next_states(self) -> dict[str, Any]:
@@ -186,7 +226,7 @@ class Netlist:
 
     def simulate(self, vectors: Mapping[str, Codes]) -> dict[str, Codes]:
         """Codes of every output port, in the shape of the vectors that `nets` takes."""
-        nets = self.nets(vectors)
+        nets = self.nets(vectors, {net for bits in self.outputs.values() for net in bits})
         count = next(iter(vectors.values())).shape[-1]
         return {
             name: np.sum([unpack(nets[net], count).astype(np.int64) << i for i, net in enumerate(bits)], axis=0)
@@ -235,6 +275,11 @@ def energy(netlist: Netlist, library: Library, vectors: Mapping[str, Codes]) -> 
 def clock_pins(cell: Cell) -> set[str]:
     """The pins that clock a flip-flop."""
     return pins_of(cell.register.clocked_on) if cell.register else set()
+
+
+def _bits(bits: list[int | str]) -> list[int | str]:
+    """Nets of a port or pin; what is not known is 0."""
+    return ["0" if bit == "x" else bit for bit in bits]
 
 
 def pack(bits: NDArray[np.bool_]) -> Words:

@@ -1,18 +1,19 @@
 """Is the hardware the reference, bit for bit? RTL, every synthesized netlist and the Verilog, compared.
 
-A unit is tried on vectors; the chunked multiply-accumulate around it on dot products, one after another.
+A unit is tried on vectors; the chunked multiply-accumulate around it on dot products, one after another; as many of
+these as share a merging adder on as many at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fmaq.hardware import synthesis, testbench
-from fmaq.hardware.cost import DESIGNS, check_part
+from fmaq.hardware.cost import DESIGNS, check_part, shared_designs, shared_top, sharing
 from fmaq.hardware.liberty import Library, find_library
 from fmaq.hardware.netlist import Netlist
 from fmaq.hardware.unit import RegisterFormat, Unit, dot_products
@@ -63,17 +64,30 @@ def prove(
         libraries: our own unless given.
         count: vectors, where trying all inputs is too much; steps of the dot products of a multiply-accumulate.
         iverilog: simulate the Verilog too, by Icarus Verilog, which must be installed.
-        part: `"unit"`, or `"mac"`, the chunked multiply-accumulate.
+        part: `"unit"`; `"mac"`, the chunked multiply-accumulate; or `"shared"`, as many of these as a chunk has steps,
+            with one merging adder.
     """
-    compare, tried, exhaustive, bench = (_units if check_part(part) == "unit" else _macs)(unit, count, seed)
-    rtlil = DESIGNS[part](unit)
-    wrong = {"rtl": compare(synthesis.lower(rtlil))}
+    comparisons = {"unit": _units, "mac": _macs, "shared": _shared}
+    compare, tried, exhaustive, bench = comparisons[check_part(part)](unit, count, seed)
+    wrong = {"rtl": compare(synthesis.lower(DESIGNS[part](unit)))}
     for library in libraries if libraries is not None else [find_library()]:
-        for mapped in synthesis.map_to_cells(rtlil, library):
-            wrong[f"{library.name}/{mapped.recipe}"] = compare(mapped.netlist(library))
+        for recipe, netlist in _netlists(unit, part, library):
+            wrong[f"{library.name}/{recipe}"] = compare(netlist)
     if iverilog:
         wrong["iverilog"] = testbench.mismatches(bench())
     return Proof(str(unit), tried, exhaustive, wrong)
+
+
+def _netlists(unit: Unit, part: str, library: Library) -> Iterator[tuple[str, Netlist]]:
+    """Every recipe's netlist; lanes and the adder that they share are synthesized each on its own, then connected."""
+    if part != "shared":
+        for mapped in synthesis.map_to_cells(DESIGNS[part](unit), library):
+            yield mapped.recipe, mapped.netlist(library)
+        return
+    top, (lanes, merges) = shared_top(unit), (synthesis.map_to_cells(d, library) for d in shared_designs(unit))
+    for lane, merge in zip(lanes, merges, strict=True):
+        inside = {"lane": lane.netlist(library), "merge": merge.netlist(library)}
+        yield lane.recipe, synthesis.assemble(top, {f"{synthesis.TOP}_{name}": n for name, n in inside.items()})
 
 
 Comparison = tuple[Callable[[Netlist], int], int, bool, Callable[[], dict[str, str]]]
@@ -102,6 +116,23 @@ def _macs(unit: Unit, count: int, seed: int) -> Comparison:
         x.size,
         False,
         lambda: testbench.bench_of_mac(unit, x_dots, w_dots),
+    )
+
+
+def _shared(unit: Unit, count: int, seed: int) -> Comparison:
+    lanes = sharing(unit)
+    steps = testbench.whole_chunks(unit)
+    blocks = max(1, count // (DOTS * steps * lanes))
+    x, w = testbench.filled_up(unit, DOTS * blocks * lanes, seed)
+    x, w = (codes.reshape(DOTS, blocks, lanes, steps).transpose(0, 3, 1, 2) for codes in (x, w))
+    expected = dot_products(unit, x, w)
+    rounds = max(1, VERILOG_DOTS // lanes)
+    x_dots, w_dots = (c.transpose(2, 0, 1, 3).reshape(-1, steps, lanes)[:rounds] for c in (x, w))
+    return (
+        lambda netlist: mismatches(unit.total, simulate_shared(netlist, x, w), expected),
+        x.size,
+        False,
+        lambda: testbench.bench_of_shared(unit, x_dots, w_dots),
     )
 
 
@@ -136,6 +167,36 @@ def simulate_mac(netlist: Netlist, x: Codes, w: Codes) -> Codes:
     if not np.array_equal(out["done"], _column(np.isin(cycle, due), lanes)):
         raise RuntimeError("the multiply-accumulate is not done two cycles after the last step")
     return out["total"][due]
+
+
+def simulate_shared(netlist: Netlist, x: Codes, w: Codes) -> Codes:
+    """Totals of dot products, (products, blocks, lanes), by lanes and the adder that they share, without a pause.
+
+    Args:
+        x, w: codes of the operands, (products, steps, blocks, lanes), of whole chunks.
+    Raises:
+        RuntimeError: `done` comes at other times than it should.
+    """
+    count, steps, blocks, lanes = x.shape
+    busy = count * steps
+    cycle = np.arange(busy + lanes + 3)  # the last lane is as many cycles behind as there are others
+    last = (cycle % steps == 0) & (cycle >= steps) & (cycle <= busy)
+    ports: Vectors = {
+        "rst": _column(cycle == 0, blocks),
+        "valid": _column((cycle > 0) & (cycle <= busy), blocks),
+        "last": _column(last, blocks),
+    }
+    for lane in range(lanes):
+        for name, codes in (("x", x), ("w", w)):
+            ports[f"{name}_{lane}"] = port = np.zeros((len(cycle), blocks), np.int64)
+            port[1 + lane : 1 + lane + busy] = codes[..., lane].reshape(busy, blocks)
+    out, totals = netlist.simulate(ports), []
+    for lane in range(lanes):
+        due = np.flatnonzero(last) + 2 + lane
+        if not np.array_equal(out[f"done_{lane}"], _column(np.isin(cycle, due), blocks)):
+            raise RuntimeError(f"lane {lane} is not done two cycles after its last step")
+        totals.append(out[f"total_{lane}"][due])
+    return np.stack(totals, axis=-1)
 
 
 def _column(values: NDArray[np.bool_], lanes: int) -> Codes:

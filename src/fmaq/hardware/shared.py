@@ -7,12 +7,10 @@ one filled up with zeros, which change no sum.
 
 from __future__ import annotations
 
-from amaranth.hdl import Elaboratable, Module, Signal, Value
+from amaranth.hdl import ClockSignal, Elaboratable, Instance, Module, ResetSignal, Signal, Value
 
 from fmaq.hardware.rtl import Lane, Merge
-from fmaq.hardware.unit import Unit
-
-LANE_PORTS = ("x", "w", "total", "done")
+from fmaq.hardware.unit import Unit, register_bits
 
 
 class SharedLane(Elaboratable):
@@ -69,18 +67,21 @@ class SharedMerge(Elaboratable):
 
 
 class Shared(Elaboratable):
-    """`count` lanes and their adder.
+    """`count` lanes and their adder: nothing but wires between instances of the modules `lane` and `merge`.
 
     Ports of lane i: `x_i`, `w_i`, `total_i`, `done_i`; of lane 0 alone `valid` and `last`.
     """
 
-    def __init__(self, unit: Unit, count: int) -> None:
+    def __init__(self, unit: Unit, count: int, lane: str, merge: str) -> None:
+        self.lane, self.merge, total = lane, merge, register_bits(unit.total)
         self.valid, self.last = Signal(name="valid"), Signal(name="last")
-        self.lanes, self.merge = [SharedLane(unit) for _ in range(count)], SharedMerge(unit, count)
-        self.of_lanes = [
-            {name: Signal(len(getattr(shared.lane, name)), name=f"{name}_{index}") for name in LANE_PORTS}
-            for index, shared in enumerate(self.lanes)
-        ]
+        self.y = Signal(total, name="y")
+        widths = {"x": unit.activation.bits, "w": unit.weight.bits, "total": total, "done": 1}
+        between = {"s": unit.register_bits, "t": total}
+        self.of_lanes, self.to_merge = (
+            [{name: Signal(bits, name=f"{name}_{i}") for name, bits in kind.items()} for i in range(count)]
+            for kind in (widths, between)
+        )
 
     @property
     def ports(self) -> list[Signal]:
@@ -88,26 +89,22 @@ class Shared(Elaboratable):
         return [self.valid, self.last, *(port for ports in self.of_lanes for port in ports.values())]
 
     def elaborate(self, platform: object) -> Module:
-        """The lanes in a row."""
-        module = Module()
-        module.submodules.merge = self.merge
-        valid, last = self.valid, self.last
-        for index, (shared, ports) in enumerate(zip(self.lanes, self.of_lanes, strict=True)):
-            module.submodules[f"lane_{index}"] = shared
-            lane = shared.lane
-            module.d.comb += [
-                lane.x.eq(ports["x"]),
-                lane.w.eq(ports["w"]),
-                lane.valid.eq(valid),
-                lane.last.eq(last),
-                lane.y.eq(self.merge.y),
-                self.merge.s[index].eq(shared.s),
-                self.merge.t[index].eq(shared.t),
-                ports["total"].eq(lane.total),
-                ports["done"].eq(lane.done),
-            ]
-            valid, last = shared.next_valid, shared.next_last
+        """The lanes in a row, and their adder."""
+        module, valid, last = Module(), self.valid, self.last
+        for index, (ports, codes) in enumerate(zip(self.of_lanes, self.to_merge, strict=True)):
+            inputs = {"clk": ClockSignal(), "rst": ResetSignal(), "valid": valid, "last": last, "y": self.y}
+            valid, last = Signal(name=f"valid_{index + 1}"), Signal(name=f"last_{index + 1}")
+            outputs = {"s_out": codes["s"], "t_out": codes["t"], "next_valid": valid, "next_last": last}
+            inputs |= {name: ports[name] for name in ("x", "w")}
+            outputs |= {name: ports[name] for name in ("total", "done")}
+            module.submodules[f"lane_{index}"] = _instance(self.lane, inputs, outputs)
+        codes = {f"{name}_{index}": code for index, pair in enumerate(self.to_merge) for name, code in pair.items()}
+        module.submodules.merge = _instance(self.merge, codes, {"y": self.y})
         return module
+
+
+def _instance(name: str, inputs: dict[str, Value], outputs: dict[str, Value]) -> Instance:
+    return Instance(name, *(("i", *port) for port in inputs.items()), *(("o", *port) for port in outputs.items()))
 
 
 def _any(codes: list[Signal]) -> Value:

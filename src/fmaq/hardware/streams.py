@@ -130,32 +130,63 @@ def shared_traces(unit: Unit, streams: Streams, seed: int = 0) -> tuple[Vectors,
     Returns:
         of the lane (1 + steps, lanes), a reset first; of the adder (steps, adders).
     """
-    lane, step = mac_trace(unit, streams, seed), trace(unit, streams, seed)
-    chunk, level = unit.accumulator.chunk, unit.merge  # type: ignore[union-attr]
+    chunk = unit.accumulator.chunk  # type: ignore[union-attr]
     assert chunk is not None
-    steps, lanes = step["x"].shape
-    chunks = steps // chunk
-    if not chunks:
-        raise ValueError(f"streams of {steps} steps have no chunk of {chunk}: give longer ones")
-    sums = unit.golden({name: codes[chunk - 1 : chunks * chunk : chunk] for name, codes in step.items()})
-    totals = np.zeros((chunks + 1, lanes))
-    for index in range(chunks):
-        total = exact_sum(totals[index], sums[index])
-        totals[index + 1] = quantize(total, level.format, level.rounding, True)
-    s, t = unit.format.encode(sums), unit.total.encode(totals)
-    y = np.concatenate([np.repeat(t[:1], chunk + 1, axis=0), np.repeat(t[1:], chunk, axis=0)])[: 1 + chunks * chunk]
+    steps = len(streams.weights) // chunk * chunk
+    if not steps:
+        raise ValueError(f"streams of {len(streams.weights)} steps have no chunk of {chunk}: give longer ones")
+    whole = replace(streams, activations=streams.activations[:steps], weights=streams.weights[:steps])
+    lane, (_, totals) = mac_trace(unit, whole, seed), _merged(unit, whole, seed)
+    t = unit.total.encode(totals)
+    y = np.concatenate([np.repeat(t[:1], chunk + 1, axis=0), np.repeat(t[1:], chunk, axis=0)])[: 1 + steps]
     behind = (np.arange(len(y)) - chunk - 1) % chunk  # how many lanes ago the own merge was
-    lane = {name: codes[: len(y)] for name, codes in lane.items()}
     lane["y"] = np.stack([np.roll(row, shift) for row, shift in zip(y, behind, strict=True)])
-    adder = {
-        f"{name}_{i}": np.zeros((chunks * chunk, max(1, lanes // chunk)), np.int64)
-        for name in "st"
-        for i in range(chunk)
-    }
+    return lane, shared_merge_trace(unit, whole, seed)
+
+
+def shared_merge_trace(unit: Unit, streams: Streams, seed: int = 0, rescale: bool = True) -> Vectors:
+    """Codes of every input port of an adder that lanes share, (merges of them all, adders): one in every cycle."""
+    chunk = unit.accumulator.chunk  # type: ignore[union-attr]
+    assert chunk is not None
+    sums, totals = _merged(unit, streams, seed, rescale)
+    s, t = unit.format.encode(sums), unit.total.encode(totals)
+    merges, lanes = s.shape
+    adders = max(1, lanes // chunk)
+    trace = {f"{name}_{i}": np.zeros((merges * chunk, adders), np.int64) for name in "st" for i in range(chunk)}
     for i in range(chunk):
-        members = (np.arange(max(1, lanes // chunk)) * chunk + i) % lanes
-        adder[f"s_{i}"][i::chunk], adder[f"t_{i}"][i::chunk] = s[:, members], t[:-1, members]
-    return lane, adder
+        members = (np.arange(adders) * chunk + i) % lanes
+        trace[f"s_{i}"][i::chunk], trace[f"t_{i}"][i::chunk] = s[:, members], t[:-1, members]
+    return trace
+
+
+def merge_trace(unit: Unit, streams: Streams, seed: int = 0, rescale: bool = True) -> Vectors:
+    """Codes of every input port of a merging adder of one's own, (1 + 2 merges, lanes).
+
+    Before a merge and behind it the chunk's sum is 0, and nothing changes until the next.
+    """
+    sums, totals = _merged(unit, streams, seed, rescale)
+    s = np.zeros((2 * len(sums) + 1, sums.shape[1]))
+    s[1::2] = sums
+    trace = {"s": unit.format.encode(s), "t": unit.total.encode(np.repeat(totals, 2, axis=0)[:-1])}
+    if unit.merge_random_bits:
+        drawn = np.random.default_rng(seed).integers(0, 1 << unit.merge_random_bits, sums.shape)
+        trace["r_sum"] = np.concatenate([np.repeat(drawn, 2, axis=0), drawn[-1:]])
+    return trace
+
+
+def _merged(unit: Unit, streams: Streams, seed: int, rescale: bool = True) -> tuple[Values, Values]:
+    """The sums of chunks, (merges, lanes), and the totals before each merge and at last, (merges + 1, lanes)."""
+    step, level = trace(unit, streams, seed, rescale), unit.merge
+    steps, lanes = step["x"].shape
+    chunk = min(unit.accumulator.chunk or steps, steps)  # type: ignore[union-attr]
+    ends = np.append(np.arange(chunk, steps, chunk), steps) - 1
+    sums = unit.golden({name: codes[ends] for name, codes in step.items()})
+    totals, rng = np.zeros((len(ends) + 1, lanes)), np.random.default_rng(seed)
+    for index, chunk_sums in enumerate(sums):
+        drawn = rng.integers(0, 1 << unit.merge_random_bits, lanes) | level.centred
+        total = exact_sum(totals[index], chunk_sums)
+        totals[index + 1] = quantize(total, level.format, level.rounding, True, level.random_bits, drawn)
+    return sums, totals
 
 
 def _quantized(values: Values, operand: Operand, rescale: bool) -> Values:

@@ -15,7 +15,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -111,6 +111,16 @@ def lower(rtlil: str) -> Netlist:
             Path(folder),
         )
         return Netlist.from_yosys(_module(result), GENERIC)
+
+
+def assemble(rtlil: str, inside: Mapping[str, Netlist]) -> Netlist:
+    """A design that is nothing but wires between instances of these netlists, by their modules' names."""
+    with tempfile.TemporaryDirectory() as folder:
+        source, result = Path(folder, "design.il"), Path(folder, "gates.json")
+        source.write_text(rtlil, encoding="utf-8")
+        run_yosys([f"read_rtlil {source}", "proc", "clean", f"write_json {result}"], Path(folder))
+        cells = next(iter(inside.values())).cells
+        return Netlist.from_yosys(_module(result), cells, inside)
 
 
 def verilog(rtlil: str) -> str:
@@ -281,6 +291,7 @@ __all__ = [
     "Mapped",
     "Recipe",
     "SynthesisError",
+    "assemble",
     "lower",
     "map_to_cells",
     "run_yosys",

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fmaq.hardware.comparison import unlike
@@ -15,7 +15,7 @@ from fmaq.hardware.liberty import Library
 from fmaq.hardware.operands import IntegerOperand
 from fmaq.hardware.streams import Streams, gaussian
 from fmaq.hardware.unit import IEEE, Unit
-from fmaq.numerics import FixedFormat
+from fmaq.numerics import Accumulator, FixedFormat
 
 ISO_RECIPE = "fast"
 """Iso-delay figures are at the delay of the 32-bit baseline by this recipe."""
@@ -73,26 +73,87 @@ FLOAT = Study(
     HALF,
 )
 INTEGER = Study("int8", "int8", ("I16f0", "I16f0w", "I20f0", "I24f0", "I32f0", "I32f0w"), INTEGER_WIDE, INTEGER_HALF)
+OUTER = "outer=M10E5b16"
 LEVELS = Study(
     "M4E3",
     "M4E3",
     (
         _paper(7, 4, 10),
-        f"{_paper(7, 4, 10)} outer=M10E5b16",
-        f"{_paper(5, 4, 10)} outer=M10E5b16",
-        *(f"M{m}E4b10h product=M{m}E4b12h outer=M10E5b16" for m in (5, 4, 3)),
-        "M3E3b4h product=M3E3b6h outer=M10E5b16",
+        *(f"{text} {OUTER}" for text in (_paper(7, 4, 10), f"{_paper(7, 4, 10)} rounding=nearest_even")),
+        *(f"M{m}E4b10h product=M{m}E4b12h {OUTER}" for m in (7, 6, 5, 4, 3)),
+        *(f"M{m}E3b4h product=M{m}E3b6h {OUTER}" for m in (3, 2)),
         *(
-            f"I{width}f{width - 6} product=I{width}f{width - 6} product_rounding=half_up outer={outer}"
-            for width, outer in ((16, "I22f10"), (12, "I18f6"), (10, "I16f4"), (10, "M10E5b16"))
+            f"I{width}f{width - 2} product=I{width}f{width - 2} rounding=half_up {outer}"
+            for width in (16, 14, 12, 10, 8, 7)
+            for outer in (OUTER, f"outer=I{width + 6}f{width - 2}")
         ),
         *(HALF, WIDE),
     ),
     WIDE,
     HALF,
 )
-"""Half-unit formats and rounded fixed-point products beside the paper's, with an outer level."""
-STUDIES = {"M4E3": FLOAT, "int8": INTEGER, "levels": LEVELS}
+"""The paper's format, half-unit formats and rounded fixed point, with an outer level."""
+ROUNDINGS = Study(
+    "M4E3",
+    "M4E3",
+    (
+        *(
+            f"{format}{kind} product={product}{kind}{rounding}"
+            for format, product in (
+                *(("M7E8b127", "M7E8b129"), ("M10E5b16", "M10E5b18"), ("M7E4b10", "M7E4b12")),
+                *(("M5E4b10", "M5E4b12"), ("M3E3b4", "M3E3b6")),
+            )
+            for kind, rounding in (("", ""), ("h", ""), ("", " rounding=nearest_away"), ("", " rounding=nearest_even"))
+        ),
+        WIDE,
+    ),
+    WIDE,
+    HALF,
+)
+"""What rounding to the nearest costs, beside a half-unit format of as many bits."""
+STUDIES = {"M4E3": FLOAT, "int8": INTEGER, "levels": LEVELS, "roundings": ROUNDINGS}
+OTHERS = Study(
+    "M4E3",
+    "M4E3",
+    (
+        *(f"{_paper(7, 4, 10)} rounding={rounding}" for rounding in ("floor", "half_up", "odd", "stochastic")),
+        f"{_paper(5, 4, 10)} product_rounding=nearest_away {OUTER}",
+        f"M5E4b10h product=I12f8 product_rounding=half_up {OUTER}",
+        "M5E4b10 product=M5E4b12h outer=(M10E5b16 rounding=nearest_even chunk=None)",
+        *(f"I12f6 product=I12f6 rounding={rounding} outer=fp32" for rounding in ("toward_zero", "floor", "odd")),
+    ),
+    WIDE,
+    HALF,
+)
+"""In no table: what is left of the ways to round."""
+BLOCKS = Study(
+    "M4E3",
+    "M4E3",
+    (
+        f"{_paper(7, 4, 10)} rounding=nearest_even {OUTER}",
+        f"M4E4b10h product=M4E4b12h {OUTER}",
+        f"I8f6 product=I8f6 rounding=half_up {OUTER}",
+        "I12f10 product=I12f10 rounding=half_up outer=I18f10",
+        "M5E4b10 product=M5E4b12 product_rounding=odd outer=fp32",
+    ),
+    WIDE,
+    HALF,
+)
+"""A few of all, for blocks of sixteen that share an adder."""
+PROVEN = {"unit": (*STUDIES.values(), OTHERS), "mac": (INTEGER, LEVELS, OTHERS), "shared": (BLOCKS,)}
+"""What `fmaq hardware prove` tries without accumulators."""
+
+
+def proven(part: str) -> list[tuple[str, str, str]]:
+    """Accumulators and formats of weights and activations of `PROVEN`, each once; an outer level changes no unit."""
+    found: dict[object, tuple[str, str, str]] = {}
+    for study in PROVEN[check_part(part)]:
+        for text in study.accumulators:
+            unit = study.unit(text)
+            acc = unit.accumulator
+            key = replace(acc, outer=None) if part == "unit" and isinstance(acc, Accumulator) else acc
+            found.setdefault((key, unit.weight, unit.activation), (text, study.weight, study.activation))
+    return list(found.values())
 
 
 PARTS = {
@@ -101,6 +162,8 @@ PARTS = {
     "shared": "chunked multiply-accumulate with its share of a merging adder",
 }
 """What a part is called in titles."""
+ALL = "all"
+"""The parts side by side: each accumulator's unit, and its multiply-accumulate with an adder of its own and shared."""
 
 
 def study_of(
@@ -173,7 +236,7 @@ def run_study(
             `"shared"`, one that shares its merging adder with as many as a chunk has steps.
     """
     operands = streams or gaussian()
-    synthesize = SYNTHESES[check_part(part, SYNTHESES)]
+    synthesize = SYNTHESES[check_part(part)]
     chosen = [text for text in study.accumulators if part == "unit" or text not in IEEE]
 
     def one(accumulator: str) -> Synthesis:
@@ -213,9 +276,33 @@ def iso_delay(wide: Synthesis) -> float:
 
 def columns(part: str = "unit") -> tuple[str, ...]:
     """Names of the columns: `iso` is the area at the 32-bit baseline's delay, `gates` the unit's analytic count."""
+    if part == ALL:
+        kinds = (f"{name} {figure}" for name in ("unit", "own", "shared") for figure in ("area", "delay", "energy"))
+        return ("accumulator", "bits", "product", *kinds)
     gates, ratio = (("gates",), ("gates/32",)) if part == "unit" else ((), ())
     names = ("accumulator", "bits", "product", "its bits", "area", "iso", *gates, "delay", "energy")
     return (*names, "area/32", "iso/32", *ratio, "energy/32", "area/16", "energy/16")
+
+
+def lines(rows: Mapping[str, Sequence[Row]]) -> list[list[str]]:
+    """A table's lines as text, in the order of `columns`.
+
+    Args:
+        rows: of one part, by its name; or of all parts, of which accumulators that have them all are shown.
+    """
+    if len(rows) == 1:
+        return [cells(row, part) for part, of_part in rows.items() for row in of_part]
+    found = {part: {row.accumulator: row.synthesis for row in of_part} for part, of_part in rows.items()}
+    return [
+        [label(row.accumulator), str(row.synthesis.bits), row.synthesis.product]
+        + [
+            text
+            for of_part in found.values()
+            for s in [of_part[row.accumulator]]
+            for text in (f"{s.area:.0f}", f"{s.delay:.1f}", f"{s.energy:.0f}")
+        ]
+        for row in rows["shared"]
+    ]
 
 
 def cells(row: Row, part: str = "unit") -> list[str]:
@@ -250,15 +337,26 @@ def record(study: Study, row: Row, part: str = "unit") -> dict[str, Any]:
     }
 
 
-def markdown(study: Study, library: Library, rows: Sequence[Row], part: str = "unit") -> str:
-    """A study's table."""
-    units = f"area in NAND2 equivalents, delay in {library.delay_unit}, energy in {library.energy_unit}"
-    what = f", {PARTS[part]}".removesuffix(", ")
-    lines = [f"**{study.operands} operands{what}, library {library.name}** ({units})", ""]
+def title(study: Study, library: Library, part: str) -> str:
+    """What a table shows."""
+    what = (
+        "units, and multiply-accumulates with a merging adder of their own and shared" if part == ALL else PARTS[part]
+    )
+    return ", ".join(filter(None, (f"{study.operands} operands", what, f"library {library.name}")))
+
+
+def units(library: Library) -> str:
+    """What a table's figures are in."""
+    return f"area in NAND2 equivalents, delay in {library.delay_unit}, energy in {library.energy_unit}"
+
+
+def markdown(study: Study, library: Library, rows: Mapping[str, Sequence[Row]]) -> str:
+    """A study's table; rows as for `lines`."""
+    part = ALL if len(rows) > 1 else next(iter(rows))
     names = columns(part)
-    lines += ["| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
-    lines += ["| " + " | ".join(cells(row, part)) + " |" for row in rows]
-    return "\n".join(lines)
+    head = [f"**{title(study, library, part)}** ({units(library)})", ""]
+    head += ["| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
+    return "\n".join([*head, *("| " + " | ".join(line) + " |" for line in lines(rows))])
 
 
 def _number(value: float | None) -> str:

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fmaq.hardware import synthesis
-from fmaq.hardware.cost import check_part
+from fmaq.hardware.cost import check_part, sharing
 from fmaq.hardware.unit import IeeeFormat, RegisterFormat, Unit, Values, dot_products, register_bits
 from fmaq.hardware.vectors import Vectors, random, vectors_for
 from fmaq.hardware.verilog import check_name, verilog
@@ -37,19 +37,37 @@ def testbench(
     """The files of a test bench, by name: `NAME.v`, the design; `NAME_tb.v`, the bench; and its words in hexadecimal.
 
     Args:
-        part: `"unit"` or `"mac"`.
+        part: `"unit"`, `"mac"` or `"shared"`.
         name: of the design's top module, as for `verilog`.
         count: vectors of a unit, all there are where these are few; dot products of 37 steps, with pauses, of a
-            multiply-accumulate.
+            multiply-accumulate; of those that share an adder, the same filled up with zeros, and so many that each
+            does as many as the others.
     Raises:
-        ValueError: there is no such part, or the name is none in Verilog.
+        ValueError: the unit has no such part, there is none of that name, or the name is none in Verilog.
     """
     check_part(part)
     check_name(name)
     if part == "unit":
         return bench_of_unit(unit, vectors_for(unit, count, seed), name)
-    drawn = random(unit, count * STEPS, seed)
-    return bench_of_mac(unit, drawn["x"].reshape(-1, STEPS), drawn["w"].reshape(-1, STEPS), name, seed)
+    if part == "mac":
+        drawn = random(unit, count * STEPS, seed)
+        return bench_of_mac(unit, drawn["x"].reshape(-1, STEPS), drawn["w"].reshape(-1, STEPS), name, seed)
+    lanes = sharing(unit)
+    x, w = filled_up(unit, -(-count // lanes) * lanes, seed)
+    x, w = (codes.reshape(-1, lanes, codes.shape[-1]).transpose(0, 2, 1) for codes in (x, w))
+    return bench_of_shared(unit, x, w, name, seed)
+
+
+def whole_chunks(unit: Unit) -> int:
+    """Steps of whole chunks for 37."""
+    return -(-STEPS // sharing(unit)) * sharing(unit)
+
+
+def filled_up(unit: Unit, count: int, seed: int = 0) -> tuple[Codes, Codes]:
+    """Codes of the operands of random dot products of 37 steps, filled up with zeros: (products, steps), twice."""
+    drawn, more = random(unit, count * STEPS, seed), whole_chunks(unit) - STEPS
+    x, w = (np.pad(drawn[name].reshape(count, STEPS), ((0, 0), (0, more))) for name in ("x", "w"))
+    return x, w
 
 
 def mismatches(files: Mapping[str, str]) -> int:
@@ -144,8 +162,7 @@ def bench_of_mac(unit: Unit, x: Codes, w: Codes, name: str = synthesis.TOP, seed
     """The files of a bench that puts these dot products, (products, steps), through a multiply-accumulate."""
     codes, care = expected_codes(unit.total, dot_products(unit, x, w))
     count, steps = x.shape
-    busy = np.random.default_rng(seed).random(2 * count * steps + 64) >= IDLE
-    busy = busy[: int(np.argmax(np.cumsum(busy) == count * steps)) + 1]
+    busy = _busy(count * steps, seed)
     cycles = {port: np.zeros(len(busy), np.int64) for port in ("x", "w", "last")}
     cycles["x"][busy], cycles["w"][busy] = x.ravel(), w.ravel()
     cycles["last"][busy] = np.arange(count * steps) % steps == steps - 1
@@ -160,6 +177,52 @@ def bench_of_mac(unit: Unit, x: Codes, w: Codes, name: str = synthesis.TOP, seed
         f"{name}_tb.hex": stimulus,
         f"{name}_tb_totals.hex": _words((codes, bits), (care, bits)),
     }
+
+
+def bench_of_shared(unit: Unit, x: Codes, w: Codes, name: str = synthesis.TOP, seed: int = 0) -> dict[str, str]:
+    """The files of a bench that puts these dot products, (products, steps, lanes), through lanes that share."""
+    codes, care = expected_codes(unit.total, dot_products(unit, x, w))
+    count, steps, lanes = x.shape
+    busy = _busy(count * steps, seed)
+    first = {port: np.zeros(len(busy) + lanes - 1, np.int64) for port in ("valid", "last")}
+    first["valid"][: len(busy)] = busy
+    first["last"][: len(busy)][busy] = np.arange(count * steps) % steps == steps - 1
+    a, b, bits = unit.activation.bits, unit.weight.bits, register_bits(unit.total)
+    fields = [(first["valid"], 1), (first["last"], 1)]
+    for port, width, operand in (("x", a, x), ("w", b, w)):
+        for lane in reversed(range(lanes)):  # the first field is at the top
+            first[port] = np.zeros(len(busy) + lanes - 1, np.int64)
+            first[port][lane : lane + len(busy)][busy] = operand[..., lane].ravel()
+            fields.append((first[port], width))
+    widths = {"x": a, "w": b, "total": bits, "done": 1}
+    text = SHARED_BENCH.format(
+        name=name,
+        count=count * lanes,
+        cycles=len(first["valid"]),
+        lanes=lanes,
+        **{port: f"[{lanes * width - 1}:0] {port}" for port, width in widths.items()},
+        connections=", ".join(
+            f".{port}_{lane}({port}[{lane * width} +: {width}])"
+            for lane in range(lanes)
+            for port, width in widths.items()
+        ),
+        top=bits - 1,
+        bits=bits,
+        width=lanes * (a + b) + 2,
+        pair=2 * bits,
+    )
+    return {
+        f"{name}.v": verilog(unit, "shared", name),
+        f"{name}_tb.v": text,
+        f"{name}_tb.hex": _words(*fields),
+        f"{name}_tb_totals.hex": _words((codes.ravel(), bits), (care.ravel(), bits)),
+    }
+
+
+def _busy(steps: int, seed: int) -> NDArray[np.bool_]:
+    """In which cycles a step is made: pauses between, and as many cycles as it takes."""
+    busy = np.random.default_rng(seed).random(2 * steps + 64) >= IDLE
+    return busy[: int(np.argmax(np.cumsum(busy) == steps)) + 1]
 
 
 VERDICT = """    if (wrong == 0) $display("PASS: %0d {what}", COUNT);
@@ -235,6 +298,54 @@ module {name}_tb;
     last = 0;
     repeat (4) @(negedge clk);
     if (seen != COUNT) wrong = wrong + 1;
+"""
+    + VERDICT.replace("{what}", "dot products")
+    + """  end
+endmodule
+"""
+)
+
+SHARED_BENCH = (
+    """// Test bench of {name}: COUNT dot products, with pauses, against what the reference of fmaq says.
+// iverilog -g2012 -o {name}_tb {name}_tb.v {name}.v && vvp -n {name}_tb
+`timescale 1ns / 1ps
+module {name}_tb;
+  localparam COUNT = {count}, CYCLES = {cycles}, LANES = {lanes};
+  reg clk = 0, rst = 1, valid = 0, last = 0;
+  reg {x};  // lane 0 at the bottom
+  reg {w};
+  wire {total};
+  wire {done};
+  {name} dut(.clk(clk), .rst(rst), .valid(valid), .last(last), {connections});
+  reg [{width}-1:0] cycles [0:CYCLES-1];
+  reg [{pair}-1:0] totals [0:COUNT-1];
+  reg [{top}:0] expected, care;  // care: the bits that every code of the value has
+  integer i, lane, wrong, seen [0:LANES-1];
+  reg [{top}:0] found;
+  always #1 clk = ~clk;
+  always @(negedge clk) for (lane = 0; lane < LANES; lane = lane + 1) if (done[lane] === 1) begin
+    {{expected, care}} = totals[seen[lane] * LANES + lane];
+    found = total[lane * {bits} +: {bits}];
+    if (((found ^ expected) & care) !== 0) begin
+      wrong = wrong + 1;
+      if (wrong <= 10) $display("lane %0d, dot product %0d: total=%h, not %h", lane, seen[lane], found, expected);
+    end
+    seen[lane] = seen[lane] + 1;
+  end
+  initial begin
+    $readmemh("{name}_tb.hex", cycles);
+    $readmemh("{name}_tb_totals.hex", totals);
+    for (i = 0; i < LANES; i = i + 1) seen[i] = 0;
+    wrong = 0;
+    @(negedge clk); @(negedge clk) rst = 0;
+    for (i = 0; i < CYCLES; i = i + 1) begin
+      {{valid, last, x, w}} = cycles[i];
+      @(negedge clk);
+    end
+    valid = 0;
+    last = 0;
+    repeat (4) @(negedge clk);
+    for (i = 0; i < LANES; i = i + 1) if (seen[i] * LANES != COUNT) wrong = wrong + 1;
 """
     + VERDICT.replace("{what}", "dot products")
     + """  end

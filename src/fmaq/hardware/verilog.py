@@ -5,12 +5,18 @@ from __future__ import annotations
 import re
 
 from fmaq.hardware import synthesis
-from fmaq.hardware.cost import DESIGNS, check_part
+from fmaq.hardware.cost import DESIGNS, check_part, sharing
 from fmaq.hardware.unit import RegisterFormat, Unit, register_bits
 from fmaq.numerics import FixedFormat
 
-MAC_PORTS = """clk, rst (synchronous); x and w are taken where valid; last comes with the last step of a dot product.
-Two cycles later done is set for one cycle, with the dot product in total."""
+PORTS = {
+    "unit": "",
+    "mac": """clk, rst (synchronous); x and w are taken where valid; last comes with the last step of a dot product.
+Two cycles later done is set for one cycle, with the dot product in total.""",
+    "shared": """clk, rst (synchronous); x_0 and w_0 are taken where valid; last comes with a dot product's last step.
+Lane i takes x_i and w_i i cycles later. A dot product has whole chunks: fill it up with zeros.
+Two cycles behind the last step of lane i, done_i is set for one cycle, with its dot product in total_i.""",
+}
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 KEYWORDS = """
 always and assign automatic begin buf case cell config deassign default defparam design disable edge else end
@@ -25,7 +31,8 @@ def verilog(unit: Unit, part: str = "unit", name: str = synthesis.TOP) -> str:
     """A unit's Verilog.
 
     Args:
-        part: `"unit"`, combinational, or `"mac"`, with registers, chunk counter and second-level accumulator.
+        part: `"unit"`, combinational; `"mac"`, with registers, chunk counter and second-level accumulator; or
+            `"shared"`, as many of these as a chunk has steps, with one second-level adder.
         name: of the top module; those inside it have names that start with it, so that two designs of different names
             can be simulated together.
     Raises:
@@ -44,24 +51,25 @@ def check_name(name: str) -> str:
 
 def _flat_names(rtlil: str, name: str) -> str:
     """Modules inside the top one as `name_lane_fmaq`, which needs no escape in Verilog, not `name.lane.fmaq`."""
-    inside = rf"^(?:module|  cell) \\{name}\.\S+"
+    inside = rf"^(?:module|  cell) \\{name}\S*\.\S+"
     return re.sub(inside, lambda match: match[0].replace(".", "_"), rtlil, flags=re.MULTILINE)
 
 
 def note(unit: Unit, part: str) -> list[str]:
     """What a part computes, and what its codes are."""
     product = "exact" if unit.product is None else str(unit.product)
-    what = "y = FMAq(x, w, s)" if part == "unit" else "a dot product in chunks"
+    what = {"unit": "y = FMAq(x, w, s)", "mac": "a dot product in chunks"}.get(part, "")
+    what = what or f"dot products in chunks, by {sharing(unit)} lanes that share the adder of their chunks' sums"
     lines = [
         f"{what}: accumulator {unit.accumulator}",
         f"x: {unit.activation}, w: {unit.weight}, product: {product}, rounding: {_roundings(unit)}",
         f"accumulator codes have {unit.register_bits} bits: {_layout(unit.format)}",
     ]
-    if part != "mac":
+    if part == "unit":
         return lines
     if unit.total != unit.format:
         lines.append(f"codes of the total, {unit.total}, have {register_bits(unit.total)} bits: {_layout(unit.total)}")
-    return [*lines, *MAC_PORTS.split("\n")]
+    return [*lines, *PORTS[part].split("\n")]
 
 
 def _roundings(unit: Unit) -> str:

@@ -25,11 +25,15 @@ class Merging(ABC):
         sees_loss: has `unchanged`.
         sees_overflow: has `overflowing_merge` (and `overflowing_step`).
         sees_events: has `observed_merge` (and `observed_step`).
+        takes_whole: terms are integers (`passed_whole`).
+        may_be_subnormal: finished sums may be; else subnormal bits are zeros.
     """
 
     chunk: int | None = None
     sees_loss: ClassVar[bool] = True
     sees_overflow: ClassVar[bool] = False
+    takes_whole: ClassVar[bool] = False
+    may_be_subnormal: bool = False
 
     @property
     def sees_events(self) -> bool:
@@ -44,6 +48,10 @@ class Merging(ABC):
     def merge(self, v: Lanes, t: Value, s: Value, word: Value | None) -> Value:
         """Q(t + s)."""
 
+    def merge_all(self, v: Lanes, ts: list[Value], ss: list[Value], words: list[Value | None]) -> list[Value]:
+        """`merge` of every cell of a tile."""
+        return [self.merge(v, t, s, word) for t, s, word in zip(ts, ss, words, strict=True)]
+
     def finish(self, v: Lanes, total: Value) -> Value:
         """The value of a finished sum."""
         return total
@@ -51,6 +59,10 @@ class Merging(ABC):
     def passed(self, v: Lanes, total: Value) -> Value:
         """A finished sum as the next level takes it: times a power of two that was agreed on."""
         return total
+
+    def passed_whole(self, v: Lanes, total: Value) -> Value:
+        """The same as an integer, where the next level takes those."""
+        raise NotImplementedError(f"{type(self).__name__} has no integers")
 
     def looking(self) -> Self:
         """The same for kernels that look at sums, not only at the last one."""

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from llvmlite import ir
 
 from fmaq.kernels.arithmetic import Arithmetic, Merging
-from fmaq.kernels.grids import on_float_grid
+from fmaq.kernels.grids import BY_TRUNCATION, on_coarser_grid, on_float_grid
 from fmaq.kernels.ir_blocks import I1, Value
 from fmaq.kernels.lanes import Lanes
 from fmaq.numerics import Accumulator, FixedFormat, FloatFormat, Format
@@ -41,6 +41,7 @@ class Float32(Arithmetic):
         levels: see `Arithmetic`.
         is_clean: a zero with a half unit, which is a subnormal number, is made a zero again, since LLVM knows that it
             compares unequal to zero where nothing is flushed.
+        terms: of sums whose events are counted: see `observed_sum`.
     """
 
     acc: Accumulator
@@ -51,6 +52,7 @@ class Float32(Arithmetic):
     by_chunk: bool = False
     levels: tuple[Merging, ...] = ()
     is_clean: bool = False
+    terms: str = "any"
 
     element_bytes = 4
     flushes = True
@@ -121,6 +123,10 @@ class Float32(Arithmetic):
 
     def observed_step(self, v: Lanes, x: Value, w: Value, s: Value, word: Value | None) -> tuple[Value, list[Value]]:
         zero = v.constant(0.0)
+        if self.product_exact:
+            total = v.fma(x, w, s)
+            limit = self._sum_limit if self.sum_clamped else None
+            return observed_product_sum(v, x, w, s, total, self._rounded_sum(v, total), limit)
         p, overflows = self._rounded_product(v, x, w), None
         if self.product_clamped:
             overflows = is_beyond(v, p, self._product_limit)
@@ -139,7 +145,7 @@ class Float32(Arithmetic):
         total = v.fma(p, v.constant(lift), s)
         rounded = self._rounded_sum(v, total)
         limit = self._sum_limit if clamped else None
-        return observed_sum(v, p, lift, s, total, rounded, limit, not _float(self.acc.format).half_unit)
+        return observed_sum(v, p, lift, s, total, rounded, limit, self.terms)
 
     def events(self, b: ir.IRBuilder, masks: list[Value]) -> list[Value]:
         return sum_events(b, masks)
@@ -172,25 +178,30 @@ def _float(format: Format | None) -> FloatFormat:
 
 
 def observed_sum(
-    v: Lanes, p: Value, lift: float, s: Value, total: Value, rounded: Value, limit: float | None, is_truncated: bool
+    v: Lanes, p: Value, lift: float, s: Value, total: Value, rounded: Value, limit: float | None, terms: str
 ) -> tuple[Value, list[Value]]:
     """A sum in its register; whether it overflows, p is zero, the sum is, it is s, and it is not exact.
 
-    A truncated sum is exact if it, less p·lift, is s again. Where s is zero, p alone may be flushed, and so may that
-    difference: `sum_events` tells. One with a half unit is exact if it is the sum before, and that was.
+    It is exact if it is the sum before, and that was. Where s is zero, p alone may be flushed: `sum_events` tells.
 
     Args:
         total: p·lift + s.
         rounded: on the format's grid.
         limit: the largest magnitude; None where it cannot be exceeded.
+        terms: how to see that a sum is exact. "short" ones: if it less p·lift is s again; "truncated" as well: so is
+            the rounded sum; "any": if rounding it up and down gives the same (see `choose`).
     """
     b, zero = v.b, v.constant(0.0)
     after, overflows = rounded, nowhere(v)
     if limit is not None:
         after, overflows = clamp(v, rounded, limit), is_beyond(v, rounded, limit)
-    inexact = b.fcmp_unordered("!=", v.fma(p, v.constant(-lift), after if is_truncated else total), s)
-    if not is_truncated:
+    difference = v.fma(p, v.constant(-lift), after if terms == "truncated" else total)
+    inexact = b.fcmp_unordered("!=", difference, s)
+    if terms != "truncated":
         inexact = b.or_(inexact, b.fcmp_unordered("!=", after, total))
+    if terms == "any":
+        (down,), (up,) = (v.added(direction, [p], [s], lift) for direction in ("down", "up"))
+        inexact = b.or_(inexact, b.fcmp_unordered("!=", down, up))
     return after, [
         overflows,
         b.fcmp_ordered("==", p, zero),
@@ -198,6 +209,29 @@ def observed_sum(
         b.fcmp_ordered("==", after, s),
         inexact,
     ]
+
+
+def observed_product_sum(
+    v: Lanes, x: Value, w: Value, s: Value, total: Value, rounded: Value, limit: float | None
+) -> tuple[Value, list[Value]]:
+    """`observed_sum` of an exact product, and the masks of a step before it.
+
+    A sum that is zero may have been flushed. It is exact if x·w is −s, whether it is rounded up or down.
+    """
+    b, zero = v.b, v.constant(0.0)
+    after, overflows = rounded, nowhere(v)
+    if limit is not None:
+        after, overflows = clamp(v, rounded, limit), is_beyond(v, rounded, limit)
+    (down,), (up,) = (v.added(direction, [x], [s], w) for direction in ("down", "up"))
+    inexact = b.or_(b.fcmp_unordered("!=", down, up), b.fcmp_unordered("!=", after, total))
+    negative = v.sub(zero, s)
+    for direction in ("down", "up"):
+        (p,) = v.added(direction, [x], [zero], w)
+        is_lost = b.and_(b.fcmp_ordered("==", total, zero), b.fcmp_unordered("!=", p, negative))
+        inexact = b.or_(inexact, is_lost)
+    p_is_zero = b.or_(b.fcmp_ordered("==", x, zero), b.fcmp_ordered("==", w, zero))
+    is_zero, is_same = b.fcmp_ordered("==", after, zero), b.fcmp_ordered("==", after, s)
+    return after, [nowhere(v), nowhere(v), overflows, p_is_zero, is_zero, is_same, inexact]
 
 
 def sum_events(b: ir.IRBuilder, masks: list[Value]) -> list[Value]:
@@ -236,7 +270,15 @@ def clamp(v: Lanes, x: Value, limit: float) -> Value:
 
 
 class Int32Sums(Merging):
-    """Sums of a fixed format as int32, which the loops carry as the bits of float32."""
+    """Sums of a fixed format as int32, which the loops carry as the bits of float32.
+
+    Attributes:
+        finer: they count units of 2^−finer of the format's last place.
+        is_open: no sum is out of range.
+    """
+
+    finer: int = 0
+    is_open: bool = False
 
     def is_empty(self, v: Lanes, total: Value) -> Value:
         return self.unchanged(v, self.zero(v), total)
@@ -246,33 +288,50 @@ class Int32Sums(Merging):
     def format(self) -> FixedFormat:
         """Of the sums."""
 
+    @property
+    def width(self) -> int:
+        """Bits of the integers."""
+        return self.format.width + self.finer
+
     def finish(self, v: Lanes, total: Value) -> Value:
-        return v.mul(to_nearest(v, self._in_range(v, total), self.format.width), v.constant(self.format.tiny))
+        whole = to_nearest(v, self.in_range(v, v.bits(total)), self.width)
+        return v.mul(whole, v.constant(self.format.tiny * 2.0**-self.finer))
 
     def passed(self, v: Lanes, total: Value) -> Value:
         """In units."""
-        return v.b.sitofp(self._in_range(v, total), v.vector)
+        return v.b.sitofp(self.passed_whole(v, total), v.vector)
+
+    def passed_whole(self, v: Lanes, total: Value) -> Value:
+        return self.in_range(v, v.bits(total))
 
     def unchanged(self, v: Lanes, before: Value, after: Value) -> Value:
         changed = v.b.xor(v.bits(before), v.bits(after))
-        if self.format.overflow == "wrap":
+        if self.wraps:
             # The bits above are wrapped only at the end.
-            changed = v.b.shl(changed, v.bit_constant(32 - self.format.width))
+            changed = v.b.shl(changed, v.bit_constant(32 - self.width))
         return v.b.icmp_signed("==", changed, v.bit_constant(0))
 
-    def add_whole(self, v: Lanes, s: Value, p: Value, clamped: bool) -> Value:
-        """s and an integer."""
-        total = v.b.add(v.bits(s), p)
-        if clamped:
-            half = 2 ** (self.format.width - 1)
-            for sign, limit in (("<", half - 1), (">", -half)):
-                bound = v.bit_constant(limit)
-                total = v.b.select(v.b.icmp_signed(sign, total, bound), total, bound)
-        return v.from_bits(total)
+    @property
+    def saturates(self) -> bool:
+        """Sums may be limited."""
+        return self.format.overflow == "saturate" and not self.is_open
 
-    def _in_range(self, v: Lanes, total: Value) -> Value:
-        whole = v.bits(total)
-        return wrapped(v, whole, self.format.width) if self.format.overflow == "wrap" else whole
+    @property
+    def wraps(self) -> bool:
+        """Sums may be wrapped."""
+        return self.format.overflow == "wrap" and not self.is_open
+
+    def limited(self, v: Lanes, total: Value) -> Value:
+        """An integer into the range of the format, where it saturates."""
+        half = 2 ** (self.width - 1)
+        for sign, limit in (("<", half - 2**self.finer), (">", -half)) if self.saturates else ():
+            bound = v.bit_constant(limit)
+            total = v.b.select(v.b.icmp_signed(sign, total, bound), total, bound)
+        return total
+
+    def in_range(self, v: Lanes, total: Value) -> Value:
+        """An integer wrapped, where the format wraps."""
+        return wrapped(v, total, self.width) if self.wraps else total
 
 
 WHOLE_ANCHOR, HALVES_ANCHOR = 1.5 * 2.0**23, 1.5 * 2.0**22  # among which float32 counts in ones, and in halves
@@ -282,30 +341,35 @@ WHOLE_ANCHOR, HALVES_ANCHOR = 1.5 * 2.0**23, 1.5 * 2.0**22  # among which float3
 class Fixed32(Int32Sums, Arithmetic):
     """Fixed formats in int32 lanes.
 
-    Products arrive in steps of the format. Toward zero: below 2^24 they are truncated exactly, above they saturate.
-    Otherwise a fused multiply-add brings the exact product among float32 numbers whose last place is a step, or half of
-    one: there the processor rounds to the nearest, or down (toward zero, from above), and the bits count the steps.
+    Products arrive in steps of their own, and are rounded to integers. Toward zero, or away from it at ties: below
+    2^24 they are truncated exactly, above they saturate. Otherwise a fused multiply-add brings the exact product among
+    float32 numbers whose last place is a step, or half of one: there the processor rounds to the nearest, or down
+    (toward zero, from above), or to odd, and the bits count the steps. Sums of finer products are rounded in their
+    units, after every step.
 
     Args:
-        acc: fixed format, and a fixed product format of the same fraction, or none where products are whole steps.
-        product_limited: some product may be out of the product format's range.
+        acc: fixed format, and a fixed product format, or none.
+        rounding: of products to steps: the product format's; without one, any where they are whole, the sums' where
+            it does not matter whether products or sums are rounded (`floor`, `half_up`), else `odd`, to quarters.
+        product_limited: some product may be out of the product format's range, or far out of that of sums.
         sum_clamped: some sum in a chunk may be out of range.
+        finer, coarser: a step is 2^−finer, or 2^coarser, of the sums' last place.
+        is_open: no sum is out of range, nor a sum of chunks, if it makes those.
         by_chunk, levels: see `Float32`.
     """
 
     acc: Accumulator
+    rounding: str
     product_limited: bool
     sum_clamped: bool = True
+    finer: int = 0
+    coarser: int = 0
+    is_open: bool = False
     by_chunk: bool = False
     levels: tuple[Merging, ...] = ()
 
     element_bytes = 4
     flushes = True
-
-    @property
-    def rounding(self) -> str:
-        """Of products."""
-        return "toward_zero" if self.acc.product is None else self.acc.rounding_of_products
 
     @property
     def toward_zero(self) -> bool:
@@ -328,28 +392,38 @@ class Fixed32(Int32Sums, Arithmetic):
         product = self.acc.product
         if isinstance(product, FixedFormat) and self.product_limited and product.overflow == "wrap":
             whole = wrapped(v, whole, product.width)
-        return self.add_whole(v, s, whole, self.sum_clamped and self.format.overflow == "saturate")
+        total = v.b.add(v.bits(s), v.b.shl(whole, v.bit_constant(self.coarser)) if self.coarser else whole)
+        if self.finer:
+            total = self.in_range(v, on_coarser_grid(v, total, self.finer, self.acc.rounding))
+        return v.from_bits(self.limited(v, total) if self.sum_clamped else total)
 
     def merge(self, v: Lanes, t: Value, s: Value, word: Value | None) -> Value:
-        return self.add_whole(v, t, v.bits(s), clamped=self.format.overflow == "saturate")
+        return v.from_bits(self.limited(v, v.b.add(v.bits(t), v.bits(s))))
 
     def _product(self, v: Lanes, x: Value, w: Value) -> Value:
         """x·w as an integer, limited where it saturates."""
-        if self.rounding == "toward_zero":
-            return v.b.fptosi(self._limited(v, v.mul(x, w), 0.0), v.bit_vector)
+        if self.rounding in BY_TRUNCATION:
+            p = self._limited(v, v.mul(x, w), 0.0)
+            if self.rounding == "nearest_away":
+                p = v.add(p, v.copy_sign(v.constant(0.5), p))
+            return v.b.fptosi(p, v.bit_vector)
         anchor = HALVES_ANCHOR if self.rounding == "half_up" else WHOLE_ANCHOR
-        counted = v.bits(self._limited(v, v.fma(x, w, v.constant(anchor)), anchor))
-        at_zero = v.bits(v.constant(anchor))
+        (found,) = v.added("odd" if self.rounding == "odd" else "own", [x], [v.constant(anchor)], w)
+        found = self._limited(v, found, anchor)
+        counted, at_zero = v.bits(found), v.bits(v.constant(anchor))
         if self.rounding == "half_up":
             return v.b.ashr(v.b.sub(counted, v.b.sub(at_zero, v.bit_constant(1))), v.bit_constant(1))
         return v.b.sub(counted, at_zero)
 
     def _limited(self, v: Lanes, x: Value, zero: float) -> Value:
         product = self.acc.product
-        if isinstance(product, FixedFormat) and self.product_limited and product.overflow == "saturate":
-            half = 2.0 ** (product.width - 1)
-            return v.clamp(x, zero - half, zero + half - 1)
-        return x
+        if not self.product_limited:
+            return x
+        if product is None:  # so far out of the range of sums that they saturate
+            far = 2.0**self.width
+            return v.clamp(x, zero - far, zero + far)
+        half = 2.0 ** (_fixed(product).width - 1)
+        return v.clamp(x, zero - half, zero + half - 1) if _fixed(product).overflow == "saturate" else x
 
 
 def _fixed(format: Format) -> FixedFormat:

@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from dataclasses import dataclass, replace
 
-from fmaq.kernels.arithmetic import Arithmetic, Merging
+from fmaq.kernels.arithmetic import Arithmetic
 from fmaq.kernels.arithmetic32 import FLOAT32_EMIN, Fixed32, Float32
 from fmaq.kernels.arithmetic64 import General64, general
-from fmaq.kernels.grids import BY_TRUNCATION
-from fmaq.kernels.levels32 import FixedLevel32, FloatLevel32, Single32
+from fmaq.kernels.choose_levels import fits_single, merging_levels
+from fmaq.kernels.grids import ON_INTEGERS, is_right_by_truncation, most_away
 from fmaq.kernels.ranges import Range
 from fmaq.kernels.rounded32 import Rounded32
 from fmaq.kernels.targets import Target
 from fmaq.kernels.whole32 import Whole32
-from fmaq.numerics import Accumulator, FixedFormat, Float32Format, FloatFormat, Format, Level
+from fmaq.numerics import Accumulator, FixedFormat, Float32Format, FloatFormat, Format
 
 Fast = Float32 | Rounded32 | Fixed32 | Whole32
 
 NORM_SLACK = 2.0**-80  # above what squares lose that are too small for float32, times norms of at most 2^40
 
 LONGEST_OBSERVED = 20  # bits of mantissa, so that a sum's last one is far above float32's
-OBSERVED_TOGETHER = 19  # of a sum and of its term, where the sum has a half unit or is an outer one
-NEAREST_TOGETHER = 20  # of a sum and of its term, so that float32's rounding before changes no rounding to the nearest
+OBSERVED_TOGETHER = 19  # of a sum and of its term, where the sum has a half unit or is rounded to the nearest
+
+GUARD_BITS = 2  # behind the last one, of a product to odd, so that rounding its sum is right
 
 MOST_GROWTH = 16.0  # by rounding, up to which bounds of chunks are worth taking
 
@@ -84,7 +84,7 @@ def _usual_bias(acc: Accumulator, depth: int) -> int:
     below: Format | Float32Format = acc.format
     for level in acc.levels:
         if isinstance(level.format, Float32Format):
-            fits = _fits_single(below, acc.underflow, depth)  # where it ends is not moved along
+            fits = fits_single(below, acc.underflow, depth)  # where it ends is not moved along
         else:
             fits = level.format.emin - shift >= FLOAT32_EMIN and level.format.emax - shift <= 127
         if acc.outer is not None and not fits:
@@ -110,8 +110,9 @@ def _choose(
     found = (_fixed if isinstance(acc.format, FixedFormat) else _float32)(acc, target, a, b, depth)
     if found is not None and is_counting:
         found = _counting(found, a, b)
-    levels = None if found is None else _levels(acc, target, found[0], depth)
-    if found is None or levels is None or (is_counting and not _see_events(acc, levels)):
+    below = acc.format if isinstance(acc.format, FloatFormat) else _narrowed(acc, a, b, depth)
+    levels = None if found is None else merging_levels(acc, below, _scale_of_sums(found[0]), depth)
+    if found is None or levels is None or (is_counting and not all(level.sees_events for level in levels)):
         return Choice(general(acc))
     arithmetic, scales, terms = found
     arithmetic = replace(arithmetic, levels=levels)
@@ -122,30 +123,34 @@ def _choose(
     return _bounded(arithmetic, scales, a, b, terms)
 
 
+def _scale_of_sums(arithmetic: Fast) -> int:
+    """Sums of chunks are passed on times 2^this."""
+    if isinstance(arithmetic, (Float32, Rounded32)):
+        return arithmetic.sum_scale
+    finer = arithmetic.finer if isinstance(arithmetic, Fixed32) else 0
+    return arithmetic.acc.format.fraction + finer  # type: ignore[union-attr]
+
+
 def _counting(found: Found, a: Range, b: Range) -> Found | None:
     """The same where `Float32` or `Rounded32` sees every event: see there."""
     arithmetic, _, terms = found
+    if not isinstance(arithmetic, (Float32, Rounded32)):
+        return None
     product, format = arithmetic.acc.product, arithmetic.acc.format
-    if not isinstance(arithmetic, (Float32, Rounded32)) or not isinstance(product, FloatFormat):
-        return None
-    arithmetic = replace(arithmetic, product_exact=False)
+    assert isinstance(format, FloatFormat)
+    if isinstance(product, FloatFormat):
+        p, m = product.significant, format.significant
+        how = "short" if m + max(m, p) <= OBSERVED_TOGETHER else "any"
+        if isinstance(arithmetic, Float32) and not format.half_unit and p <= m <= LONGEST_OBSERVED:
+            how = "truncated"
+        arithmetic = replace(arithmetic, product_exact=False, terms=how)
     scales = _scales(arithmetic, a, b)
-    p, m = product.significant, format.significant
-    is_truncated = isinstance(arithmetic, Float32) and not format.half_unit
-    is_short = p <= m <= LONGEST_OBSERVED if is_truncated else m + max(m, p) <= OBSERVED_TOGETHER
-    if scales is None or not is_short or not _constants_fit(arithmetic):
+    if scales is None or not _constants_fit(arithmetic):
         return None
-    if isinstance(arithmetic, Rounded32) and not _has_headroom(arithmetic, a, b, product.max):
+    if isinstance(arithmetic, Rounded32) and not _has_headroom(arithmetic, a, b, scales):
         return None
     is_flushed = min(a.below + scales[0], b.below + scales[1]) < FLOAT32_EMIN
     return None if is_flushed else (arithmetic, scales, terms)
-
-
-def _see_events(acc: Accumulator, levels: tuple[Merging, ...]) -> bool:
-    """Outer levels see every event of their merges."""
-    formats = [acc.format, *(level.format for level in acc.levels)] if levels else []
-    together = [x.significant + y.significant for x, y in itertools.pairwise(formats)]
-    return all(level.sees_events for level in levels) and max(together, default=0) <= OBSERVED_TOGETHER
 
 
 def _bounded(arithmetic: Fast, scales: tuple[int, int], a: Range, b: Range, terms: int) -> Choice:
@@ -158,29 +163,22 @@ def _bounded(arithmetic: Fast, scales: tuple[int, int], a: Range, b: Range, term
     span = 2.0 ** -(a.above + b.above) / growth * (1 - 2.0**-8)
     largest = acc.format.max
     if isinstance(acc.product, FixedFormat):
-        largest -= terms * _away(acc.product, acc.rounding_of_products)
+        largest -= terms * most_away(acc.product, acc.rounding_of_products)
+    if isinstance(arithmetic, Fixed32):
+        largest -= terms * most_away(acc.format, acc.rounding)
     norm_limit = max(largest * span, 0.0) ** 2 - NORM_SLACK
     product_limit = min((acc.product or acc.format).max * span, 2.0**126)
     norm_limit = min(max(norm_limit, -1.0), 2.0**126)
     return Choice(replace(arithmetic, by_chunk=True), *scales, *units, norm_limit, product_limit)
 
 
-def _away(format: Format, rounding: str) -> float:
-    """The most by which rounding can increase a magnitude: of a fixed format; of a float one, relative to it."""
-    if rounding == "toward_zero" and not format.half_unit:
-        return 0.0
-    unit = format.tiny if isinstance(format, FixedFormat) else 2.0**-format.mantissa
-    is_near = format.half_unit or rounding in ("nearest_even", "nearest_away", "half_up")
-    return unit / 2 if is_near else unit
-
-
 def _growth(acc: Accumulator, terms: int) -> float:
     """How many times as large as the exact one rounding can make a product, or a sum of `terms` of them, in floats."""
     if isinstance(acc.format, FixedFormat):
         return 1.0
-    away = _away(acc.format, acc.rounding)
+    away = most_away(acc.format, acc.rounding)
     if isinstance(acc.product, FloatFormat):
-        away = max(away, _away(acc.product, acc.rounding_of_products))
+        away = max(away, most_away(acc.product, acc.rounding_of_products))
     exponent = (terms + 1) * math.log1p(away)
     return math.exp(exponent) * (1 + 2.0**-40) if exponent < 80 else math.inf
 
@@ -211,14 +209,15 @@ def _float32(acc: Accumulator, target: Target, a: Range, b: Range, depth: int) -
     checks = (acc, is_exact, is_masked, is_clamped, is_summed_up or is_clamped)
     is_short = a.significant + b.significant <= 24
     truncates = acc.rounding == "toward_zero" and not (is_masked and acc.rounding_of_products != "toward_zero")
-    arithmetic = Float32(*checks) if truncates else Rounded32(*checks, product_short=is_short)
+    by_mask = target.name == "avx512" and acc.rounding == "nearest_away"
+    arithmetic = Float32(*checks) if truncates else Rounded32(*checks, product_short=is_short, by_mask=by_mask)
     is_right = _rounds_sums(acc) and (not is_masked or _rounds_products(acc, is_short))
     if not is_right or not _constants_fit(arithmetic):
         return None
-    if isinstance(arithmetic, Rounded32) and not _has_headroom(arithmetic, a, b, largest):
-        return None
     scales = _scales(arithmetic, a, b)
-    return None if scales is None else (arithmetic, scales, terms)
+    if scales is None or (isinstance(arithmetic, Rounded32) and not _has_headroom(arithmetic, a, b, scales)):
+        return None
+    return arithmetic, scales, terms
 
 
 def _rounds_sums(acc: Accumulator) -> bool:
@@ -234,7 +233,7 @@ def _rounds_sums(acc: Accumulator) -> bool:
     if acc.rounding == "nearest_even":
         p = acc.product.significant if isinstance(acc.product, FloatFormat) else None
         return p is not None and 1 <= p <= m <= 10
-    return _is_right_by_truncation(acc.rounding, m, acc.random_bits)
+    return is_right_by_truncation(acc.rounding, m, acc.random_bits)
 
 
 def _rounds_products(acc: Accumulator, is_short: bool) -> bool:
@@ -247,111 +246,7 @@ def _rounds_products(acc: Accumulator, is_short: bool) -> bool:
         return True
     if acc.rounding == "nearest_even":
         return rounding == "nearest_even"
-    return _is_right_by_truncation(rounding, m, acc.random_bits)
-
-
-def _is_right_by_truncation(rounding: str, mantissa: int, random_bits: int) -> bool:
-    """A number that is truncated to float32 is rounded as it would be without."""
-    if rounding == "stochastic":
-        return mantissa + random_bits <= 23
-    return rounding in BY_TRUNCATION and (rounding == "toward_zero" or mantissa <= 22)
-
-
-# --- Levels -----------------------------------------------------------------------------------------------------------
-
-
-def _levels(acc: Accumulator, target: Target, arithmetic: Fast, depth: int) -> tuple[Merging, ...] | None:
-    """The merges of sums of chunks in 32-bit lanes; None where they are not exact. None needed: they are its own."""
-    if acc.outer is None:
-        return ()
-    is_float = isinstance(arithmetic, (Float32, Rounded32))
-    scale = arithmetic.sum_scale if is_float else acc.format.fraction  # type: ignore[union-attr]
-    below: Format | Float32Format = acc.format
-    found: list[Merging] = []
-    for level in acc.levels:
-        one: Merging | None
-        if isinstance(below, FixedFormat) and below.width > 25:  # float32 does not hold its sums
-            one = None
-        elif isinstance(level.format, Float32Format):
-            one = _single(below, acc.underflow, scale, depth)
-        elif isinstance(level.format, FixedFormat):
-            one = _fixed_level(level, below, scale)
-        elif not target.fused:
-            one = None
-        else:
-            one = _float_level(level, acc.underflow, below, scale, arithmetic.toward_zero)
-        if one is None:
-            return None
-        found.append(one)
-        below, scale = level.format, level.format.fraction if isinstance(one, FixedLevel32) else one.scale  # type: ignore
-    return tuple(found)
-
-
-def _ends(format: Format | Float32Format, underflow: bool) -> tuple[int, int]:
-    """Exponents of the last bit of the smallest value, and above that of the largest."""
-    if isinstance(format, FixedFormat):
-        return -format.fraction, format.emax + 1
-    return (format.emin if underflow else FLOAT32_EMIN) - format.significant, format.emax + 1
-
-
-def _fits_single(below: Format | Float32Format, underflow: bool, depth: int) -> bool:
-    """Float32 sums of up to `depth` terms are neither subnormal nor infinite."""
-    low, high = _ends(below, underflow)
-    return low >= FLOAT32_EMIN and high + depth.bit_length() <= 127
-
-
-def _single(below: Format | Float32Format, underflow: bool, scale: int, depth: int) -> Single32 | None:
-    if not _fits_single(below, underflow, depth):
-        return None
-    low, high = _ends(below, underflow)
-    own = _nearest_scale(scale, FLOAT32_EMIN - low, 126 - high - depth.bit_length())
-    return None if own is None else Single32(scale, own)
-
-
-def _fixed_level(level: Level, below: Format | Float32Format, scale: int) -> FixedLevel32 | None:
-    """Terms are multiples of the level's unit, and fit in an int32."""
-    format = level.format
-    assert isinstance(format, FixedFormat)
-    if not isinstance(below, FixedFormat) or not 0 <= format.fraction - below.fraction <= 126:
-        return None
-    is_narrow = format.width <= 30 or format.overflow == "wrap"
-    return FixedLevel32(level, scale) if is_narrow and below.emax + format.fraction <= 30 else None
-
-
-def _float_level(
-    level: Level, underflow: bool, below: Format | Float32Format, scale: int, toward_zero: bool
-) -> FloatLevel32 | None:
-    format = level.format
-    assert isinstance(format, FloatFormat)
-    low, high = map(list, zip(_ends(format, underflow), _ends(below, underflow), strict=True))
-    is_exact = max(high) + 1 - min(low) <= 24
-    if not is_exact and not _merges_right(level, below, toward_zero):
-        return None
-    if level.rounding == "stochastic" and format.mantissa + level.random_bits > 23:
-        return None
-    smallest = format.emin if underflow else FLOAT32_EMIN
-    highest = 126 - max(high)
-    free = FLOAT32_EMIN - smallest
-    if level.rounding == "toward_zero" and _nearest_scale(scale, free, min(free, highest)) == free:
-        return FloatLevel32(level, underflow, scale, free)
-    own = _nearest_scale(scale, free + 1, highest)  # what may be rounded up to the smallest is not flushed
-    return None if own is None else FloatLevel32(level, underflow, scale, own)
-
-
-def _merges_right(level: Level, below: Format | Float32Format, toward_zero: bool) -> bool:
-    """What float32 loses of t + s cannot change its rounding; see `_rounds_sums`."""
-    m = level.format.mantissa  # type: ignore[union-attr]
-    if level.rounding == "nearest_even":  # on bits, so that it does not matter how the processor rounds
-        return m >= 1 and below.significant <= m and m + below.significant <= NEAREST_TOGETHER
-    return toward_zero and _is_right_by_truncation(level.rounding, m, level.random_bits)
-
-
-def _nearest_scale(scale: int, low: int, high: int) -> int | None:
-    """The exponent from `low` to `high` that is nearest to that of the terms; None where no power of two brings it."""
-    if low > high:
-        return None
-    own = min(max(scale, low), high)
-    return own if abs(own - scale) <= 126 and abs(own) <= 126 else None
+    return is_right_by_truncation(rounding, m, acc.random_bits)
 
 
 # --- Fixed point, and scales ------------------------------------------------------------------------------------------
@@ -359,8 +254,10 @@ def _nearest_scale(scale: int, low: int, high: int) -> int | None:
 
 def _constants_fit(arithmetic: Float32 | Rounded32) -> bool:
     """The powers of two that a step and the result are multiplied with, and the largest sum, are normal float32."""
-    lift = arithmetic.sum_scale - arithmetic.product_scale
-    is_normal = abs(lift) <= 126 and abs(arithmetic.sum_scale) <= 126
+    scales = [arithmetic.sum_scale, arithmetic.product_scale]
+    if isinstance(arithmetic, Rounded32):
+        scales.append(arithmetic.total_scale)
+    is_normal = max(scales) - min(scales) <= 125 and abs(arithmetic.sum_scale) <= 126
     return is_normal and arithmetic.acc.format.emax + arithmetic.sum_scale <= 126
 
 
@@ -368,90 +265,113 @@ def _fixed(acc: Accumulator, target: Target, a: Range, b: Range, depth: int) -> 
     """`Whole32` or `Fixed32`, where one can serve."""
     format = acc.format
     assert isinstance(format, FixedFormat)
-    first = format.fraction // 2
-    scales = (first, format.fraction - first)
-    low, high = min(a.below + scales[0], b.below + scales[1]), max(a.above + scales[0], b.above + scales[1])
-    if low < FLOAT32_EMIN or high > 60:
-        return None
+    is_open = _largest_sum(acc, a, b, depth if acc.outer is None else _terms(acc, depth)) <= format.max
     terms = _terms(acc, depth)
-    found = _whole32(acc, target, a, b, terms) or _fixed32(acc, target, a, b, terms)
-    return None if found is None else (found, scales, terms)
+    found = _whole32(acc, target, a, b, terms, is_open) or _fixed32(acc, target, a, b, terms, is_open)
+    if found is None:
+        return None
+    total = format.fraction
+    if isinstance(found, Fixed32):
+        total += found.finer - found.coarser
+    scales = (total // 2, total - total // 2)
+    low, high = min(a.below + scales[0], b.below + scales[1]), max(a.above + scales[0], b.above + scales[1])
+    return None if low < FLOAT32_EMIN or high > 60 else (found, scales, terms)
 
 
-def _whole32(acc: Accumulator, target: Target, a: Range, b: Range, terms: int) -> Whole32 | None:
+def _largest_sum(acc: Accumulator, a: Range, b: Range, terms: int) -> float:
+    """No sum of a fixed format and so many products is larger in magnitude before it is limited."""
+    largest = a.largest * b.largest
+    if isinstance(acc.product, FixedFormat):
+        largest = min(largest + most_away(acc.product, acc.rounding_of_products), -acc.product.min)
+        if acc.product.overflow == "wrap" and largest > acc.product.max:
+            largest = -acc.product.min
+    elif acc.product is not None:
+        largest = acc.product.max
+    return (largest + most_away(acc.format, acc.rounding)) * terms
+
+
+def _narrowed(acc: Accumulator, a: Range, b: Range, depth: int) -> FixedFormat:
+    """A fixed format that holds every sum of a chunk, as they are for operands of these ranges."""
+    format = acc.format
+    assert isinstance(format, FixedFormat)
+    largest = _largest_sum(acc, a, b, _terms(acc, depth)) * 2.0**format.fraction
+    width = max(2, math.frexp(largest)[1] + 1) if largest < 2.0**32 else 32
+    return replace(format, width=min(width, format.width))
+
+
+def _whole32(acc: Accumulator, target: Target, a: Range, b: Range, terms: int, is_open: bool) -> Whole32 | None:
     """Of whole operands whose products need no rounding, if 24 bits hold every sum (and one half, if it saturates)."""
     format, product = acc.format, acc.product
     assert isinstance(format, FixedFormat)
     largest = a.largest * b.largest
     if product is not None:
-        is_open = isinstance(product, FixedFormat) and product.fraction >= 0 and largest <= product.max
-        if not is_open:
+        is_unrounded = isinstance(product, FixedFormat) and product.fraction >= 0 and largest <= product.max
+        if not is_unrounded:
             return None
     if not (a.is_whole and b.is_whole and format.fraction >= 0 and target.fused):
         return None
     units, half = largest * 2.0**format.fraction, 2.0 ** (format.width - 1)
-    fits = units * terms < 2.0**24 if format.overflow == "wrap" else units + half < 2.0**23
-    return Whole32(acc, format.overflow == "saturate" and largest * terms > format.max) if fits else None
+    fits = units * terms < 2.0**24 if is_open or format.overflow == "wrap" else units + half < 2.0**23
+    may_saturate = format.overflow == "saturate" and largest * terms > format.max
+    return Whole32(acc, may_saturate, is_open) if fits else None
 
 
-def _fixed32(acc: Accumulator, target: Target, a: Range, b: Range, terms: int) -> Fixed32 | None:
-    """`Fixed32` where products fit in int32 and are rounded exactly; sums of them need no rounding."""
+def _fixed32(acc: Accumulator, target: Target, a: Range, b: Range, terms: int, is_open: bool) -> Fixed32 | None:
+    """`Fixed32` where products fit in int32 and are rounded exactly, and so do sums in units of the finer of both."""
     format, product = acc.format, acc.product
     assert isinstance(format, FixedFormat)
-    if format.overflow == "saturate" and format.width > 30:
-        return None
-    steps = a.largest * b.largest * 2.0**format.fraction
-    if isinstance(product, FixedFormat) and product.fraction == format.fraction:
-        is_limited = steps >= 2.0 ** (product.width - 1) - 1
-        most = _most_steps(acc.rounding_of_products, target)
-        fits = 2.0 ** (product.width - 1) <= most if product.overflow == "saturate" else steps + 1 < most
-    elif product is None and a.is_whole and b.is_whole and format.fraction >= 0:
-        is_limited, fits = False, steps < 2.0**24
-    else:
-        return None
-    if not fits:
-        return None
-    largest = a.largest * b.largest
+    largest, finer, coarser, is_limited = a.largest * b.largest, 0, 0, False
     if isinstance(product, FixedFormat):
-        largest = min(largest + _away(product, acc.rounding_of_products), -product.min)
-    may_saturate = format.overflow == "saturate" and largest * terms > format.max
-    is_clamped = is_limited and product is not None and product.overflow == "saturate"
-    return Fixed32(acc, is_limited, may_saturate or is_clamped)
+        finer, coarser = max(0, product.fraction - format.fraction), max(0, format.fraction - product.fraction)
+        rounding, half = acc.rounding_of_products, 2.0 ** (product.width - 1)
+        steps = largest * 2.0**product.fraction
+        is_limited = steps >= half - 1
+        most = _most_steps(rounding, target)
+        fits = half <= most if product.overflow == "saturate" else steps + 1 < most
+        fits = fits and min(steps + 1, half) * 2.0**coarser <= 2.0**30
+    elif product is not None:
+        return None
+    else:
+        rounding = acc.rounding if acc.rounding in ("floor", "half_up") else "odd"
+        if a.is_whole and b.is_whole and format.fraction >= 0:
+            rounding = "toward_zero"
+        finer = GUARD_BITS if rounding == "odd" else 0
+        steps, most = largest * 2.0 ** (format.fraction + finer), _most_steps(rounding, target)
+        is_limited = steps + 1 >= most
+        fits = not is_limited or (format.overflow == "saturate" and 2.0 ** (format.width + finer) < most)
+    if finer:
+        fits = fits and acc.rounding in ON_INTEGERS and format.width + finer <= 30
+    if not fits or (format.overflow == "saturate" and format.width > 30 and not is_open):
+        return None
+    may_saturate = format.overflow == "saturate" and _largest_sum(acc, a, b, terms) > format.max
+    is_clamped = is_limited and (product or format).overflow == "saturate"
+    return Fixed32(acc, rounding, is_limited, may_saturate or is_clamped, finer, coarser, is_open)
 
 
 def _most_steps(rounding: str, target: Target) -> float:
     """Up to how many steps `Fixed32` rounds products exactly."""
     if rounding == "toward_zero":
         return 2.0**24
-    if rounding in ("nearest_even", "floor") and target.fused:
+    if rounding == "nearest_away" or (rounding in ("nearest_even", "floor", "odd") and target.fused):
         return 2.0**22
     return 2.0**21 if rounding == "half_up" and target.fused else 0.0
 
 
-def _has_headroom(arithmetic: Rounded32, a: Range, b: Range, largest: float) -> bool:
-    """Products, sums with a product of up to `largest`, and what they are rounded with, are finite."""
+def _has_headroom(arithmetic: Rounded32, a: Range, b: Range, scales: tuple[int, int]) -> bool:
+    """Products, sums, and what they are rounded with, are finite."""
+    of_product, of_sum = arithmetic.headroom
     product = a.above + b.above + arithmetic.product_scale
-    total = math.frexp(max(largest, arithmetic.acc.format.max))[1] + 1 + arithmetic.sum_scale
-    return max(product, total) + arithmetic.headroom <= 126
+    term = product + arithmetic.total_scale - arithmetic.product_scale
+    total = max(term, arithmetic.acc.format.emax + 1 + arithmetic.total_scale) + 1
+    is_finite = max(product + of_product, b.above + scales[1] + of_product, total + of_sum) <= 126
+    return is_finite and arithmetic.acc.format.emax + 1 + arithmetic.sum_scale <= 126
 
 
 def _scales(arithmetic: Float32 | Rounded32, a: Range, b: Range) -> tuple[int, int] | None:
     """Exponents that A and B are multiplied with, which add up to the product's; None if float32 cannot hold them."""
     total = arithmetic.product_scale
-    if arithmetic.product_exact:
-        return _exact_scales(total, a, b)
-    return (_balanced_scales if isinstance(arithmetic, Rounded32) else _flushing_scales)(total, a, b)
-
-
-def _balanced_scales(total: int, a: Range, b: Range) -> tuple[int, int] | None:
-    """Exponents that add up to `total` and bring both operands' largest magnitudes to about the same.
-
-    An operand that is flushed on the way has products far below 2, which are flushed too, if the others are no larger
-    than 2^64.
-    """
-    top = total + a.above + b.above
-    a_exponent = top // 2 - a.above
-    return _normal(a_exponent, total - a_exponent) if -200 <= top <= 126 else None
+    flushing = None if arithmetic.product_exact or arithmetic.acc.product is None else _flushing_scales(total, a, b)
+    return flushing or _exact_scales(total, a, b)
 
 
 def _flushing_scales(total: int, a: Range, b: Range) -> tuple[int, int] | None:

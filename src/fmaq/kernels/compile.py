@@ -17,6 +17,7 @@ from fmaq.kernels.targets import Target
 def _initialize() -> None:
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
+    llvm.initialize_native_asmparser()  # reads `Lanes.added`
 
 
 def _triple(target: Target) -> str:

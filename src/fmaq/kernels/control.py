@@ -7,14 +7,22 @@ from llvmlite import ir
 from fmaq.kernels.ir_blocks import I32, I64, POINTER
 from fmaq.kernels.targets import Target
 
-# x86 MXCSR: exceptions masked; rounding toward zero; flush results to zero and take subnormal operands as zero.
+ROUNDINGS = ("nearest", "down", "up", "zero")
+
+# x86 MXCSR: exceptions masked; rounding; flush results to zero and take subnormal operands as zero.
 MXCSR_DEFAULT = 0x1F80
-MXCSR_TOWARD_ZERO = 0x6000
+MXCSR_ROUNDING = {name: code << 13 for code, name in enumerate(ROUNDINGS)}
 MXCSR_FLUSH = 0x8000 | 0x0040
-# AArch64 FPCR: rounding mode 3 is toward zero; FZ flushes operands and results.
-FPCR_DEFAULT = 0
-FPCR_TOWARD_ZERO = 3 << 22
+# AArch64 FPCR: FZ flushes operands and results.
+FPCR_ROUNDING = {name: code << 22 for code, name in enumerate(("nearest", "up", "down", "zero"))}
 FPCR_FLUSH = 1 << 24
+
+
+def control_bits(target: Target, rounding: str, flushes: bool) -> int:
+    """The control register that rounds so, and flushes subnormal numbers or not."""
+    if target.control == "mxcsr":
+        return MXCSR_DEFAULT | MXCSR_ROUNDING[rounding] | (MXCSR_FLUSH if flushes else 0)
+    return FPCR_ROUNDING[rounding] | (FPCR_FLUSH if flushes else 0)
 
 
 class FloatControl:
@@ -22,6 +30,7 @@ class FloatControl:
 
     def __init__(self, builder: ir.IRBuilder, target: Target) -> None:
         self.b = builder
+        self.target = target
         self.is_x86 = target.control == "mxcsr"
         if self.is_x86:
             self.slot = builder.alloca(I32)
@@ -32,12 +41,11 @@ class FloatControl:
 
     def set(self, toward_zero: bool = False, flushes: bool = False) -> None:
         """Round to the nearest or toward zero, and flush subnormal numbers or not."""
+        bits = control_bits(self.target, "zero" if toward_zero else "nearest", flushes)
         if self.is_x86:
-            bits = MXCSR_DEFAULT | (MXCSR_TOWARD_ZERO if toward_zero else 0) | (MXCSR_FLUSH if flushes else 0)
             self.b.store(ir.Constant(I32, bits), self.slot)
             self._load(self.slot)
         else:
-            bits = FPCR_DEFAULT | (FPCR_TOWARD_ZERO if toward_zero else 0) | (FPCR_FLUSH if flushes else 0)
             self._set_fpcr(ir.Constant(I64, bits))
 
     def restore(self) -> None:

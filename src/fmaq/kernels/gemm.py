@@ -77,7 +77,8 @@ class Gemm:
         return function, ir.IRBuilder(function.append_basic_block("entry"))
 
     def _lanes(self, b: ir.IRBuilder) -> Lanes:
-        return Lanes(b, self.target, self.arithmetic.element_bytes)
+        rounding = "zero" if self.arithmetic.toward_zero else "nearest"
+        return Lanes(b, self.target, self.arithmetic.element_bytes, rounding, self.arithmetic.flushes)
 
     # --- The register tile ------------------------------------------------------------------------------------------
 
@@ -159,7 +160,8 @@ class Gemm:
         if not self.arithmetic.levels:
             return sums
         below = self.arithmetic if level == 1 else self.arithmetic.levels[level - 2]
-        return [below.passed(v, s) for s in sums]
+        passed = below.passed_whole if self.arithmetic.levels[level - 1].takes_whole else below.passed
+        return [passed(v, s) for s in sums]
 
     # What a step and a merge do to all cells; `events` and `histograms` carry counters along.
 
@@ -191,7 +193,7 @@ class Gemm:
         words: list[Value | None],
         counted: list[Value],
     ) -> list[Value]:
-        return [merging.merge(v, t, s, word) for t, s, word in zip(totals, sums, words, strict=True)]
+        return merging.merge_all(v, totals, sums, words)
 
     def _store_counters(self, v: Lanes, counted: list[Value]) -> None:
         pass
@@ -315,6 +317,10 @@ class Gemm:
         height = i64(self.tile.rows)
         control = FloatControl(b, self.target)
         control.set()
+        keeps_subnormal = self.arithmetic.merging[-1].may_be_subnormal
+
+        def set_control() -> None:
+            control.set(self.arithmetic.toward_zero, self.arithmetic.flushes)
 
         def one_task(t: Value, previous: list[Value]) -> list[Value]:
             group = b.sdiv(t, panels)
@@ -334,7 +340,7 @@ class Gemm:
                     b.call(pack_columns, [array, panel, column_bounds, table, batch, column])
             c = element(b, parameters.pointer("c"), b.mul(batch, parameters["c_batch"]), F32)
             left = _smaller(b, b.sub(rows, row), block_rows)
-            control.set(self.arithmetic.toward_zero, self.arithmetic.flushes)
+            set_control()
 
             def one_tile(i: Value) -> None:
                 at = b.mul(i, height)
@@ -342,7 +348,11 @@ class Gemm:
                     b.call(draw_words, [array, words, batch, b.add(row, at), column])
                 a = element(b, block, b.mul(at, depth), F32)
                 bounds = element(b, row_bounds, b.mul(b.mul(i, parameters["chunks"]), i64(2)), F32)
+                if keeps_subnormal:
+                    set_control()
                 b.call(tile, [a, panel, buffer, words, counters, depth, bounds, column_bounds, *limits])
+                if keeps_subnormal:
+                    control.set()
                 target = element(b, c, b.mul(b.add(row, at), c_row), F32)
                 b.call(store, [buffer, target, table, c_row, _smaller(b, b.sub(left, at), height), c_scale])
 

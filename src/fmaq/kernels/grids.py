@@ -9,9 +9,26 @@ from __future__ import annotations
 
 from fmaq.kernels.ir_blocks import Value
 from fmaq.kernels.lanes import Lanes
-from fmaq.numerics import FloatFormat
+from fmaq.numerics import FixedFormat, FloatFormat, Format
 
 BY_TRUNCATION = ("toward_zero", "nearest_away")
+ON_INTEGERS = ("toward_zero", "nearest_even", "nearest_away", "half_up", "floor")  # `on_coarser_grid` rounds so
+
+
+def is_right_by_truncation(rounding: str, mantissa: int, random_bits: int) -> bool:
+    """A number that is truncated to float32 is rounded as it would be without."""
+    if rounding == "stochastic":
+        return mantissa + random_bits <= 23
+    return rounding in BY_TRUNCATION and (rounding == "toward_zero" or mantissa <= 22)
+
+
+def most_away(format: Format, rounding: str) -> float:
+    """The most by which rounding can increase a magnitude: of a fixed format; of a float one, relative to it."""
+    if rounding == "toward_zero" and not format.half_unit:
+        return 0.0
+    unit = format.tiny if isinstance(format, FixedFormat) else 2.0**-format.mantissa
+    is_near = format.half_unit or rounding in ("nearest_even", "nearest_away", "half_up")
+    return unit / 2 if is_near else unit
 
 
 def on_float_grid(v: Lanes, x: Value, format: FloatFormat, rounding: str) -> Value:
@@ -73,3 +90,26 @@ def on_whole_grid(v: Lanes, units: Value, rounding: str) -> Value:
     else:
         raise NotImplementedError(f"no kernel rounds {rounding}")
     return v.add(whole, b.select(away, v.copy_sign(v.constant(1.0), units), v.constant(0.0)))
+
+
+def on_coarser_grid(v: Lanes, whole: Value, finer: int, rounding: str) -> Value:
+    """An integer to a multiple of 2^finer."""
+    if finer == 0:
+        return whole
+    b, half, below, one = v.b, 1 << (finer - 1), (1 << finer) - 1, v.bit_constant(1)
+    sign = b.ashr(whole, v.bit_constant(31))
+    match rounding:
+        case "floor":
+            pass
+        case "toward_zero":
+            whole = b.add(whole, b.and_(sign, v.bit_constant(below)))
+        case "half_up":
+            whole = b.add(whole, v.bit_constant(half))
+        case "nearest_away":
+            whole = b.add(whole, b.add(sign, v.bit_constant(half)))
+        case "nearest_even":
+            last = b.and_(b.lshr(whole, v.bit_constant(finer)), one)
+            whole = b.add(whole, b.add(last, v.bit_constant(half - 1)))
+        case _:
+            raise NotImplementedError(f"no kernel rounds integers {rounding}")
+    return b.and_(whole, v.bit_constant(-1 << finer))

@@ -10,7 +10,7 @@ from llvmlite import ir
 from fmaq.kernels.arithmetic import Arithmetic
 from fmaq.kernels.arithmetic64 import General64
 from fmaq.kernels.gemm import Gemm
-from fmaq.kernels.ir_blocks import I1, I32, I64, POINTER, Value, element, i32, i64
+from fmaq.kernels.ir_blocks import I64, Value, element, i32, i64, load
 from fmaq.kernels.lanes import Lanes
 
 LOWEST = -160  # the exponent of the second bin, which also counts smaller ones; the first bin counts zeros
@@ -56,11 +56,7 @@ class HistogramGemm(Gemm):
         is_zero = b.fcmp_ordered("==", x, v.constant(0.0))
         bin = b.add(b.select(is_zero, v.bit_constant(0), above), v.bit_constant(first_bin))
         lanes = ir.Constant(v.bit_vector, [i64(lane) for lane in range(v.count)])
-        place = element(b, self._counters_at, b.add(b.mul(bin, v.bit_constant(v.count)), lanes), I64)
-        place.type = ir.VectorType(POINTER, v.count)  # llvmlite gives a scalar's type
-        every, aligned = ir.Constant(v.mask, [ir.Constant(I1, 1)] * v.count), i32(8)
-        types = [place.type, I32, v.mask]
-        gather = v.declare(f"llvm.masked.gather.v{v.count}i64.v{v.count}p0", v.bit_vector, [*types, v.bit_vector])
-        scatter = v.declare(f"llvm.masked.scatter.v{v.count}i64.v{v.count}p0", ir.VoidType(), [v.bit_vector, *types])
-        before = b.call(gather, [place, aligned, every, v.bit_constant(0)])
-        b.call(scatter, [b.add(before, v.bit_constant(1)), place, aligned, every])
+        index = b.add(b.mul(bin, v.bit_constant(v.count)), lanes)
+        for lane in range(v.count):  # one by one: gathering and scattering takes twice as long
+            place = element(b, self._counters_at, b.extract_element(index, i32(lane)), I64)
+            b.store(b.add(load(b, self._counters_at, b.extract_element(index, i32(lane)), I64), i64(1)), place)

@@ -10,17 +10,40 @@ import struct
 
 from llvmlite import ir
 
+from fmaq.kernels.control import ROUNDINGS, control_bits
 from fmaq.kernels.ir_blocks import F32, F64, I1, I32, I64, Value
 from fmaq.kernels.targets import Target
 from fmaq.numerics import random
 
+# How a processor whose instructions do not say how they round adds, between two settings of its control register: one
+# instruction that sets it, s += t, s += t·lift, and the kind of register.
+SWITCHED = {
+    "avx2": ("vldmxcsr (${})", "vaddps ${1}, ${0}, ${0}", "vfmadd231ps ${2}, ${1}, ${0}", "x"),
+    "sse2": ("ldmxcsr (${})", "addps ${1}, ${0}", "", "x"),
+    "neon": ("msr FPCR, ${}", "fadd ${0}.4s, ${0}.4s, ${1}.4s", "fmla ${0}.4s, ${1}.4s, ${2}.4s", "w"),
+}
+SWITCHED_AT_ONCE = 6  # sums, so that they and their terms fit in 16 registers
+
 
 class Lanes:
-    """Builds vector instructions of one element type on a target."""
+    """Builds vector instructions of one element type on a target.
 
-    def __init__(self, builder: ir.IRBuilder, target: Target, element_bytes: int) -> None:
+    Args:
+        rounding, flushes: what the processor is set to meanwhile, where `added` is called.
+    """
+
+    def __init__(
+        self,
+        builder: ir.IRBuilder,
+        target: Target,
+        element_bytes: int,
+        rounding: str = "nearest",
+        flushes: bool = False,
+    ) -> None:
         self.b = builder
         self.target = target
+        self.rounding = rounding
+        self.flushes = flushes
         self.is_double = element_bytes == 8
         self.count = target.lanes(element_bytes)
         self.element = F64 if self.is_double else F32
@@ -84,26 +107,61 @@ class Lanes:
         """x·y + z, rounded once."""
         return self._call("llvm.fma", x, y, z)
 
-    def add_to_nearest(self, x: Value, y: Value) -> Value:
-        """x + y of float32 lanes to the nearest, ties to even, however the processor rounds.
+    def added(self, rounding: str, terms: list[Value], sums: list[Value], lift: float | Value = 1.0) -> list[Value]:
+        """term·lift + sum of float32 lanes, rounded once, however the processor rounds.
 
-        Elsewhere than on AVX-512, in float64 lanes: only a sum of terms more than 53 places apart is not exact there,
-        and it lies next to the larger one, which float32 holds.
+        Args:
+            rounding: one of `control.ROUNDINGS`; "odd": to the one of both neighbours whose last bit is 1, unless it
+                is exact, which makes any rounding to 22 bits or less that follows right; "own": the processor's.
+            lift: a power of two, or any numbers where the target has a fused multiply-add; 1 adds alone.
         """
+        lift = self.constant(lift) if isinstance(lift, float) and lift != 1.0 else lift
+        if lift != 1.0 and not self.target.fused:
+            terms, lift = [self.mul(term, lift) for term in terms], 1.0
+        if rounding == "odd":
+            pairs = (self.added(direction, terms, sums, lift) for direction in ("down", "up"))
+            return [self._odd_one(*pair) for pair in zip(*pairs, strict=True)]
+        if rounding in ("own", self.rounding):
+            if lift == 1.0:
+                return [self.add(*pair) for pair in zip(sums, terms, strict=True)]
+            return [self.fma(term, lift, total) for term, total in zip(terms, sums, strict=True)]
         if self.target.name == "avx512":
+            return [self._embedded(rounding, *pair, lift) for pair in zip(terms, sums, strict=True)]
+        found = []
+        for first in range(0, len(terms), SWITCHED_AT_ONCE):
+            of = slice(first, first + SWITCHED_AT_ONCE)
+            found += self._switched(rounding, terms[of], sums[of], lift)
+        return found
+
+    def _odd_one(self, down: Value, up: Value) -> Value:
+        is_odd = self.b.trunc(self.bits(down), self.mask)
+        return self.b.select(is_odd, down, up)
+
+    def _embedded(self, rounding: str, term: Value, total: Value, lift: float | Value) -> Value:
+        """AVX-512's instructions say how they round."""
+        code = I32(8 | ROUNDINGS.index(rounding))
+        if lift == 1.0:
             add = self.declare("llvm.x86.avx512.add.ps.512", self.vector, [self.vector, self.vector, I32])
-            to_nearest_without_exceptions = 8
-            return self.b.call(add, [x, y, I32(to_nearest_without_exceptions)])
-        wide, words = ir.VectorType(F64, self.count), ir.VectorType(I64, self.count)
+            return self.b.call(add, [term, total, code])
+        fma = self.declare("llvm.x86.avx512.vfmadd.ps.512", self.vector, [*[self.vector] * 3, I32])
+        return self.b.call(fma, [term, lift, total, code])
 
-        def word(value: int) -> Value:
-            return ir.Constant(words, [ir.Constant(I64, value)] * self.count)
-
-        dropped = 52 - 23
-        bits = self.b.bitcast(self.b.fadd(self.b.fpext(x, wide), self.b.fpext(y, wide)), words)
-        last = self.b.and_(self.b.lshr(bits, word(dropped)), word(1))
-        rounded = self.b.and_(self.b.add(self.b.add(bits, word((1 << (dropped - 1)) - 1)), last), word(-1 << dropped))
-        return self.b.fptrunc(self.b.bitcast(rounded, wide), self.vector)
+    def _switched(self, rounding: str, terms: list[Value], sums: list[Value], lift: float | Value) -> list[Value]:
+        """The processor is set to another rounding and back around all of the additions, in one piece of assembly."""
+        count, is_x86 = len(terms), self.target.control == "mxcsr"
+        words = [control_bits(self.target, how, self.flushes) for how in (rounding, self.rounding)]
+        registers = [self._in_memory(f"mxcsr{word}", I32(word)) if is_x86 else I64(word) for word in words]
+        vectors = [*sums, *terms, terms[0] if lift == 1.0 else lift]
+        set_control, add, fma, kind = SWITCHED[self.target.name]
+        # Operands: results, then sums, which are the same registers, terms, the power of two, control registers.
+        lines = [(add if lift == 1.0 else fma).format(i, 2 * count + i, 3 * count) for i in range(count)]
+        first, last = (set_control.format(3 * count + 1 + i) for i in range(2))
+        constraints = [*[f"={kind}"] * count, *map(str, range(count)), *[kind] * (count + 1), "r", "r"]
+        result = ir.LiteralStructType([self.vector] * count) if count > 1 else self.vector
+        operands = [*vectors, *registers]
+        signature = ir.FunctionType(result, [value.type for value in operands])
+        found = self.b.asm(signature, "\\0A".join([first, *lines, last]), ",".join(constraints), operands, False)
+        return [self.b.extract_value(found, i) for i in range(count)] if count > 1 else [found]
 
     def magnitude(self, x: Value) -> Value:
         """|x|."""
@@ -163,6 +221,10 @@ class Lanes:
         """All bits set where the sign is, none elsewhere: −1 or 0."""
         return self.b.ashr(self.bits(x), self.bit_constant(self.integer.width - 1))
 
+    def leading_bit(self, x: Value) -> Value:
+        """x without its mantissa."""
+        return self.keep_bits(x, self.mantissa)
+
     def keep_bits(self, x: Value, dropped: int) -> Value:
         """x without its lowest bits."""
         if dropped == 0:
@@ -174,11 +236,15 @@ class Lanes:
 
     def _from_memory(self, name: str, value: Value) -> Value:
         """A constant that LLVM cannot see through: of an AND with one it makes a blend, which has a single port."""
+        return self.b.load(self._in_memory(name, value), typ=value.type)
+
+    def _in_memory(self, name: str, value: Value) -> Value:
+        """The address of a number that the module has once."""
         place = self.b.module.globals.get(name)
         if place is None:
             place = ir.GlobalVariable(self.b.module, value.type, name)
             place.initializer = value
-        return self.b.load(place, typ=value.type)
+        return place
 
     # Random words (see numerics.random).
 

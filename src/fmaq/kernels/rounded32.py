@@ -9,8 +9,11 @@ Products and sums may be rounded each in its own way.
 * Ties away from zero: the processor rounds toward zero. One is added to the first bit that is dropped.
 * Stochastic: likewise. Random bits are added to those behind the last that is kept.
 
-Operands are scaled so that a format's smallest magnitude is 2: a number is flushed by one test, of its highest exponent
-bit.
+What is below a format's smallest magnitude is flushed once it is rounded: by a multiplication with a power of two that
+brings the smallest to float32's, below which the processor flushes. Before it, products and sums are in scales where
+the smallest is larger, so that what is rounded up to it is not flushed on the way. The multiplication brings a product
+into the scale in which it is added; a fused multiply-add brings sums back into that. Where the AND that rounds takes a
+mask (AVX-512), a test of exponent bits flushes instead, and sums stay where they are.
 """
 
 from __future__ import annotations
@@ -20,15 +23,22 @@ from dataclasses import dataclass, replace
 from llvmlite import ir
 
 from fmaq.kernels.arithmetic import Arithmetic, Merging
-from fmaq.kernels.arithmetic32 import is_beyond, nowhere, observed_sum, sum_events
+from fmaq.kernels.arithmetic32 import (
+    FLOAT32_EMIN,
+    clamp,
+    is_beyond,
+    nowhere,
+    observed_product_sum,
+    observed_sum,
+    sum_events,
+    truncated,
+)
 from fmaq.kernels.grids import on_float_grid
 from fmaq.kernels.ir_blocks import Value
 from fmaq.kernels.lanes import Lanes
 from fmaq.numerics import Accumulator, FloatFormat, Format
 
-FLOAT32_EMIN = -126
-EXPONENT_BITS = -1 << 23  # with the sign
-HIGHEST_EXPONENT_BIT = 1 << 30
+FROM_TWICE_THE_SMALLEST = 0x7F << 24  # bits of which float32's magnitudes from 2^−125 on have one
 
 
 @dataclass(frozen=True)
@@ -36,8 +46,10 @@ class Rounded32(Arithmetic):
     """Float formats; checks that operands make needless are left out.
 
     Args:
+        by_mask: flush by a test of bits.
         product_short: float32 holds every x·w, so that it can be rounded however the processor rounds.
-        acc, product_exact, product_masked, product_clamped, sum_clamped, by_chunk, levels: as those of `Float32`.
+        acc, product_exact, product_masked, product_clamped, sum_clamped, by_chunk, levels, is_clean, terms: as those
+            of `Float32`.
     """
 
     acc: Accumulator
@@ -48,6 +60,9 @@ class Rounded32(Arithmetic):
     by_chunk: bool = False
     levels: tuple[Merging, ...] = ()
     product_short: bool = False
+    by_mask: bool = False
+    is_clean: bool = False
+    terms: str = "any"
 
     element_bytes = 4
     flushes = True
@@ -62,78 +77,104 @@ class Rounded32(Arithmetic):
     def unclamped(self) -> Rounded32:
         return replace(self, product_clamped=False, sum_clamped=False, by_chunk=False)
 
-    def _scale(self, format: FloatFormat) -> int:
-        """The exponent that brings the format's smallest magnitude to 2."""
-        return 1 - (format.emin if self.acc.underflow else FLOAT32_EMIN)
+    def looking(self) -> Rounded32:
+        return replace(super().looking(), is_clean=True)
+
+    def _scale(self, format: Format | None) -> int:
+        """The exponent that brings the format's smallest magnitude to where the processor flushes what is below."""
+        return FLOAT32_EMIN - (_float(format).emin if self.acc.underflow else FLOAT32_EMIN)
 
     @property
     def sum_scale(self) -> int:
         """Sums are held times 2^this."""
-        return self._scale(_float(self.acc.format))
+        return self._scale(self.acc.format) + self.by_mask
+
+    @property
+    def total_scale(self) -> int:
+        """Sums are rounded times 2^this."""
+        lowest = self._scale(self.acc.format) + 1
+        return lowest if self.product_exact or self.by_mask else max(lowest, self._scale(self.acc.product))
 
     @property
     def product_scale(self) -> int:
         """x·w arrives times 2^this."""
-        if self.product_exact or self.acc.product is None:
-            return self.sum_scale
-        return self._scale(_float(self.acc.product))
+        return self.total_scale if self.product_exact else self._scale(self.acc.product) + self._is_rounded_up
 
     @property
-    def headroom(self) -> int:
-        """Places above a product, or a sum, that the powers of two for rounding take."""
-        mantissas = [_float(self.acc.format).mantissa]
-        if self.product_masked:
-            mantissas.append(_float(self.acc.product).mantissa)
-        return 24 - min(mantissas)
+    def _register_scale(self) -> int:
+        """Products are added times 2^this."""
+        return self._scale(self.acc.product) + (self.by_mask and self._is_rounded_up)
+
+    @property
+    def _is_rounded_up(self) -> bool:
+        """Products may be rounded up to the smallest."""
+        return self.product_masked and self.acc.rounding_of_products != "toward_zero"
+
+    @property
+    def _product_limit(self) -> float:
+        return _float(self.acc.product).max * 2.0**self.product_scale
+
+    @property
+    def _sum_limit(self) -> float:
+        return _float(self.acc.format).max * 2.0**self.total_scale
+
+    @property
+    def headroom(self) -> tuple[int, int]:
+        """Places above a product, and above a sum, that the powers of two for rounding take."""
+        of_product = 24 - _float(self.acc.product).mantissa if self.is_anchored else 0
+        return of_product, 24 - _float(self.acc.format).mantissa if self.acc.rounding == "nearest_even" else 0
+
+    @property
+    def is_anchored(self) -> bool:
+        """Products are rounded by the processor."""
+        return self.product_masked and self.acc.rounding_of_products == "nearest_even" and not self.product_short
 
     def step(self, v: Lanes, x: Value, w: Value, s: Value, word: Value | None) -> Value:
-        if self.product_exact:
-            return self._sum(v, v.fma(x, w, s), self.sum_clamped, word)
-        p = self._in_register(v, self._product(v, x, w, word))
-        return self._sum(v, self._total(v, p, s), self.sum_clamped, word)
+        return self._held(v, self._sum(v, self._total(v, x, w, s, word), self.sum_clamped, word))
 
     def merge(self, v: Lanes, t: Value, s: Value, word: Value | None) -> Value:
-        return self._sum(v, v.add(t, s), clamped=True, word=word)
+        return self._held(v, self._sum(v, v.add(self._raised(v, t), self._raised(v, s)), True, word))
 
     def overflowing_step(self, v: Lanes, x: Value, w: Value, s: Value, word: Value | None) -> tuple[Value, Value]:
-        if self.product_exact:
-            return self._limited_sum(v, v.fma(x, w, s), self.sum_clamped, word)
-        p, of_product = self._product(v, x, w, word), nowhere(v)
-        if self.product_clamped:
-            of_product = is_beyond(v, p, _float(self.acc.product).max * 2.0**self.product_scale)
-        after, of_sum = self._limited_sum(v, self._total(v, self._in_register(v, p), s), self.sum_clamped, word)
-        return after, v.b.or_(of_product, of_sum)
+        after, of_sum = self._limited_sum(v, self._total(v, x, w, s, word), self.sum_clamped, word)
+        if not self.product_clamped:
+            return after, of_sum
+        return after, v.b.or_(is_beyond(v, self._product(v, x, w, word), self._product_limit), of_sum)
 
     def overflowing_merge(self, v: Lanes, t: Value, s: Value, word: Value | None) -> tuple[Value, Value]:
-        return self._limited_sum(v, v.add(t, s), clamped=True, word=word)
+        return self._limited_sum(v, v.add(self._raised(v, t), self._raised(v, s)), True, word)
+
+    def _limited_sum(self, v: Lanes, total: Value, clamped: bool, word: Value | None) -> tuple[Value, Value]:
+        """The sum in its register, and in which lanes it overflows."""
+        rounded = self._sum(v, total, False, word)
+        if not clamped:
+            return self._held(v, rounded), nowhere(v)
+        return self._held(v, clamp(v, rounded, self._sum_limit)), is_beyond(v, rounded, self._sum_limit)
 
     # Events: see `Float32`.
 
     def observed_step(self, v: Lanes, x: Value, w: Value, s: Value, word: Value | None) -> tuple[Value, list[Value]]:
-        zero, overflows = v.constant(0.0), nowhere(v)
-        p = self._product(v, x, w, word)
+        zero, overflows, before = v.constant(0.0), nowhere(v), self._raised(v, s)
+        total = self._total(v, x, w, s, word)
+        rounded = self._raised(v, self._held(v, self._sum(v, total, False, word)))
+        limit = self._sum_limit if self.sum_clamped else None
+        if self.product_exact:
+            after, masks = observed_product_sum(v, x, w, before, total, rounded, limit)
+            return self._held(v, after), masks
         if self.product_clamped:
-            overflows = is_beyond(v, p, _float(self.acc.product).max * 2.0**self.product_scale)
-        p = self._in_register(v, p)
-        if self._is_anchored:
-            p = _kept(v, p)
+            overflows = is_beyond(v, self._product(v, x, w, word), self._product_limit)
+        p = self._in_register(v, self._product(v, x, w, word))
         is_term = v.b.and_(v.b.fcmp_unordered("!=", x, zero), v.b.fcmp_unordered("!=", w, zero))
-        lift = 2.0 ** (self.sum_scale - self.product_scale)
-        after, masks = self._observed_sum(v, p, lift, s, self.sum_clamped, word)
-        return after, [overflows, is_term, *masks]
+        lift = 2.0 ** (self.total_scale - self._register_scale)
+        after, masks = observed_sum(v, p, lift, before, total, rounded, limit, self.terms)
+        return self._held(v, after), [overflows, is_term, *masks]
 
     def observed_merge(self, v: Lanes, t: Value, s: Value, word: Value | None) -> tuple[Value, list[Value]]:
-        after, masks = self._observed_sum(v, s, 1.0, t, clamped=True, word=word)
-        return after, [nowhere(v), nowhere(v), *masks]
-
-    def _observed_sum(
-        self, v: Lanes, p: Value, lift: float, s: Value, clamped: bool, word: Value | None
-    ) -> tuple[Value, list[Value]]:
-        """p·lift + s in its register, and masks."""
-        total = v.fma(p, v.constant(lift), s)
-        rounded = _kept(v, self._rounded_sum(v, total, word))
-        limit = _float(self.acc.format).max * 2.0**self.sum_scale if clamped else None
-        return observed_sum(v, p, lift, s, total, rounded, limit, is_truncated=False)
+        before, p = self._raised(v, t), self._raised(v, s)
+        total = v.add(before, p)
+        rounded = self._raised(v, self._held(v, self._sum(v, total, False, word)))
+        after, masks = observed_sum(v, p, 1.0, before, total, rounded, self._sum_limit, self.terms)
+        return self._held(v, after), [nowhere(v), nowhere(v), *masks]
 
     def events(self, b: ir.IRBuilder, masks: list[Value]) -> list[Value]:
         return sum_events(b, masks)
@@ -141,23 +182,35 @@ class Rounded32(Arithmetic):
     def finish(self, v: Lanes, total: Value) -> Value:
         return v.mul(total, v.constant(2.0**-self.sum_scale))
 
-    def _total(self, v: Lanes, p: Value, s: Value) -> Value:
-        """p + s of what `_in_register` leaves of a product, or s where it is to be flushed."""
-        lift = v.constant(2.0 ** (self.sum_scale - self.product_scale))
-        if self._is_anchored:
-            return v.b.select(_is_kept(v, p), v.fma(p, lift, s), s)
-        return v.fma(p, lift, s)
+    def _raised(self, v: Lanes, s: Value) -> Value:
+        """A sum as it is rounded."""
+        return s if self.by_mask else v.mul(s, v.constant(2.0 ** (self.total_scale - self.sum_scale)))
 
-    @property
-    def _is_anchored(self) -> bool:
-        """Products are rounded by the processor."""
-        return self.product_masked and self.acc.rounding_of_products == "nearest_even" and not self.product_short
+    def _held(self, v: Lanes, rounded: Value) -> Value:
+        """A rounded sum as it is held, flushed on the way."""
+        return (
+            _kept(v, rounded)
+            if self.by_mask
+            else v.mul(rounded, v.constant(2.0 ** (self.sum_scale - self.total_scale)))
+        )
+
+    def _total(self, v: Lanes, x: Value, w: Value, s: Value, word: Value | None) -> Value:
+        """s and the product in its register, before the sum is rounded."""
+        if self.product_exact:
+            return v.fma(x, w, self._raised(v, s))
+        p = self._in_register(v, self._product(v, x, w, word))
+        lift = self.total_scale - self._register_scale
+        if lift == 0 and not self.by_mask:
+            return v.fma(s, v.constant(2.0 ** (self.total_scale - self.sum_scale)), p)
+        return v.fma(p, v.constant(2.0**lift), self._raised(v, s))
 
     def _in_register(self, v: Lanes, p: Value) -> Value:
-        """A product on its grid, limited, and flushed unless `_total` does that."""
-        if not self._is_anchored:
-            p = _kept(v, p)
-        return _clamp(v, p, _float(self.acc.product), self.product_scale) if self.product_clamped else p
+        """A product on its grid, limited, and flushed."""
+        if self.product_clamped:
+            p = clamp(v, p, self._product_limit)
+        if not self._is_rounded_up:
+            return p
+        return _kept(v, p) if self.by_mask else v.mul(p, v.constant(0.5))
 
     def _product(self, v: Lanes, x: Value, w: Value, word: Value | None) -> Value:
         """The product on its grid, neither limited nor flushed yet."""
@@ -167,47 +220,35 @@ class Rounded32(Arithmetic):
             return v.mul(x, w)
         if rounding == "stochastic":
             return _add_bits(v, v.mul(x, w), _moved(v, word, 16, dropped, self.acc.random_bits), dropped)
-        if self._is_anchored:
-            anchor = _leading_bit(v, v.mul(v.mul(w, v.constant(2.0**dropped)), x))
+        if rounding == "toward_zero":
+            return truncated(v, v.mul(x, w), format, self.is_clean)
+        if self.is_anchored:
+            anchor = v.leading_bit(v.mul(v.mul(w, v.constant(2.0**dropped)), x))
             return v.sub(v.fma(x, w, anchor), anchor)
         return on_float_grid(v, v.mul(x, w), format, rounding)
 
     def _sum(self, v: Lanes, total: Value, clamped: bool, word: Value | None) -> Value:
-        total, format = self._rounded_sum(v, total, word), _float(self.acc.format)
-        if not clamped:
-            return _kept(v, total)
-        if self.acc.rounding == "nearest_even":
-            return _kept(v, _clamp(v, total, format, self.sum_scale))
-        return _clamp(v, _kept(v, total), format, self.sum_scale)
-
-    def _rounded_sum(self, v: Lanes, total: Value, word: Value | None) -> Value:
-        """On the grid, neither limited nor flushed yet."""
+        """On the grid, limited, not flushed yet."""
         format, rounding = _float(self.acc.format), self.acc.rounding
         dropped = 23 - format.mantissa
         if rounding == "stochastic":
-            return _add_bits(v, total, _moved(v, word, 32, dropped, self.acc.random_bits), dropped)
-        if rounding == "nearest_even":
-            leading, up = _leading_bit(v, total), 2.0**dropped
-            return v.fma(leading, v.constant(-up), v.fma(leading, v.constant(up), total))
-        return on_float_grid(v, total, format, rounding)
-
-    def _limited_sum(self, v: Lanes, total: Value, clamped: bool, word: Value | None) -> tuple[Value, Value]:
-        """The sum in its register, and in which lanes it overflows."""
-        after = self._sum(v, total, clamped, word)
-        if not clamped:
-            return after, nowhere(v)
-        limit = _float(self.acc.format).max * 2.0**self.sum_scale
-        return after, is_beyond(v, self._rounded_sum(v, total, word), limit)
+            bits = _moved(v, word, 32, dropped, self.acc.random_bits)
+            total = _add_bits(v, total, bits, dropped)
+        elif rounding == "nearest_even":
+            leading, up = v.leading_bit(total), 2.0**dropped
+            total = v.fma(leading, v.constant(-up), v.fma(leading, v.constant(up), total))
+        else:
+            total = (
+                truncated(v, total, format, self.is_clean)
+                if rounding == "toward_zero"
+                else on_float_grid(v, total, format, rounding)
+            )
+        return clamp(v, total, self._sum_limit) if clamped else total
 
 
 def _float(format: Format | None) -> FloatFormat:
     assert isinstance(format, FloatFormat)
     return format
-
-
-def _leading_bit(v: Lanes, x: Value) -> Value:
-    """x without its mantissa."""
-    return v.from_bits(v.b.and_(v.bits(x), v.bit_constant(EXPONENT_BITS)))
 
 
 def _moved(v: Lanes, word: Value, end: int, dropped: int, random_bits: int) -> Value:
@@ -223,16 +264,7 @@ def _add_bits(v: Lanes, x: Value, bits: Value, dropped: int) -> Value:
     return v.keep_bits(v.from_bits(v.b.add(v.bits(x), bits)), dropped)
 
 
-def _is_kept(v: Lanes, x: Value) -> Value:
-    """Which lanes are not below 2 in magnitude."""
-    return v.b.icmp_unsigned("!=", v.b.and_(v.bits(x), v.bit_constant(HIGHEST_EXPONENT_BIT)), v.bit_constant(0))
-
-
 def _kept(v: Lanes, x: Value) -> Value:
-    """x, flushed below 2: by the AND that rounded it, if one did."""
-    return v.b.select(_is_kept(v, x), x, v.constant(0.0))
-
-
-def _clamp(v: Lanes, x: Value, format: FloatFormat, scale: int) -> Value:
-    limit = format.max * 2.0**scale
-    return v.clamp(x, -limit, limit)
+    """x, flushed below 2^−125: by the AND that rounded it, if one did."""
+    bits = v.b.and_(v.bits(x), v.bit_constant(FROM_TWICE_THE_SMALLEST))
+    return v.b.select(v.b.icmp_unsigned("!=", bits, v.bit_constant(0)), x, v.constant(0.0))

@@ -25,12 +25,14 @@ class Whole32(Arithmetic):
     Args:
         acc: fixed format; no product is rounded or out of its format's range.
         sum_clamped: some sum in a chunk may be out of range.
+        is_open: no sum is out of range, nor a sum of chunks, if it makes those.
         by_chunk: whether it may is known better for a tile and a chunk.
         levels: see `Arithmetic`.
     """
 
     acc: Accumulator
     sum_clamped: bool = True
+    is_open: bool = False
     by_chunk: bool = False
     levels: tuple[Merging, ...] = ()
 
@@ -50,7 +52,7 @@ class Whole32(Arithmetic):
 
     @property
     def _saturates(self) -> bool:
-        return self._format.overflow == "saturate"
+        return self._format.overflow == "saturate" and not self.is_open
 
     @property
     def unclamped(self) -> Whole32:
@@ -72,14 +74,21 @@ class Whole32(Arithmetic):
         if self._saturates:
             units = v.sub(total, v.constant(HALF))
         else:
-            units = to_nearest(v, wrapped(v, v.bits(total), self._format.width), self._format.width)
+            units = to_nearest(v, self._in_range(v, v.bits(total)), self._format.width)
         return v.mul(units, v.constant(self._format.tiny))
 
     def passed(self, v: Lanes, total: Value) -> Value:
         """In units."""
         if self._saturates:
             return v.sub(total, v.constant(HALF))
-        return v.b.sitofp(wrapped(v, v.b.fptosi(total, v.bit_vector), self._format.width), v.vector)
+        return total if self.is_open else v.b.sitofp(self.passed_whole(v, total), v.vector)
+
+    def passed_whole(self, v: Lanes, total: Value) -> Value:
+        units = v.sub(total, v.constant(HALF)) if self._saturates else total
+        return self._in_range(v, v.b.fptosi(units, v.bit_vector))
+
+    def _in_range(self, v: Lanes, whole: Value) -> Value:
+        return whole if self.is_open or self._saturates else wrapped(v, whole, self._format.width)
 
     def _limited(self, v: Lanes, x: Value) -> Value:
         limit = 2.0 ** (self._format.width - 1) - HALF

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.resources
 from typing import Any
 
-from fmaq.report.tables import cells, headings, words
+from fmaq.report.tables import cells, headings, lines, name_of, words
 from fmaq.training.record import Record, show
 
 KINDS = {
@@ -55,7 +55,7 @@ def render(record: Record, plot: str) -> str:
         headings=headings(record),
         words=words(record),
         baseline=cells(record, record.baseline),
-        rows=[(cells(record, row), bool(row.tuned and row.parsed)) for row in record.rows],
+        rows=lines(record),
         facts=_facts(record),
         schedules=_schedules(record),
     )
@@ -68,7 +68,12 @@ def _facts(record: Record) -> list[tuple[str, str]]:
     for row in record.rows:
         if row.tuned and row.parsed:
             before, after = row.metrics[metric], row.after(record.stages - 1, metric)
-            facts.append((f"{row.bits} bits, fine-tuned", f"{show(metric, before)} → {show(metric, after)}"))
+            facts.append(
+                (
+                    f"{row.bits} bits, {f'{row.series}, ' if row.series else ''}fine-tuned",
+                    f"{show(metric, before)} → {show(metric, after)}",
+                )
+            )
     best = record.best
     if best is not None:
         shown = [show(metric, row.metrics[metric]) for row in (record.before(best), best) if row is not None]
@@ -78,13 +83,13 @@ def _facts(record: Record) -> list[tuple[str, str]]:
 
 def _schedules(record: Record) -> list[dict[str, str]]:
     """A line for each stage of each fine-tuning."""
-    lines = []
+    found = []
     for row in record.rows:
         for index, stage in enumerate(row.tuned["stages"] if row.tuned else []):
             plan = stage["stage"]
-            lines.append(
+            found.append(
                 {
-                    "accumulator": str(row.parsed.format) if row.parsed else "float32",
+                    "accumulator": name_of(row.parsed),
                     "stage": str(index + 1),
                     "underflow": _underflow(plan),
                     "epochs": str(plan["epochs"]),
@@ -94,7 +99,7 @@ def _schedules(record: Record) -> list[dict[str, str]]:
                     "target": show(record.metric, stage["metrics"].get(record.metric)),
                 }
             )
-    return lines
+    return found
 
 
 def _underflow(plan: dict[str, Any]) -> str:

@@ -19,9 +19,10 @@ if TYPE_CHECKING:
 INK = "#1c1e21"
 """Text and axes; in the page's SVG it becomes the page's own text colour."""
 MUTED = "#7c828a"
-COLOURS = ("#3b6fb6", "#d1622b", "#3f8f5f", "#8a5aa8")
-"""Zero-shot, and the stages; told apart also by their markers."""
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")
+"""Of Okabe and Ito's, which colour-blind people tell apart; lines and points differ in their markers, too."""
 MARKERS = ("o", "^", "D", "s")
+STROKES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (5, 1, 1, 1)))
 
 
 def rc_style() -> dict[Any, Any]:
@@ -31,19 +32,26 @@ def rc_style() -> dict[Any, Any]:
 
 
 def draw(record: Record) -> Figure:
-    """The figure: a column for each accumulator, widest first; a line for each format of weights and activations."""
+    """The figure: a column for each accumulator, widest first; a line for each format of weights and activations.
+
+    Where kinds of accumulators are compared, a column for each width and a line for each kind.
+    """
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     with rc_context(rc_style()):
-        columns = list(dict.fromkeys(row.accumulator for row in record.rows))
+        compared = [row for row in record.rows if row.series == record.series[0]] if record.series else record.rows
+        columns = list(dict.fromkeys(row.accumulator for row in compared))
         figure = Figure(figsize=(max(6.4, 0.78 * len(columns) + 1.6), 3.9), layout="constrained")
         axes = figure.add_subplot()
         scale = 100 if record.metric in PERCENT else 1
         base = record.baseline.metrics[record.metric] * scale
         axes.axhline(base, color=MUTED, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
-        _lines(axes, record, columns, scale)
-        _stages(axes, record, columns, scale)
+        if record.series:
+            _series(axes, record, [row.bits for row in compared], scale)
+        else:
+            _lines(axes, record, columns, scale)
+            _stages(axes, record, columns, scale)
         _dress(axes, record, accumulator_labels(columns), base)
         figure.canvas.draw_idle()
     return figure
@@ -52,11 +60,19 @@ def draw(record: Record) -> Figure:
 def accumulator_labels(accumulators: list[str]) -> list[str]:
     """What stands below each column: the format without its bias, or more where that does not tell columns apart."""
     parsed = [None if name == "fp32" else Accumulator.parse(name) for name in accumulators]
-    short = ["float32" if acc is None else str(acc.format).partition("b")[0] for acc in parsed]
+    short = ["float32" if acc is None else _unbiased(acc.format) for acc in parsed]
     biased = ["float32" if acc is None else str(acc.format) for acc in parsed]
+    levels = [
+        name if acc is None or acc.outer is None else f"{name}\nouter {_unbiased(acc.outer)}"
+        for name, acc in zip(short, parsed, strict=True)
+    ]
     full = ["float32" if acc is None else "\n".join(str(acc).split()) for acc in parsed]
-    names = next((n for n in (short, biased) if len(set(n)) == len(n)), full)
+    names = next((n for n in (short, biased, levels) if len(set(n)) == len(n)), full)
     return [f"{name}\n{32 if acc is None else acc.bits} bits" for name, acc in zip(names, parsed, strict=True)]
+
+
+def _unbiased(described: Any) -> str:
+    return re.sub(r"(E\d+)b-?\d+", r"\1", str(described))
 
 
 def _value(row: Row, metric: str, scale: float) -> float:
@@ -80,6 +96,29 @@ def _lines(axes: Axes, record: Record, columns: list[str], scale: float) -> None
         axes.plot(x, y, label=name, linewidth=1.6, linestyle="-" if falling else "none", zorder=3, **look)
 
 
+def _series(axes: Axes, record: Record, columns: list[int], scale: float) -> None:
+    """A line for each kind of accumulator, from wide to narrow, and an arrow to what fine-tuning reached."""
+    for index, name in enumerate(record.series):
+        rows = [row for row in record.rows if row.series == name]
+        look: dict[str, Any] = {"color": COLOURS[index % 4], "marker": MARKERS[index % 4], "zorder": 4}
+        x, y = [columns.index(row.bits) for row in rows], [_value(row, record.metric, scale) for row in rows]
+        axes.plot(x, y, label=name, linewidth=1.8, linestyle=STROKES[index % 4], markersize=5.5, **look)
+        for row, place, start in zip(rows, x, y, strict=True):
+            last = row.after(record.stages - 1, record.metric) if row.tuned else None
+            if last is not None:
+                shifted = place + 0.14 * (index - (len(record.series) - 1) / 2)
+                _arrow(axes, shifted, start, last * scale)
+                axes.plot([shifted], [last * scale], markersize=8, markerfacecolor="none", markeredgewidth=1.6, **look)
+    if record.stages:
+        hollow: dict[str, Any] = {"markerfacecolor": "none", "markersize": 8, "linestyle": "none"}
+        axes.plot([], [], label="the same, fine-tuned", color=MUTED, marker="o", **hollow)
+
+
+def _arrow(axes: Axes, x: float, start: float, end: float) -> None:
+    arrow = {"arrowstyle": "-|>", "color": MUTED, "linewidth": 1, "shrinkA": 5, "shrinkB": 7}
+    axes.annotate("", xy=(x, end), xytext=(x, start), arrowprops=arrow, zorder=2)
+
+
 def _stages(axes: Axes, record: Record, columns: list[str], scale: float) -> None:
     """Fine-tuned accumulators: a thin line up from the zero-shot point, and a marker for each stage."""
     for stage in range(record.stages):
@@ -97,9 +136,7 @@ def _stages(axes: Axes, record: Record, columns: list[str], scale: float) -> Non
     for row in record.rows:
         last = row.after(record.stages - 1, record.metric) if row.tuned and row.parsed else None
         if last is not None:
-            x, start = columns.index(row.accumulator), _value(row, record.metric, scale)
-            arrow = {"arrowstyle": "-|>", "color": MUTED, "linewidth": 1, "shrinkA": 5, "shrinkB": 7}
-            axes.annotate("", xy=(x, last * scale), xytext=(x, start), arrowprops=arrow, zorder=2)
+            _arrow(axes, columns.index(row.accumulator), _value(row, record.metric, scale), last * scale)
 
 
 def _dress(axes: Axes, record: Record, labels: list[str], base: float) -> None:
@@ -120,8 +157,8 @@ def _dress(axes: Axes, record: Record, labels: list[str], base: float) -> None:
         axes.spines[side].set_visible(False)
     axes.tick_params(axis="y", length=0)
     text = f"float32 network: {shown}"
-    place = {"xy": (1, base), "xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
-    axes.annotate(text, xytext=(0, 4), ha="right", va="bottom", color=MUTED, fontsize=8.5, **place)  # type: ignore[arg-type]
+    place = {"xy": (0, base), "xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
+    axes.annotate(text, xytext=(0, 4), ha="left", va="bottom", color=MUTED, fontsize=8.5, **place)  # type: ignore[arg-type]
     axes.legend(frameon=False, loc="best", fontsize=9)
 
 

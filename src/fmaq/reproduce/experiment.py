@@ -10,7 +10,7 @@ An experiment of trainings with every key it may have:
     task, model, data: ...                   # as in a recipe, see fmaq.training.recipe
     policy: {weight: M4E3, activation: M4E3} # of every cell; the grid gives the accumulator and the estimator
     pretrain: {stages: ..., batch_size: 64}  # in float32, once a seed; cells start there, else from random weights
-    schedules:                               # by name; each as a recipe's `finetune`
+    schedules:                               # by name; each as a recipe's `finetune`, `calibrate` too
       from scratch: {stages: [{epochs: 3, learning_rate: 1e-3}]}
     grid:                                    # blocks, each the product of its lists
       - {accumulators: [fp32, M7E4b10 product=M7E4b12], estimators: [identity], seeds: [0, 1, 2]}
@@ -45,6 +45,7 @@ from pydantic import AfterValidator, Field, model_validator
 from fmaq.emulation.policy import FP32
 from fmaq.numerics import Accumulator
 from fmaq.numerics.reference import ESTIMATORS
+from fmaq.report.tables import name_of
 from fmaq.training.explain import RecipeError, read_yaml
 from fmaq.training.recipe import (
     Accumulators,
@@ -102,7 +103,7 @@ class Cell:
     @property
     def label(self) -> str:
         """In words."""
-        how = "float32" if self.parsed is None else f"{self.parsed.format} {self.estimator}"
+        how = "float32" if self.parsed is None else f"{name_of(self.parsed)} {self.estimator}"
         return f"{how}, {self.variant}, seed {self.seed}"
 
 

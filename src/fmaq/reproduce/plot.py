@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from fmaq.emulation.policy import FP32
 from fmaq.numerics import Accumulator
 from fmaq.report.plot import INK, MUTED, accumulator_labels, rc_style
+from fmaq.report.tables import name_of
 from fmaq.reproduce.results import Key, Results, Spread
 from fmaq.reproduce.tables import NAMES, series, series_names
 from fmaq.training.record import PERCENT
@@ -57,7 +58,7 @@ def _panels(results: Results) -> list[_Panel]:
         variants = list(dict.fromkeys(cell.variant for cell in emulated))
         estimators = list(dict.fromkeys(cell.estimator for cell in emulated))
         pairs = [(acc, estimator) for acc in accumulators for estimator in estimators]
-        names = [f"{Accumulator.parse(acc).format}{f', {e}' if len(estimators) > 1 else ''}" for acc, e in pairs]
+        names = [f"{name_of(Accumulator.parse(acc))}{f', {e}' if len(estimators) > 1 else ''}" for acc, e in pairs]
         keys = [[(acc, estimator, variant) for variant in variants] for acc, estimator in pairs]
         return [_Panel("", variants, names, keys, results.variants_are)]
     pairs = [pair for pair in series(results) if any(_is_of(cell, pair) for cell in emulated)]

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from fmaq.emulation.policy import FP32
 from fmaq.numerics import Accumulator
+from fmaq.report.tables import name_of, products_of
 from fmaq.reproduce.results import Key, Results, Spread
 from fmaq.training.files import write_text
 from fmaq.training.record import show
@@ -98,7 +99,7 @@ def _accumulator(name: str) -> list[str]:
     if name == FP32:
         return ["float32", "32", "float32"]
     acc = Accumulator.parse(name)
-    return [str(acc.format), str(acc.bits), "exact" if acc.product is None else str(acc.product)]
+    return [name_of(acc), str(acc.bits), products_of(acc)]
 
 
 def rich_tables(results: Results) -> list[Table]:

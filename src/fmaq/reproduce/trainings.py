@@ -20,8 +20,8 @@ from fmaq.training.explain import RecipeError
 from fmaq.training.loop import finetune
 from fmaq.training.models import build_model
 from fmaq.training.progress import Bars
-from fmaq.training.recipe import load_policy
-from fmaq.training.run import check_globs
+from fmaq.training.recipe import CalibrateRecipe, load_policy
+from fmaq.training.run import calibrated, check_globs
 from fmaq.training.schedule import Schedule
 from fmaq.training.tasks import TASKS, Task
 
@@ -62,12 +62,16 @@ class Trainings:
             Interrupted: a signal came; the same call goes on from the checkpoint.
         """
         policy = self.policy.replace(accumulator=cell.accumulator, estimator=cell.estimator)
-        schedule = self.experiment.schedules[cell.variant].schedule()
+        plan = self.experiment.schedules[cell.variant]
+        schedule = plan.schedule()
         model, start = self._start(cell.seed)
-        folder = self.folder / "cells" / folder_name(cell.label, self._identity(start, policy, schedule))
+        folder = (
+            self.folder / "cells" / folder_name(cell.label, self._identity(start, policy, schedule, plan.calibrate))
+        )
         if (kept := CellResult.kept(folder)) is not None:
             return kept, True
         self._pretrain(model, cell.seed, start)
+        policy = calibrated(model, policy, self.train, self.experiment.data.batch_size, plan.calibrate)
         result = CellResult(cell, {}, commit=commit)
         try:
             found = self._finetune(model, policy, schedule, cell.seed, folder)
@@ -86,10 +90,13 @@ class Trainings:
         model, _ = build_model(self.experiment.model, self.experiment.task)
         return model, digest(model.state_dict())
 
-    def _identity(self, start: str, policy: Policy, schedule: Schedule) -> dict[str, Any]:
+    def _identity(
+        self, start: str, policy: Policy, schedule: Schedule, plan: CalibrateRecipe | None = None
+    ) -> dict[str, Any]:
         """All that decides a training's result, but the code."""
         before = self.experiment.pretrain
-        return {
+        chosen = {} if plan is None else {"calibrate": plan.model_dump()}
+        return chosen | {
             "start": start,
             "pretrain": None if before is None else before.schedule().identity(),
             "task": self.experiment.task,

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from fmaq.analysis.calibration import Per, calibrate, check_choices
 from fmaq.emulation import Policy, detach
-from fmaq.training.examples import Examples, Pairs, Windows, as_examples
 from fmaq.training.explain import RecipeError
 from fmaq.training.policies import all_policies, emulates, is_template, nothing_emulated, operands_of, quantizes
 from fmaq.training.progress import Bars
 from fmaq.training.recipe import Recipe
 from fmaq.training.record import Record, Row
-from fmaq.training.run import Prepared, Say, line, prepare
+from fmaq.training.run import Prepared, Say, batches_of, line, prepare
 
 
 def run_calibrate(
@@ -87,19 +86,6 @@ def training_inputs(ready: Prepared, batches: int) -> list[Any]:
     if ready.train is None:
         raise RecipeError("this recipe cannot be calibrated: its data have no training examples; give data.train")
     return batches_of(ready.train, ready.recipe.data.batch_size, batches)
-
-
-def batches_of(data: Any, size: int, count: int) -> list[Any]:
-    """The inputs of the first batches of examples, windows or pairs."""
-    data = as_examples(data)
-    if isinstance(data, Mapping):  # of a task of its own: the pairs among what it takes
-        data = next((value for value in data.values() if isinstance(value, Pairs)), data)
-    if not isinstance(data, Examples | Windows | Pairs):
-        raise RecipeError(f"examples, windows or pairs are needed, and the data are {type(data).__name__}")
-    slices = [slice(i * size, (i + 1) * size) for i in range(count) if i * size < len(data)]
-    if isinstance(data, Pairs):
-        return [{name: tensor[part] for name, tensor in data.inputs.items()} for part in slices]
-    return [data.batch(part)[0] for part in slices]
 
 
 def _file_name(policy: Policy) -> str:

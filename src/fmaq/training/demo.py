@@ -1,12 +1,15 @@
-"""The demo: digits in float32, then FP8 with ever smaller accumulators, then dual-stage fine-tuning of two of them.
+"""The demo: digits in float32, then FP8 with ever smaller accumulators of three kinds, then dual-stage fine-tuning.
 
-Biases follow the paper's rule from a product bias for each number of exponent bits (arXiv 2401.14110, section 3):
-b_acc = b_prod − ½·log2(chunk). The two accumulators to fine-tune are chosen from what was measured; as a control, the
-same schedule also runs with float32 sums, so that more training is not mistaken for recovery.
+The kinds are truncation, as in the paper; half-unit formats, whose truncation is rounding to the nearest; and half-unit
+formats with a wider one that adds up the chunks. All have the biases of the paper's rule (arXiv 2401.14110, section 3),
+from a product bias for each number of exponent bits: b_acc = b_prod − ½·log2(chunk). What to fine-tune is chosen from
+what was measured; as a control, the same schedule also runs with float32 sums, so that more training is not mistaken
+for recovery.
 """
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -31,8 +34,11 @@ FP8 = "M4E3"
 CHUNK = 16
 PRODUCT_BIAS = {5: 16, 4: 12, 3: 7}
 """By exponent bits: fewer exponents leave less room below, so the range moves up to keep the largest sums."""
-LADDER = ("M10E5", "M8E5", "M7E4", "M6E4", "M5E4", "M5E3", "M4E3", "M3E3", "M2E3")
-"""16, 14, 12, 11, 10, 9, 8, 7 and 6 bits."""
+LADDER = ("M10E5", "M8E5", "M7E4", "M6E4", "M5E4", "M5E3", "M4E3", "M3E3", "M2E3", "M1E3")
+"""16, 14, 12, 11, 10, 9, 8, 7, 6 and 5 bits."""
+OUTER = "M10E5"
+KINDS = {"truncated": ("", False), "half-unit": ("h", False), f"half-unit, chunks added in {OUTER}": ("h", True)}
+"""What each kind adds to a format's name, and whether chunks are added in `OUTER`."""
 
 FLOAT32 = Schedule((Stage(epochs=12, learning_rate=3e-3),), weight_decay=1e-2)
 DUAL = Schedule.dual(epochs=(8, 4), learning_rates=(2e-3, 5e-4))
@@ -40,26 +46,35 @@ QUICK_FLOAT32 = Schedule((Stage(epochs=3, learning_rate=3e-3),), weight_decay=1e
 QUICK_DUAL = Schedule.dual(epochs=(1, 1), learning_rates=(2e-3, 5e-4))
 CHANCE = 0.1
 NOTES = [
-    "Fine-tuned: the two accumulators that lost most, of those still above twice chance; and, as a control, "
+    "Truncated: toward zero, as in the paper. Half-unit: half a unit of the last place is implied, so that to drop "
+    f"bits is to round to the nearest. Chunks of {CHUNK} products are added in the same format, or in the one named.",
+    f"All have the paper's biases: products as listed, sums b_acc = b_prod − ½·log2({CHUNK}). None is calibrated.",
+    "Fine-tuned: of each kind the accumulator that lost most, of those still above twice chance; and, as a control, "
     "float32 sums by the same schedule, which shows what more training alone does.",
-    f"Biases: products as listed, sums by the paper's rule, b_acc = b_prod − ½·log2({CHUNK}).",
 ]
 
 
-def ladder() -> list[Accumulator]:
-    """The accumulators that are tried, widest first."""
-    accumulators = []
+def ladder() -> list[tuple[str, Accumulator]]:
+    """The accumulators that are tried, widest first, and the kind that each is of."""
+    found = []
     for name in LADDER:
-        bias = PRODUCT_BIAS[int(name[-1])]
-        accumulators.append(Accumulator(f"{name}b{paper_bias(bias, CHUNK)}", product=f"{name}b{bias}", chunk=CHUNK))
-    return accumulators
+        product, outer = (PRODUCT_BIAS[int(format[-1])] for format in (name, OUTER))
+        for kind, (suffix, has_outer) in KINDS.items():
+            accumulator = Accumulator(
+                f"{name}b{paper_bias(product, CHUNK)}{suffix}",
+                product=f"{name}b{product}{suffix}",
+                chunk=CHUNK,
+                outer=f"{OUTER}b{paper_bias(outer, CHUNK)}" if has_outer else None,
+            )
+            found.append((kind, accumulator))
+    return found
 
 
-def choose(record: Record, count: int = 2) -> list[Row]:
-    """The rows to fine-tune: those that lost most, of those still twice as good as chance; widest first."""
-    able = [row for row in record.rows if row.accumulator != "fp32" and row.metrics["accuracy"] > 2 * CHANCE]
-    worst = sorted(able, key=lambda row: row.metrics["accuracy"])[:count]
-    return [row for row in record.rows if row in worst]
+def choose(record: Record) -> list[Row]:
+    """The rows to fine-tune: of each kind the one that lost most, of those still twice as good as chance."""
+    able = [row for row in record.rows if row.series and row.metrics["accuracy"] > 2 * CHANCE]
+    of_kinds = ([row for row in able if row.series == kind] for kind in record.series)
+    return [min(rows, key=lambda row: row.metrics["accuracy"]) for rows in of_kinds if rows]
 
 
 def run_demo(
@@ -77,9 +92,9 @@ def run_demo(
         seed: of the weights and of the order of the examples.
         say: told one line a step of the way.
         schedule: of each fine-tuning, in place of the demo's own.
-        quick: fewer epochs and one accumulator to fine-tune, to see that everything runs.
+        quick: fewer epochs, to see that everything runs.
     Returns:
-        The record: the float32 baseline, then a row for each accumulator, two of them fine-tuned, and the control.
+        The record: the float32 baseline, the control, then a row for each accumulator, one of each kind fine-tuned.
     """
     schedule = schedule or (QUICK_DUAL if quick else DUAL)
     train, test = digits()
@@ -88,27 +103,24 @@ def run_demo(
         say(f"{len(train):,} training and {len(test)} test images of digits, 8×8; seed {seed}")
         model, record = _float32(train, test, output, seed, bars, QUICK_FLOAT32 if quick else FLOAT32)
         if quick:
-            record.notes = [
-                *record.notes,
-                "Quick form: fewer epochs than the demo's, and one accumulator to fine-tune.",
-            ]
+            record.notes = [*record.notes, "Quick form: fewer epochs than the demo's."]
         start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         say(f"float32: accuracy {_accuracy(record.baseline.metrics)}")
         _zero_shot(record, model, test, bars, say)
         record.save(output / "demo.json")
-        for row in [record.rows[0], *choose(record, 1 if quick else 2)]:
+        for row in [record.rows[0], *choose(record)]:
             detach(model)
             model.load_state_dict(start)
-            folder = output / ("control" if row.accumulator == "fp32" else f"{row.bits}-bit")
+            name = f"{row.series}, {row.bits} bits" if row.series else "control, float32 sums"
             epochs = " + ".join(str(stage.epochs) for stage in schedule.stages)
-            say(f"fine-tuning {row.accumulator}{' as a control' if row.accumulator == 'fp32' else ''}: {epochs} epochs")
+            say(f"fine-tuning {name}: {epochs} epochs")
             result = finetune(
                 model,
                 _policy(row.accumulator),
                 train,
                 test,
                 schedule,
-                output=folder,
+                output=output / re.sub(r"\W+", "-", name),
                 resume=False,
                 seed=seed,
                 progress=bars,
@@ -145,10 +157,10 @@ def _float32(
 
 
 def _zero_shot(record: Record, model: ResidualCNN, test: Examples, bars: Bars, say: Callable[[str], None]) -> None:
-    for accumulator in ("fp32", *(str(acc) for acc in ladder())):
+    for kind, accumulator in [(None, "fp32"), *((kind, str(acc)) for kind, acc in ladder())]:
         metrics, seconds = _measure(model, accumulator, test, bars)
-        record.rows.append(Row(FP8, accumulator, metrics, seconds))
-        say(f"{record.rows[-1].bits:>2} bits zero-shot: accuracy {_accuracy(metrics):>8}  {accumulator}")
+        record.rows.append(row := Row(FP8, accumulator, metrics, seconds, series=kind))
+        say(f"{row.bits:>2} bits zero-shot: accuracy {_accuracy(metrics):>8}  {kind or 'float32 sums'}")
 
 
 def _measure(model: ResidualCNN, accumulator: str, test: Examples, bars: Bars) -> tuple[Metrics, float]:

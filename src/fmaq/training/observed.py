@@ -7,11 +7,10 @@ import torch
 from fmaq.analysis.calibration import call
 from fmaq.analysis.observation import STEPS, Observed, observe
 from fmaq.emulation import attach, detach
-from fmaq.training.calibrated import batches_of
 from fmaq.training.explain import RecipeError
 from fmaq.training.policies import emulating_policy
 from fmaq.training.recipe import Recipe
-from fmaq.training.run import prepare
+from fmaq.training.run import batches_of, prepare
 from fmaq.training.tasks import telling_of_the_batch
 
 

@@ -8,7 +8,7 @@ anything, there is one: `policy` as it is.
 - `fmaq observe`, `analyze`, `finetune` and `hardware model` run one: `policy`, or where that emulates nothing, the
   first of `accumulators` that does; in the first of `operands`.
 - `-a` takes the place of the accumulator of `policy` (of all its entries) and of `accumulators`.
-- `--policy FILE` takes the place of `policy`, `accumulators` and `operands`.
+- `--policy FILE` takes the place of `policy`, `accumulators` and `operands`, and of `finetune.calibrate`.
 """
 
 from __future__ import annotations

@@ -34,6 +34,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from fmaq.analysis.calibration import Per, Ranges
 from fmaq.emulation import Policy
 from fmaq.emulation.policy import FP32
 from fmaq.numerics import Accumulator
@@ -340,9 +341,30 @@ class Augmentation(Strict):
     """Pad by this many zeros a side, then crop to the old size at a random place."""
 
 
-class FinetuneRecipe(Strict):
-    """The schedule: `stages`, or the dual stages of arXiv 2401.14110, `without_underflow` then `with_underflow`."""
+class CalibrateRecipe(Strict):
+    """What `fmaq.calibrate` chooses on training examples before the first stage; the keys are its arguments."""
 
+    per: Per = "channel"
+    batches: int = Field(2, ge=1)
+    """Of training examples, of the data's batch size."""
+    rule: Literal["trial", "maximum"] = "trial"
+    gain: bool = True
+    """With gains, and shifts of means where they pay."""
+    chunks: list[Annotated[int, Field(ge=1)]] = []
+    ranges: Ranges = "static"
+
+    def how(self) -> dict[str, Any]:
+        """The arguments of `fmaq.calibrate` but the batches."""
+        return self.model_dump(exclude={"batches"}) | {"shift": self.gain}
+
+
+class FinetuneRecipe(Strict):
+    """The schedule: `stages`, or the dual stages of arXiv 2401.14110, `without_underflow` then `with_underflow`.
+
+    With `calibrate`, the policy's biases, offsets, gains and ranges are chosen first, and stay what they are.
+    """
+
+    calibrate: CalibrateRecipe | None = None
     stages: list[StageRecipe] | None = None
     without_underflow: StageRecipe | None = None
     with_underflow: StageRecipe | None = None
@@ -368,7 +390,7 @@ class FinetuneRecipe(Strict):
         else:
             pair = ((self.without_underflow, False), (self.with_underflow, True))
             parts = [stage.model_dump() | {"underflow": underflow} for stage, underflow in pair if stage is not None]
-        rest = self.model_dump(exclude={"stages", "without_underflow", "with_underflow", "augmentation"})
+        rest = self.model_dump(exclude={"calibrate", "stages", "without_underflow", "with_underflow", "augmentation"})
         return Schedule(
             stages=tuple(Stage(**part) for part in parts),
             flip=self.augmentation.flip,

@@ -40,6 +40,8 @@ class Row:
         tuned: what fine-tuning reached, as `FinetuneResult.to_mapping`.
         chosen: how calibration chose the accumulator's ranges, "per channel" say; None: it is as it was given.
         policy: name of the file, beside the record, with the policy that was measured, where it has one of its own.
+        series: what the accumulator is one of, where a run compares kinds of accumulators width by width: a column of
+            its table and a line of its plot.
     """
 
     operands: str
@@ -49,6 +51,7 @@ class Row:
     tuned: dict[str, Any] | None = None
     chosen: str | None = None
     policy: str | None = None
+    series: str | None = None
 
     @property
     def parsed(self) -> Accumulator | None:
@@ -84,6 +87,11 @@ class Record:
     def metric(self) -> str:
         """The name of the most telling metric, the first."""
         return next(iter(self.baseline.metrics))
+
+    @property
+    def series(self) -> list[str]:
+        """The kinds of accumulators that the run compares width by width; none, where it just lists accumulators."""
+        return list(dict.fromkeys(row.series for row in self.rows if row.series))
 
     @property
     def is_calibrated(self) -> bool:
@@ -139,11 +147,13 @@ class Record:
         after = [(stage, name) for stage in range(self.stages) for name in metrics]
         tuned_names = [f"{name} after stage {stage + 1}" for stage, name in after]
         ranges = ["ranges"] if self.is_calibrated else []
-        writer.writerow(["operands", "accumulator", "bits", *ranges, *metrics, *tuned_names, "seconds"])
+        series = ["series"] if self.series else []
+        writer.writerow(["operands", "accumulator", "bits", *series, *ranges, *metrics, *tuned_names, "seconds"])
         for row in [self.baseline, *self.rows]:
             tuned = [row.after(stage, name) for stage, name in after]
             values = [row.metrics.get(name) for name in metrics]
             chosen = [row.chosen or AS_GIVEN] if self.is_calibrated else []
-            own = [row.operands, row.accumulator, row.bits, *chosen]
+            kind = [row.series or ""] if self.series else []
+            own = [row.operands, row.accumulator, row.bits, *kind, *chosen]
             writer.writerow([*own, *values, *tuned, f"{row.seconds:.2f}"])
         write_text(path, text.getvalue())

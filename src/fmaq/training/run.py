@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fmaq.analysis.calibration import calibrate
 from fmaq.emulation import Policy, attach, detach
 from fmaq.training import checkpoint
 from fmaq.training.callables import load_callable
@@ -21,14 +22,24 @@ from fmaq.training.examples import Examples, Pairs, Windows, as_examples, digest
 from fmaq.training.explain import RecipeError
 from fmaq.training.loop import finetune, identity
 from fmaq.training.models import build_model
-from fmaq.training.policies import accumulators_of, all_policies, is_template, one_policy, operands_of
+from fmaq.training.policies import (
+    accumulators_of,
+    all_policies,
+    emulates,
+    is_template,
+    one_policy,
+    operands_of,
+    quantizes,
+)
 from fmaq.training.progress import Bars
 from fmaq.training.provenance import provenance
-from fmaq.training.recipe import Recipe
+from fmaq.training.recipe import CalibrateRecipe, Recipe
 from fmaq.training.record import Record, Row, show
 from fmaq.training.tasks import TASKS, Metrics, Task, evaluate
 
 Say = Callable[[str], None]
+RECORD, POLICY, STATE = "finetune.json", "policy.yaml", "checkpoint.safetensors"
+"""What fine-tuning keeps in its folder."""
 
 
 @dataclass
@@ -152,13 +163,15 @@ def run_finetune(
     ready = prepare(recipe, device, bars)
     if ready.train is None:
         raise RecipeError("this recipe cannot be fine-tuned: its data have no training examples; give data.train")
+    asked = ready.policy
+    ready.policy = _start(ready, output, resume, say)
     with ready.bars:
-        record = _before(ready, output, resume)
-        _keep_policy(ready.policy, output / "policy.yaml")
+        record = _before(ready, asked, output, resume)
+        _keep_policy(ready.policy, output / POLICY)
         row = record.rows[0]
         for shown in (record.baseline, row):
             say(line(record, shown))
-        record.save(output / "finetune.json")
+        record.save(output / RECORD)
         detach(ready.model)
         result = finetune(
             ready.model,
@@ -176,9 +189,35 @@ def run_finetune(
             say=say,
         )
     row.tuned = result.to_mapping()
-    record.save(output / "finetune.json")
+    record.save(output / RECORD)
     record.save_csv(output / "finetune.csv")
     return record
+
+
+def batches_of(data: Any, size: int, count: int) -> list[Any]:
+    """The inputs of the first batches of examples, windows or pairs."""
+    data = as_examples(data)
+    if isinstance(data, Mapping):  # of a task of its own: the pairs among what it takes
+        data = next((value for value in data.values() if isinstance(value, Pairs)), data)
+    if not isinstance(data, Examples | Windows | Pairs):
+        raise RecipeError(f"examples, windows or pairs are needed, and the data are {type(data).__name__}")
+    slices = [slice(i * size, (i + 1) * size) for i in range(count) if i * size < len(data)]
+    if isinstance(data, Pairs):
+        return [{name: tensor[part] for name, tensor in data.inputs.items()} for part in slices]
+    return [data.batch(part)[0] for part in slices]
+
+
+def calibrated(model: nn.Module, policy: Policy, train: Any, size: int, plan: CalibrateRecipe | None) -> Policy:
+    """The policy with what a recipe's `finetune.calibrate` chooses; as it is, without that or with nothing to choose.
+
+    Args:
+        size: examples in a batch.
+    """
+    if plan is None or not (emulates(policy) or quantizes(policy)):
+        return policy
+    detach(model)
+    model.eval()
+    return calibrate(model, policy, batches_of(train, size, plan.batches), **plan.how())
 
 
 def _keep_policy(policy: Policy, path: Path) -> None:
@@ -189,10 +228,31 @@ def _keep_policy(policy: Policy, path: Path) -> None:
         policy.save(path)
 
 
-def _before(ready: Prepared, output: Path, resume: bool) -> Record:
-    """The measurements before fine-tuning; taken from the folder if this same run made them already."""
-    path, state = output / "finetune.json", output / "checkpoint.safetensors"
-    recipe = ready.recipe.model_dump(mode="json", exclude_defaults=True)
+def _start(ready: Prepared, output: Path, resume: bool, say: Say) -> Policy:
+    """The policy to train under, calibrated where the recipe says so; the folder's, where this same run chose one."""
+    assert ready.recipe.finetune is not None  # run_finetune has seen to it
+    plan, kept = ready.recipe.finetune.calibrate, output / POLICY
+    if plan is None:
+        return ready.policy
+    if resume and (output / STATE).exists() and kept.exists() and _is_of(ready.recipe, Record.load(output / RECORD)):
+        return Policy.load(kept)
+    start = time.monotonic()
+    found = calibrated(ready.model, ready.policy, ready.train, ready.recipe.data.batch_size, plan)
+    say(f"calibrated per {plan.per} in {time.monotonic() - start:.1f} s: {kept}")
+    return found
+
+
+def _is_of(recipe: Recipe, record: Record) -> bool:
+    return record.recipe == recipe.model_dump(mode="json", exclude_defaults=True)
+
+
+def _before(ready: Prepared, asked: Policy, output: Path, resume: bool) -> Record:
+    """The measurements before fine-tuning; taken from the folder if this same run made them already.
+
+    Args:
+        asked: the policy before calibration.
+    """
+    path, state = output / RECORD, output / STATE
     digests = _digests(ready)
     if resume and path.exists() and state.exists():
         _refuse_another_run(ready, state)  # before the record, which is that run's, is written over
@@ -203,13 +263,15 @@ def _before(ready: Prepared, output: Path, resume: bool) -> Record:
                     f"{state} is the checkpoint of a run that began with other {what}. Choose another output "
                     f"folder, or start over with resume=False (--fresh), which overwrites it"
                 )
-        if record.recipe == recipe:
+        if _is_of(ready.recipe, record):
             record.rows[0].tuned = None
             return record
     record = ready.record("finetune")
     record.provenance["digests"] = digests
     metrics, seconds = ready.measure(ready.policy)
-    record.rows.append(Row(operands_of(ready.policy), str(ready.policy.accumulator), metrics, seconds))
+    plan = ready.recipe.finetune.calibrate if ready.recipe.finetune and ready.policy != asked else None
+    chosen, file = (f"per {plan.per}", POLICY) if plan else (None, None)
+    record.rows.append(Row(operands_of(asked), str(asked.accumulator), metrics, seconds, chosen=chosen, policy=file))
     return record
 
 
