@@ -80,6 +80,14 @@ def test_what_calibrate_prints_to_go_on_with_works_from_where_it_says(recipe, tm
     assert [row["metrics"] for row in rows[0]] == [row["metrics"] for row in rows[1]]
 
 
+def test_importance_by_name(recipe, tmp_path):
+    arguments = ["calibrate", recipe, "-a", "M4E3 product=M4E3", "-o", tmp_path / "out"]
+    code, output = run(*arguments, "--importance", "likelihood")
+    assert code == 0 and "per channel" in output, output
+    code, output = run(*arguments, "--importance", "loss")
+    assert code != 0 and 'importance must be "likelihood" or "projection", got \'loss\'' in output
+
+
 def test_float32_among_the_accumulators_has_its_operands_calibrated(recipe, tmp_path):
     recipe.write_text(RECIPE.replace("accumulators: [", "accumulators: [fp32, M5E4 product=M5E4, "))
     code, output = run("calibrate", recipe, "-o", tmp_path / "out", "--json")

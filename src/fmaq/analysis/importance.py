@@ -35,6 +35,18 @@ def projection(output: Any) -> Tensor:
     return (x * torch.randint_like(x, 0, 2).mul(2).sub(1)).sum()
 
 
+def scalar_named(name: str | None) -> Scalar | None:
+    """One of the two above by its name; None for none.
+
+    Raises:
+        ValueError: there is no such.
+    """
+    scalars: dict[str | None, Scalar | None] = {None: None, "likelihood": likelihood, "projection": projection}
+    if name not in scalars:
+        raise ValueError(f'importance must be "likelihood" or "projection", got {name!r}')
+    return scalars[name]
+
+
 def gradients(model: nn.Module, policy: Policy, batches: Sequence[Any], scalar: Scalar) -> dict[Place, Tensor]:
     """The sum of squares of a scalar's gradient by each channel's sums, or each head's, of every product, in float32.
 

@@ -158,6 +158,7 @@ def finetune(
     "  fmaq calibrate recipe.yaml --per layer --per channel --batches 4\n\n"
     '  fmaq calibrate recipe.yaml -a "M7E4 product=M7E4" --chunk 16 --chunk 32\n\n'
     "  fmaq calibrate recipe.yaml --policy runs/mine/policy.yaml --ranges given\n\n"
+    "  fmaq calibrate recipe.yaml --importance likelihood\n\n"
     "  fmaq calibrate recipe.yaml --policy by-hand.yaml --weights runs/mine/model.safetensors"
 )
 def calibrate(
@@ -184,6 +185,13 @@ def calibrate(
             "the batch; given, those of the policy."
         ),
     ] = "static",
+    importance: Annotated[
+        str | None,
+        typer.Option(
+            help="What an error matters where one choice is for all channels: by its channel's own size, or by the "
+            "gradient of the output, taken as logits (likelihood) or as any numbers (projection), which takes longer."
+        ),
+    ] = None,
     accumulators: Accumulators = None,
     policy: PolicyFile = None,
     weights: Weights = None,
@@ -200,12 +208,15 @@ def calibrate(
     plot and page.
     """
     _use_threads(threads)
+    from fmaq.analysis.importance import scalar_named
     from fmaq.training.calibrated import run_calibrate
     from fmaq.training.progress import Bars
 
+    scalar = scalar_named(importance)
     loaded, folder = _open(load_recipe(recipe, accumulators or (), policy, weights, seed), output)
     pers: Any = tuple(per or ["channel"])
     how: dict[str, Any] = {"rule": rule, "gain": gain, "shift": gain, "chunks": chunk or (), "ranges": ranges}
+    how["importance"] = scalar
     record = run_calibrate(loaded, folder, pers, batches, device, Bars(), _say(as_json), **how)
     _finish(record, folder, "calibrate", as_json)
     if not as_json and record.best is not None and record.best.policy is not None:
