@@ -98,3 +98,9 @@ def test_no_labels_are_needed_and_random_numbers_stay(scalar):
 def test_anything_but_a_scalar_of_the_output_is_refused(scalar):
     with pytest.raises(ValueError, match="importance must give one number that depends on the model's output"):
         fmaq.calibrate(nn.Linear(8, 4), "M5E4 product=M5E4", [torch.randn(30, 8)], importance=scalar)
+
+
+@pytest.mark.parametrize("per", ["layer", "model"])
+def test_one_bias_for_all_channels_weighs_none(per):
+    with pytest.raises(ValueError, match="importance weighs channels with offsets of their own"):
+        fmaq.calibrate(nn.Linear(8, 4), "M5E4 product=M5E4", [torch.randn(30, 8)], per, importance=projection)

@@ -90,7 +90,7 @@ def calibrate(
             mean square of the channel's sums. A function of the model's output that gives a scalar: its square times
             the mean square of the scalar's gradient by the channel's sums, for which each batch takes a pass and a
             gradient in float32 more. A loss will do, or `fmaq.analysis.likelihood` (of logits) and
-            `fmaq.analysis.projection` (of any output), which need no labels.
+            `fmaq.analysis.projection` (of any output), which need no labels. Not with "layer" and "model".
         together: where torch.distributed runs several processes, each of them calls this, is given the batches of all,
             and returns the policy of rank 0. False: this process alone, by its own batches.
 
@@ -105,6 +105,8 @@ def calibrate(
     if not isinstance(model, nn.Module):
         raise TypeError(f"calibrate takes a torch.nn.Module, got {type(model).__name__}")
     check_choices(per, rule, chunks, ranges)
+    if importance is not None and per in ("model", "layer"):
+        raise ValueError(f'importance weighs channels with offsets of their own: per="channel" or "token", got {per!r}')
     given = Policy.parse(policy)
     policy = replace(given, per_token=True) if per == "token" else given
     fits = _Fits(per, rule == "maximum", gain, shift, tuple(chunks), ranges)
