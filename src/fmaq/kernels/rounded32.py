@@ -130,10 +130,10 @@ class Rounded32(Arithmetic):
         return self.product_masked and self.acc.rounding_of_products == "nearest_even" and not self.product_short
 
     def step(self, v: Lanes, x: Value, w: Value, s: Value, word: Value | None) -> Value:
-        return self._held(v, self._sum(v, self._total(v, x, w, s, word), self.sum_clamped, word))
+        return self._held(v, self._sum(v, self._total(v, x, w, s, word), word), self.sum_clamped)
 
     def merge(self, v: Lanes, t: Value, s: Value, word: Value | None) -> Value:
-        return self._held(v, self._sum(v, v.add(self._raised(v, t), self._raised(v, s)), True, word))
+        return self._held(v, self._sum(v, v.add(self._raised(v, t), self._raised(v, s)), word), True)
 
     def overflowing_step(self, v: Lanes, x: Value, w: Value, s: Value, word: Value | None) -> tuple[Value, Value]:
         after, of_sum = self._limited_sum(v, self._total(v, x, w, s, word), self.sum_clamped, word)
@@ -146,17 +146,15 @@ class Rounded32(Arithmetic):
 
     def _limited_sum(self, v: Lanes, total: Value, clamped: bool, word: Value | None) -> tuple[Value, Value]:
         """The sum in its register, and in which lanes it overflows."""
-        rounded = self._sum(v, total, False, word)
-        if not clamped:
-            return self._held(v, rounded), nowhere(v)
-        return self._held(v, clamp(v, rounded, self._sum_limit)), is_beyond(v, rounded, self._sum_limit)
+        rounded = self._sum(v, total, word)
+        return self._held(v, rounded, clamped), is_beyond(v, rounded, self._sum_limit) if clamped else nowhere(v)
 
     # Events: see `Float32`.
 
     def observed_step(self, v: Lanes, x: Value, w: Value, s: Value, word: Value | None) -> tuple[Value, list[Value]]:
         zero, overflows, before = v.constant(0.0), nowhere(v), self._raised(v, s)
         total = self._total(v, x, w, s, word)
-        rounded = self._raised(v, self._held(v, self._sum(v, total, False, word)))
+        rounded = self._raised(v, self._held(v, self._sum(v, total, word)))
         limit = self._sum_limit if self.sum_clamped else None
         if self.product_exact:
             after, masks = observed_product_sum(v, x, w, before, total, rounded, limit)
@@ -172,7 +170,7 @@ class Rounded32(Arithmetic):
     def observed_merge(self, v: Lanes, t: Value, s: Value, word: Value | None) -> tuple[Value, list[Value]]:
         before, p = self._raised(v, t), self._raised(v, s)
         total = v.add(before, p)
-        rounded = self._raised(v, self._held(v, self._sum(v, total, False, word)))
+        rounded = self._raised(v, self._held(v, self._sum(v, total, word)))
         after, masks = observed_sum(v, p, 1.0, before, total, rounded, self._sum_limit, self.terms)
         return self._held(v, after), [nowhere(v), nowhere(v), *masks]
 
@@ -186,13 +184,12 @@ class Rounded32(Arithmetic):
         """A sum as it is rounded."""
         return s if self.by_mask else v.mul(s, v.constant(2.0 ** (self.total_scale - self.sum_scale)))
 
-    def _held(self, v: Lanes, rounded: Value) -> Value:
-        """A rounded sum as it is held, flushed on the way."""
-        return (
-            _kept(v, rounded)
-            if self.by_mask
-            else v.mul(rounded, v.constant(2.0 ** (self.sum_scale - self.total_scale)))
-        )
+    def _held(self, v: Lanes, rounded: Value, clamped: bool = False) -> Value:
+        """A rounded sum as it is held, limited, and flushed on the way."""
+        limited = clamp(v, rounded, self._sum_limit) if clamped else rounded
+        if self.by_mask:
+            return _kept(v, rounded, limited)
+        return v.mul(limited, v.constant(2.0 ** (self.sum_scale - self.total_scale)))
 
     def _total(self, v: Lanes, x: Value, w: Value, s: Value, word: Value | None) -> Value:
         """s and the product in its register, before the sum is rounded."""
@@ -206,11 +203,10 @@ class Rounded32(Arithmetic):
 
     def _in_register(self, v: Lanes, p: Value) -> Value:
         """A product on its grid, limited, and flushed."""
-        if self.product_clamped:
-            p = clamp(v, p, self._product_limit)
+        limited = clamp(v, p, self._product_limit) if self.product_clamped else p
         if not self._is_rounded_up:
-            return p
-        return _kept(v, p) if self.by_mask else v.mul(p, v.constant(0.5))
+            return limited
+        return _kept(v, p, limited) if self.by_mask else v.mul(limited, v.constant(0.5))
 
     def _product(self, v: Lanes, x: Value, w: Value, word: Value | None) -> Value:
         """The product on its grid, neither limited nor flushed yet."""
@@ -227,23 +223,18 @@ class Rounded32(Arithmetic):
             return v.sub(v.fma(x, w, anchor), anchor)
         return on_float_grid(v, v.mul(x, w), format, rounding)
 
-    def _sum(self, v: Lanes, total: Value, clamped: bool, word: Value | None) -> Value:
-        """On the grid, limited, not flushed yet."""
+    def _sum(self, v: Lanes, total: Value, word: Value | None) -> Value:
+        """On the grid, neither limited nor flushed yet."""
         format, rounding = _float(self.acc.format), self.acc.rounding
         dropped = 23 - format.mantissa
         if rounding == "stochastic":
-            bits = _moved(v, word, 32, dropped, self.acc.random_bits)
-            total = _add_bits(v, total, bits, dropped)
-        elif rounding == "nearest_even":
+            return _add_bits(v, total, _moved(v, word, 32, dropped, self.acc.random_bits), dropped)
+        if rounding == "nearest_even":
             leading, up = v.leading_bit(total), 2.0**dropped
-            total = v.fma(leading, v.constant(-up), v.fma(leading, v.constant(up), total))
-        else:
-            total = (
-                truncated(v, total, format, self.is_clean)
-                if rounding == "toward_zero"
-                else on_float_grid(v, total, format, rounding)
-            )
-        return clamp(v, total, self._sum_limit) if clamped else total
+            return v.fma(leading, v.constant(-up), v.fma(leading, v.constant(up), total))
+        if rounding == "toward_zero":
+            return truncated(v, total, format, self.is_clean)
+        return on_float_grid(v, total, format, rounding)
 
 
 def _float(format: Format | None) -> FloatFormat:
@@ -264,7 +255,7 @@ def _add_bits(v: Lanes, x: Value, bits: Value, dropped: int) -> Value:
     return v.keep_bits(v.from_bits(v.b.add(v.bits(x), bits)), dropped)
 
 
-def _kept(v: Lanes, x: Value) -> Value:
-    """x, flushed below 2^−125: by the AND that rounded it, if one did."""
+def _kept(v: Lanes, x: Value, limited: Value) -> Value:
+    """x, limited, and flushed below 2^−125: by the AND that rounded it, or the instruction that limits it."""
     bits = v.b.and_(v.bits(x), v.bit_constant(FROM_TWICE_THE_SMALLEST))
-    return v.b.select(v.b.icmp_unsigned("!=", bits, v.bit_constant(0)), x, v.constant(0.0))
+    return v.b.select(v.b.icmp_unsigned("!=", bits, v.bit_constant(0)), limited, v.constant(0.0))
