@@ -25,8 +25,8 @@ from fmaq.emulation.operands import sums_codes
 from fmaq.emulation.policy import Policy
 from fmaq.emulation.products import RECURRENT, FmaqCoverageWarning
 from fmaq.numerics import Accumulator, FixedFormat
-from fmaq.ops.estimators import Estimate
-from fmaq.ops.operands import AccumulatorLike, check
+from fmaq.ops.operands import AccumulatorLike
+from fmaq.ops.operators import summation
 
 QUANTIZED_MODULES = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torch.ao.nn.sparse")
 PACKED = ("_packed", "_all_weight_values")
@@ -250,8 +250,7 @@ def _check_kernels(attachment: Attachment, may_be_template: bool = False) -> Non
                 f"accumulator {accumulator} of {attachment.name or 'the model itself'} is a template: it has no bias. "
                 'Calibrate it, policy = fmaq.calibrate(model, policy, batches), or write a bias, like "M7E4b10"'
             )
-        check(accumulator, rule.estimator)
-        Estimate.parse(rule.estimator, rule.backward)
+        summation(accumulator, rule.estimator, rule.backward)
 
 
 def _warn(attachments: dict[nn.Module, Attachment]) -> None:
