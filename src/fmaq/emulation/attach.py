@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fmaq.emulation import calls, fast_path
+from fmaq.emulation import calls, fast_path, traced
 from fmaq.emulation.calls import STATE, Attachment, Call
 from fmaq.emulation.mode import EmulationMode
 from fmaq.emulation.noise import COUNT
@@ -213,6 +213,9 @@ def policy_of(model: nn.Module) -> Policy | None:
 
 
 def _before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    if traced.is_near():
+        traced.enter(module, module.__dict__[STATE][0])
+        return
     if torch._C._get_tracing_state() is not None:
         raise RuntimeError(
             "an attached model cannot be traced by torch.jit or exported: call fmaq.detach(model) before"
@@ -224,11 +227,18 @@ def _before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 
 def _after(module: nn.Module, args: Any, output: Any) -> Any:
     """Torch's hook: what it returns, unless that is None, takes the output's place."""
+    if traced.is_near():
+        traced.leave()
+        return None
     call = calls.call_of_hook()
     try:
         return call.finish(output) if call is not None and call.finish is not None and output is not None else None
     finally:
         calls.leave()
+
+
+for hook in (_before, _after):
+    traced.run_as_it_is(hook)
 
 
 def _check_kernels(attachment: Attachment, may_be_template: bool = False) -> None:

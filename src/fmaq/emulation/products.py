@@ -238,7 +238,7 @@ def _named(place: Place) -> Iterator[None]:
 def keyed_for(call: Call, rule: Rule) -> Accumulator:
     """A rule's accumulator, with the seed of the product that a module asks for next."""
     accumulator = Accumulator.parse(rule.accumulator)
-    if rule.noise == REPEATED:
+    if rule.noise == REPEATED or not accumulator.is_stochastic:
         return accumulator
     note_number(call.module, call.number)
     return keyed(accumulator, call.attachment.name, call.number, call.products)
@@ -246,7 +246,7 @@ def keyed_for(call: Call, rule: Rule) -> Accumulator:
 
 def _how(call: Call, rule: Rule) -> dict[str, Any]:
     how = rule.how
-    if rule.backward is not None and rule.noise != REPEATED:
+    if rule.backward is not None and rule.noise != REPEATED and rule.backward.is_stochastic:
         how["backward"] = keyed(rule.backward, call.attachment.name, call.number, call.products, "backward")
     return how
 
