@@ -9,13 +9,14 @@ from __future__ import annotations
 import contextlib
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from fmaq.emulation import calls, fast_path, traced
 from fmaq.emulation.calls import STATE, Attachment, Call
@@ -115,8 +116,7 @@ def _installed(attachments: dict[nn.Module, Attachment], everywhere: bool = Fals
             if state is not None:
                 module.__dict__[STATE] = (state[0], handles if was_hooked else ())
             if not was_hooked:
-                for handle in handles:
-                    handle.remove()
+                _remove(handles)
 
 
 def _attachments(model: nn.Module, policy: Policy) -> dict[nn.Module, Attachment]:
@@ -145,7 +145,21 @@ def _install(attachments: dict[nn.Module, Attachment], everywhere: bool = False)
                 module.register_forward_pre_hook(_before, prepend=True, with_kwargs=True),
                 module.register_forward_hook(_after, always_call=True),
             )
+            _forget_compiled()
         module.__dict__[STATE] = (attachment, handles)
+
+
+def _remove(handles: Iterable[RemovableHandle]) -> None:
+    for handle in handles:
+        handle.remove()
+        _forget_compiled()
+
+
+def _forget_compiled() -> None:
+    """Code that torch.compile made before hooks came or went is not for a model that has them, or has not."""
+    dynamo = sys.modules.get("torch._dynamo")
+    if dynamo is not None and dynamo.convert_frame.output_codes.seen:
+        dynamo.reset()
 
 
 def detach(model: nn.Module) -> nn.Module:
@@ -159,8 +173,7 @@ def detach(model: nn.Module) -> nn.Module:
     for module in model.modules():
         module.__dict__.pop(COUNT, None)
         _, handles = module.__dict__.pop(STATE, (None, ()))
-        for handle in handles:
-            handle.remove()
+        _remove(handles)
     return model
 
 
@@ -189,7 +202,8 @@ class emulating:
         self._blocks: list[Call] = []
 
     def __enter__(self) -> None:
-        calls.refuse_compilation()
+        if torch.compiler.is_dynamo_compiling():
+            raise RuntimeError("emulating is no block of a function that is compiled: call the model itself there")
         attachment = self._model.__dict__[STATE][0]
         frame = _running_body(sys._getframe(1))
         self._blocks.append(calls.enter_block(self._model, attachment, EmulationMode, frame))
@@ -220,7 +234,6 @@ def _before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         raise RuntimeError(
             "an attached model cannot be traced by torch.jit or exported: call fmaq.detach(model) before"
         )
-    calls.refuse_compilation()
     call = calls.enter(module, module.__dict__[STATE][0], EmulationMode, (args, kwargs))
     call.finish = fast_path.finish(module, call.attachment, args, kwargs)
 

@@ -14,8 +14,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass, field, replace
 from types import FrameType
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -40,21 +39,19 @@ class Attachment:
         policy: of the whole model.
         name: the module's full name in it; "" is the model itself.
         rule: the policy's for this module; None leaves it alone.
+        is_plain: every product of the module is torch's own, of operands as they are.
+        is_noisy: the module's calls are counted: see `noise`.
     """
 
     policy: Policy
     name: str
     rule: Rule | None
+    is_plain: bool = field(init=False)
+    is_noisy: bool = field(init=False)
 
-    @cached_property
-    def is_plain(self) -> bool:
-        """Every product of the module is torch's own, of operands as they are."""
-        return self.rule is None or self.rule.is_plain
-
-    @cached_property
-    def is_noisy(self) -> bool:
-        """The module's calls are counted: see `noise`."""
-        return self.rule is not None and self.rule.is_noisy
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "is_plain", self.rule is None or self.rule.is_plain)
+        object.__setattr__(self, "is_noisy", self.rule is not None and self.rule.is_noisy)
 
 
 @dataclass(eq=False)
@@ -217,16 +214,6 @@ def _late_attachment(caller: Call, module: nn.Module) -> Attachment:
         found = Attachment(attachment.policy, attachment.name, rule and rule.handed_down())
     _running.late[module] = caller.attachment, found
     return found
-
-
-def refuse_compilation() -> None:
-    """Refuse to be compiled, or to run where whatever comes next would be.
-
-    Raises:
-        RuntimeError: by torch.compile.
-    """
-    if torch.compiler.is_compiling() or callable(torch._C._dynamo.eval_frame.get_eval_frame_callback()):
-        raise RuntimeError("an attached model cannot run inside torch.compile: call fmaq.detach(model) before")
 
 
 def innermost_call() -> Call | None:

@@ -19,7 +19,6 @@ from fmaq.emulation.handlers import HANDLERS, Met
 from fmaq.emulation.products import is_heard
 from fmaq.emulation.roles import FROM_DATA, SHAPED_LIKE, Role, tensors_in
 
-
 CONSTANT, WEIGHT, ACTIVATION = (int(role) for role in (Role.CONSTANT, Role.WEIGHT, Role.ACTIVATION))
 
 
@@ -71,7 +70,8 @@ class Trace:
             for y in known:  # dynamo knows `is`, but no `in` of tensors
                 if x is y:
                     return role
-        return ACTIVATION
+        base = x._base  # dynamo does not ask the mode for x.mT
+        return ACTIVATION if base is None else self._of(base)
 
     def learn(self, func: Callable[..., Any], result: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Note what a function made, or changed in place."""
