@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -70,25 +71,26 @@ def hugging_face(name: str, attention: str) -> tuple[Callable[[], nn.Module], di
     return lambda: hf.ResNetModel(config), {"pixel_values": IMAGES}
 
 
-NAMES = [("resnet", "eager"), ("bert", "sdpa"), ("llama", "sdpa"), ("vit", "sdpa"), ("gpt2", "eager"), ("t5", "eager")]
+NAMES = [("resnet", "eager"), ("bert", "sdpa"), ("llama", "eager"), ("vit", "sdpa"), ("gpt2", "sdpa"), ("t5", "eager")]
+"""Llama is left with eager attention: under torch.compile, transformers gives its shared keys to SDPA in another way."""
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "attention"), NAMES)
 def test_a_training_step_of_a_known_class(name, attention) -> None:
+    """Gradients are summed in an accumulator, too: BLAS' last bits may depend on how operands lie in memory."""
     make, inputs = hugging_face(name, attention)
-    model = fmaq.attach(make().eval(), NARROW)  # without dropout
+    model = fmaq.attach(make().eval(), replace(NARROW, backward="M10E5b20"))  # without dropout
 
     def step(call: Any) -> tuple[Tensor, list[Tensor]]:
         model.zero_grad()
         output = call(**inputs)[0]
         output.float().square().mean().backward()
-        return output.detach(), [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        return output.detach(), [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
 
     expected, gradients = step(model)
     found, found_gradients = step(compiled(model))
     assert torch.equal(found, expected)
-    assert len(gradients) == len(found_gradients) > 0
     assert all(torch.equal(x, y) for x, y in zip(gradients, found_gradients, strict=True))
     fmaq.detach(model)
     assert not torch.equal(model(**inputs)[0], expected)

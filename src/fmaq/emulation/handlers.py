@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import operator
 import string
 import types
 from collections.abc import Callable, Mapping, Sequence
@@ -34,6 +35,7 @@ from fmaq.emulation.products import (
 from fmaq.emulation.sizes import CountingMacs, macs_of_recurrence
 from fmaq.numerics import Accumulator
 from fmaq.ops.attention import attend
+from fmaq.ops.operands import full_precision
 
 
 @dataclass
@@ -223,7 +225,7 @@ def _attention(met: Met) -> Tensor:
             groups = query.shape[-3] // key.shape[-3]
             key, value = (x.repeat_interleave(groups, -3) for x in (key, value))
             bound["enable_gqa"] = False
-        with torch.autocast(query.device.type, enabled=False):
+        with full_precision(query.device.type):
             query, key, value = (x.to(dtype).float() for x in (query, key, value))
             return attend(query, key, value, score, mix, **bound).to(dtype)
     result = again()
@@ -467,6 +469,7 @@ def _table() -> tuple[dict[Callable[..., Any], Handler], dict[str, Handler]]:
         left = _recurrent if reason == RECURRENT_LAYER else _not_covered
         named |= {name: functools.partial(left, kind=name, reason=reason) for name in names}
     by_function: dict[Callable[..., Any], Handler] = {torch.Tensor.__rmatmul__: _reversed_product}
+    by_function |= dict.fromkeys((operator.matmul, torch.Tensor.__matmul__), named["matmul"])  # @ in an export
     for name, handler in named.items():
         for place in (torch, torch.Tensor, torch.linalg, torch.sparse, F, torch._C._nn):
             function = getattr(place, name, None)

@@ -18,7 +18,7 @@ from fmaq.emulation.operands import Operands, multiplied
 from fmaq.emulation.policy import CHOSEN_FIELDS, FP32, Rule
 from fmaq.emulation.vectors import Vector
 from fmaq.numerics import Accumulator
-from fmaq.ops.operands import OPERAND_DTYPES
+from fmaq.ops.operands import OPERAND_DTYPES, full_precision
 
 LEFT_ALONE = "left alone by the policy"
 IN_FP32 = "fp32 by the policy"
@@ -208,7 +208,7 @@ def _computed(call: Call, request: Request, rule: Rule) -> tuple[Tensor, Operand
         return result if chooser is None else chooser.computed(place, request, result), operands
     first, second = request.operands
     dtype = autocast_dtype(first) or first.dtype
-    with torch.autocast(first.device.type, enabled=False):
+    with full_precision(first.device.type):
         operands = _multiplied(place, request, (first.to(dtype), second.to(dtype)), rule)
         if chooser is not None:
             a, b = operands.tensors
