@@ -72,7 +72,7 @@ def hugging_face(name: str, attention: str) -> tuple[Callable[[], nn.Module], di
 
 
 NAMES = [("resnet", "eager"), ("bert", "sdpa"), ("llama", "eager"), ("vit", "sdpa"), ("gpt2", "sdpa"), ("t5", "eager")]
-"""Llama is left with eager attention: under torch.compile, transformers gives its shared keys to SDPA in another way."""
+"""Llama with eager attention: under torch.compile, transformers gives shared keys to SDPA in another way."""
 
 
 @pytest.mark.slow

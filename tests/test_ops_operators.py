@@ -37,6 +37,7 @@ CASES = {
     "integer codes": ("integer_codes", A, 8, None, None),
     "integer codes by channel": ("integer_codes", A.mT, 4, -1, None),
     "powers of two": ("powers_of_two", OFFSET, -1),
+    "token powers": ("token_powers", X, [-1, -3]),
     "times powers": ("times_powers", B.expand(3, 2, 9, 4), 2.0**OFFSET),
 }
 DIFFERENTIABLE = {"matmul": 2, "convolution": 2, "quantize": 1, "integer_codes": 1, "times_powers": 1}

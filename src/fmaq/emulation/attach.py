@@ -232,7 +232,7 @@ def _before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         return
     if torch._C._get_tracing_state() is not None:
         raise RuntimeError(
-            "an attached model cannot be traced by torch.jit or exported: call fmaq.detach(model) before"
+            "an attached model cannot be traced by torch.jit: use torch.export, or call fmaq.detach before"
         )
     call = calls.enter(module, module.__dict__[STATE][0], EmulationMode, (args, kwargs))
     call.finish = fast_path.finish(module, call.attachment, args, kwargs)

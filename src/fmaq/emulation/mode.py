@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch._ops import OpOverload, OpOverloadPacket
 
-from fmaq.emulation import foreign
+from fmaq.emulation import foreign, traced
 from fmaq.emulation.calls import Call, ModelMode, current_call, handling
 from fmaq.emulation.handlers import ATEN, HANDLERS, Handler, Met, handler_of_kind, of_kind
 from fmaq.emulation.roles import Roles
@@ -52,7 +52,8 @@ class EmulationMode(ModelMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if torch.compiler.is_dynamo_compiling():  # a part is compiled, and has a mode of its own
+        if torch.compiler.is_dynamo_compiling():
+            traced.check_inside_mode(func)  # a part is compiled: it has a mode of its own
             return func(*args, **kwargs)
         handler = _handler(func)
         call = current_call() if handler is not None else None

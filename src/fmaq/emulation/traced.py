@@ -123,6 +123,19 @@ TRACE = Trace()
 MODE = TracedMode()
 
 
+def check_inside_mode(func: Callable[..., Any]) -> None:
+    """Refuse a product of a function that is compiled on its own, whose rule nobody would ask for.
+
+    Raises:
+        RuntimeError: it is one.
+    """
+    if not TRACE.calls and func in HANDLERS:
+        raise RuntimeError(
+            "a compiled function multiplies matrices in the forward of an attached model, and is no module of it: "
+            "compile the module that calls it, or the model, or leave that layer alone in the policy"
+        )
+
+
 def enter(module: nn.Module, attachment: Attachment) -> None:
     """Note that a module's forward begins; the outermost one enters the mode.
 

@@ -157,13 +157,36 @@ def token_powers(a: Tensor, dims: tuple[int, ...]) -> Tensor:
 
     a·2^−e is exact but for what is smaller than 2^−126 of the token's largest magnitude. −126 ≤ e ≤ 126.
     """
-    shape = [1 if d in dims or d - a.dim() in dims else size for d, size in enumerate(a.shape)]
+    return powers_of_tokens(a, [d % a.dim() - a.dim() for d in dims])
+
+
+def _of_tokens(a: Tensor, dims: Sequence[int]) -> Tensor:
     if not a.numel():
-        return torch.ones(shape, dtype=torch.float32, device=a.device)
-    largest = a.detach().abs().amax(dims, keepdim=True)
+        return _one_a_token(a, dims).fill_(1.0)
+    largest = a.abs().amax(tuple(dims), keepdim=True)
     exponent = (torch.frexp(largest)[1] - 1).clamp(-LARGEST, LARGEST)
     has_one = torch.isfinite(largest) & (largest > 0)
     return torch.where(has_one, ((127 - exponent) << 23).view(torch.float32), 1.0)
+
+
+def _one_a_token(a: Tensor, dims: Sequence[int]) -> Tensor:
+    return a.new_empty([1 if d - a.dim() in dims else size for d, size in enumerate(a.shape)])
+
+
+def _vmap_tokens(call: Operator, info: Any, in_dims: InDims, a: Tensor, dims: Sequence[int]) -> tuple[Tensor, int]:
+    assert in_dims[0] is not None
+    return call(a.movedim(in_dims[0], 0), dims), 0
+
+
+powers_of_tokens = operator(
+    "token_powers(Tensor a, int[] dims) -> Tensor",
+    _of_tokens,
+    _one_a_token,
+    lambda ctx, inputs, output: None,
+    _no_gradient,
+    _vmap_tokens,
+)
+"""See `token_powers`; dims are counted from the last on, which is −1."""
 
 
 def _float(value: float | Sequence[float] | Tensor) -> Tensor:
