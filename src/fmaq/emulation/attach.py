@@ -19,6 +19,7 @@ from torch import nn
 
 from fmaq.emulation import calls, fast_path
 from fmaq.emulation.calls import STATE, Attachment, Call
+from fmaq.emulation.layer_names import layer_names
 from fmaq.emulation.mode import EmulationMode
 from fmaq.emulation.noise import COUNT
 from fmaq.emulation.operands import sums_codes
@@ -125,9 +126,7 @@ def _attachments(model: nn.Module, policy: Policy) -> dict[nn.Module, Attachment
     Raises:
         ValueError: an entry of the policy matches no module.
     """
-    names: dict[nn.Module, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        names.setdefault(module, []).append(name)
+    names = layer_names(model)
     policy.check_names(name for aliases in names.values() for name in aliases)
     return {module: Attachment(policy, alias[0], policy.for_layer(*alias)) for module, alias in names.items()}
 
