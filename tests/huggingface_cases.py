@@ -12,7 +12,9 @@ def tiny(kind: str, attention: str = "eager", **changes) -> nn.Module:
     t = transformers
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
     if kind == "gpt2":
-        config = t.GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=2, n_positions=64, eos_token_id=None)
+        config = t.GPT2Config(
+            vocab_size=64, n_embd=32, n_layer=2, n_head=2, n_positions=64, bos_token_id=0, eos_token_id=None
+        )
         cls = t.GPT2LMHeadModel
     elif kind == "llama":
         config = t.LlamaConfig(vocab_size=64, num_key_value_heads=2, eos_token_id=None, **sizes)

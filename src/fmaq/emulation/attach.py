@@ -1,4 +1,4 @@
-"""Attaching a policy to a model: hooks before and after every module, and nothing else: a model stays what it is.
+"""Attaching a policy to a model: hooks before and after every module, and little else: a model stays what it is.
 
 The hooks are functions of this module and what they need is kept on the module they are called with. So copies, pickles
 and replicas of an attached model are attached, and a submodule called on its own is emulated just the same.
@@ -25,6 +25,7 @@ from fmaq.emulation.noise import COUNT
 from fmaq.emulation.operands import sums_codes
 from fmaq.emulation.policy import Policy
 from fmaq.emulation.products import RECURRENT, FmaqCoverageWarning
+from fmaq.emulation.saving import save_policies_with
 from fmaq.numerics import Accumulator, FixedFormat
 from fmaq.ops.estimators import Estimate
 from fmaq.ops.operands import AccumulatorLike, check
@@ -37,10 +38,11 @@ PACKED = ("_packed", "_all_weight_values")
 def attach(model: nn.Module, policy: Policy | AccumulatorLike) -> nn.Module:
     """Emulate the matrix products of a model as a policy says, wherever in the model they are called; in place.
 
-    No module is replaced, and parameters, `state_dict`, class and others' hooks stay as they are. Attaching again
-    replaces the policy, also of a part of an attached model: the last `attach` counts for every module inside, and
-    names are then relative to that part. A module that is added later, or takes another's place, has the rule that its
-    name would have had; one that is no part of the model, that of its caller, without offsets, gains and shifts.
+    No module is replaced, and parameters, `state_dict`, class and others' hooks stay as they are; a model's own
+    `save_pretrained` writes the policy beside the weights, from where `fmaq.from_pretrained` restores both. Attaching
+    again replaces the policy, also of a part of an attached model: the last `attach` counts for every module inside,
+    and names are then relative to that part. A module that is added later, or takes another's place, has the rule that
+    its name would have had; one that is no part of the model, that of its caller, without offsets, gains and shifts.
 
     Products are met while a module is *called*: `model(x)`, not `model.forward(x)`, runs the hooks. Those of other
     methods are met in a `with fmaq.emulating(model):` block.
@@ -73,6 +75,7 @@ def attach(model: nn.Module, policy: Policy | AccumulatorLike) -> nn.Module:
     for attachment in attachments.values():
         _check_kernels(attachment)
     _install(attachments)
+    save_policies_with(attachments)
     _warn(attachments)
     _warn_of_values(attachments)
     return model
@@ -160,6 +163,7 @@ def detach(model: nn.Module) -> nn.Module:
         _, handles = module.__dict__.pop(STATE, (None, ()))
         for handle in handles:
             handle.remove()
+    save_policies_with(model.modules())
     return model
 
 
