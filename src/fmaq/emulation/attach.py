@@ -1,4 +1,4 @@
-"""Attaching a policy to a model: hooks before and after every module, and nothing else: a model stays what it is.
+"""Attaching a policy to a model: hooks before and after every module, and little else: a model stays what it is.
 
 The hooks are functions of this module and what they need is kept on the module they are called with. So copies, pickles
 and replicas of an attached model are attached, and a submodule called on its own is emulated just the same.
@@ -20,11 +20,13 @@ from torch.utils.hooks import RemovableHandle
 
 from fmaq.emulation import calls, fast_path, traced
 from fmaq.emulation.calls import STATE, Attachment, Call
+from fmaq.emulation.layer_names import layer_names
 from fmaq.emulation.mode import EmulationMode
 from fmaq.emulation.noise import COUNT
 from fmaq.emulation.operands import sums_codes
 from fmaq.emulation.policy import Policy
 from fmaq.emulation.products import RECURRENT, FmaqCoverageWarning
+from fmaq.emulation.saving import save_policies_with
 from fmaq.numerics import Accumulator, FixedFormat
 from fmaq.ops.operands import AccumulatorLike
 from fmaq.ops.operators import summation
@@ -37,10 +39,11 @@ PACKED = ("_packed", "_all_weight_values")
 def attach(model: nn.Module, policy: Policy | AccumulatorLike) -> nn.Module:
     """Emulate the matrix products of a model as a policy says, wherever in the model they are called; in place.
 
-    No module is replaced, and parameters, `state_dict`, class and others' hooks stay as they are. Attaching again
-    replaces the policy, also of a part of an attached model: the last `attach` counts for every module inside, and
-    names are then relative to that part. A module that is added later, or takes another's place, has the rule that its
-    name would have had; one that is no part of the model, that of its caller, without offsets, gains and shifts.
+    No module is replaced, and parameters, `state_dict`, class and others' hooks stay as they are; a model's own
+    `save_pretrained` writes the policy beside the weights, from where `fmaq.from_pretrained` restores both. Attaching
+    again replaces the policy, also of a part of an attached model: the last `attach` counts for every module inside,
+    and names are then relative to that part. A module that is added later, or takes another's place, has the rule that
+    its name would have had; one that is no part of the model, that of its caller, without offsets, gains and shifts.
 
     Products are met while a module is *called*: `model(x)`, not `model.forward(x)`, runs the hooks. Those of other
     methods are met in a `with fmaq.emulating(model):` block.
@@ -73,6 +76,7 @@ def attach(model: nn.Module, policy: Policy | AccumulatorLike) -> nn.Module:
     for attachment in attachments.values():
         _check_kernels(attachment)
     _install(attachments)
+    save_policies_with(attachments)
     _warn(attachments)
     _warn_of_values(attachments)
     return model
@@ -125,9 +129,7 @@ def _attachments(model: nn.Module, policy: Policy) -> dict[nn.Module, Attachment
     Raises:
         ValueError: an entry of the policy matches no module.
     """
-    names: dict[nn.Module, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        names.setdefault(module, []).append(name)
+    names = layer_names(model)
     policy.check_names(name for aliases in names.values() for name in aliases)
     return {module: Attachment(policy, alias[0], policy.for_layer(*alias)) for module, alias in names.items()}
 
@@ -174,6 +176,7 @@ def detach(model: nn.Module) -> nn.Module:
         module.__dict__.pop(COUNT, None)
         _, handles = module.__dict__.pop(STATE, (None, ()))
         _remove(handles)
+    save_policies_with(model.modules())
     return model
 
 

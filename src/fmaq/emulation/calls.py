@@ -23,12 +23,15 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from fmaq.emulation.layer_names import name_inside
 from fmaq.emulation.noise import CHECKPOINT_FILE, note_number, number_of_call
 from fmaq.emulation.policy import Policy, Rule
 
 STATE = "_fmaq"
 CALL_IMPL = ("_call_impl", nn.Module._call_impl.__code__.co_filename)
 GRADIENT = torch.autograd.function.BackwardCFunction.apply.__code__
+MERGING = ("merge", "unmerge")
+"""What PEFT's layers call methods that add products of weights to weights; some do so while they are called."""
 
 
 @dataclass(frozen=True)
@@ -160,7 +163,7 @@ def forget_interrupted() -> None:
 def current_call() -> Call | None:
     """The innermost attached module whose forward calls this, or None where torch's own product is meant.
 
-    That is in the gradient of something, or after an interrupted forward.
+    That is in the gradient of something, where an adapter is merged into weights, or after an interrupted forward.
 
     Raises:
         RuntimeError: a checkpointed function that is no attached module is running: its recomputation could not be told
@@ -170,7 +173,7 @@ def current_call() -> Call | None:
     frames = {id(call.frame) for call in _running.calls}
     is_checkpointed, late = False, None
     while frame is not None and id(frame) not in frames:
-        if frame.f_code is GRADIENT:
+        if frame.f_code is GRADIENT or (frame.f_code.co_name in MERGING and _is_of_peft(frame)):
             return None
         is_checkpointed |= frame.f_code.co_filename == CHECKPOINT_FILE
         if late is None and frame.f_code.co_name == CALL_IMPL[0] and frame.f_code.co_filename == CALL_IMPL[1]:
@@ -193,6 +196,10 @@ def current_call() -> Call | None:
     return call
 
 
+def _is_of_peft(frame: FrameType) -> bool:
+    return str(frame.f_globals.get("__name__")).startswith("peft.")
+
+
 def _late_attachment(caller: Call, module: nn.Module) -> Attachment:
     """What a module is told that came after `attach`: by its name in what was attached, else what is handed down."""
     known = _running.late.get(module)
@@ -206,7 +213,7 @@ def _late_attachment(caller: Call, module: nn.Module) -> Attachment:
         attachment = outer.attachment
         path = next((path for path, inner in outer.module.named_modules() if inner is module), None)
         if path is not None:
-            name = f"{attachment.name}.{path}" if attachment.name else path
+            name = name_inside(attachment.name, outer.module, path)
             found = Attachment(attachment.policy, name, attachment.policy.for_layer(name))
             break
     if found is None:

@@ -87,7 +87,7 @@ class EmulationMode(ModelMode):
                 for x in operands:
                     self.roles.set(values[id(x)], min(self.roles.of(x), self.roles.of(values[id(x)])))
                 args, kwargs = foreign.replaced((args, dict(kwargs)), values)
-        return handler, Met(call, func, args, kwargs, self.roles.is_weight, self)
+        return handler, Met(call, func, args, kwargs, self.roles.is_weight, self.roles.is_activation, self)
 
 
 def _handler(func: Callable[..., Any]) -> Handler | None:

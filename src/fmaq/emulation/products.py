@@ -24,7 +24,8 @@ LEFT_ALONE = "left alone by the policy"
 IN_FP32 = "fp32 by the policy"
 ONE_STEP = "one step (K = 1): nothing is summed"
 SUMMING = ("linear", "conv", "attention")
-"""Kinds that are emulated however short; another one of a single step is an outer product, as of position angles."""
+"""Kinds that are emulated however short; another one of a single step is an outer product, as of position angles,
+unless it may be attention over one key."""
 RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 """Modules that `attach` has already warned of."""
 
@@ -149,6 +150,7 @@ class Request:
         torch_product: torch's own product of two such operands.
         emulated_product: ours, of the same two and an accumulator, with `Rule.how` as keywords.
         options: see `Product`.
+        is_attention: the product may be one of attention's two, so that it is a sum also where it has one step.
     """
 
     kind: str
@@ -159,12 +161,13 @@ class Request:
     emulated_product: Callable[..., Tensor]
     macs: int | None = None
     options: dict[str, Any] | None = None
+    is_attention: bool = False
 
 
 def compute(call: Call, request: Request) -> Tensor:
     """The product as the layer's rule wants it; in the dtype that torch's own would have."""
     rule, operands = rule_of(call, request.kind), Operands(request.operands)
-    is_outer = request.steps == 1 and not request.kind.startswith(SUMMING)
+    is_outer = request.steps == 1 and not request.is_attention and not request.kind.startswith(SUMMING)
     reason = why_not(rule, request.operands, is_outer)
     if rule is None or why_untouched(rule, request.operands, is_outer) is not None:
         result = request.torch_product(*request.operands)

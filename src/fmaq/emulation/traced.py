@@ -108,7 +108,7 @@ class TracedMode(TorchFunctionMode):
                 "what observes an attached model (observe, coverage, calibrate) runs the model itself: give it the "
                 "model that torch.compile was given, not what it made"
             )
-        met = Met(TRACE.calls[-1], func, args, kwargs, _is_weight, self)  # type: ignore[arg-type]
+        met = Met(TRACE.calls[-1], func, args, kwargs, _is_weight, _is_activation, self)  # type: ignore[arg-type]
         result = handler(met)
         if met.of_weights:
             TRACE.learn(func, result, args, kwargs)
@@ -117,6 +117,10 @@ class TracedMode(TorchFunctionMode):
 
 def _is_weight(x: Any) -> bool:
     return TRACE.role(x) == WEIGHT
+
+
+def _is_activation(x: Any) -> bool:
+    return TRACE.role(x) == ACTIVATION
 
 
 TRACE = Trace()

@@ -14,6 +14,7 @@ from torch import nn
 
 from fmaq.analysis.calibration import calibrate
 from fmaq.emulation import Policy, attach, detach
+from fmaq.emulation.layer_names import layer_names
 from fmaq.training import checkpoint
 from fmaq.training.callables import load_callable
 from fmaq.training.checkpoint import CheckpointError
@@ -102,7 +103,7 @@ def check_globs(policy: Policy, model: nn.Module) -> None:
     Raises:
         RecipeError: naming the glob and some of the model's modules.
     """
-    names = [name for name, _ in model.named_modules(remove_duplicate=False)]
+    names = [name for names in layer_names(model).values() for name in names]
     for glob in policy.layers:
         if not any(glob == name or fnmatchcase(name, glob) for name in names):
             some = ", ".join(name for name, module in model.named_modules() if name and not list(module.children()))[
