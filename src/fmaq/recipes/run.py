@@ -14,15 +14,11 @@ from torch import nn
 
 from fmaq.analysis.calibration import calibrate
 from fmaq.emulation import Policy, attach, detach
-from fmaq.training import checkpoint
-from fmaq.training.callables import load_callable
-from fmaq.training.checkpoint import CheckpointError
-from fmaq.training.data import load_data
-from fmaq.training.examples import Examples, Pairs, Windows, as_examples, digest
-from fmaq.training.explain import RecipeError
-from fmaq.training.loop import finetune, identity
-from fmaq.training.models import build_model
-from fmaq.training.policies import (
+from fmaq.recipes.callables import load_callable
+from fmaq.recipes.data import load_data
+from fmaq.recipes.explain import RecipeError
+from fmaq.recipes.models import build_model
+from fmaq.recipes.policies import (
     accumulators_of,
     all_policies,
     emulates,
@@ -31,10 +27,14 @@ from fmaq.training.policies import (
     operands_of,
     quantizes,
 )
+from fmaq.recipes.provenance import provenance
+from fmaq.recipes.recipe import CalibrateRecipe, Recipe
+from fmaq.recipes.record import Record, Row, show
+from fmaq.training import checkpoint
+from fmaq.training.checkpoint import CheckpointError
+from fmaq.training.examples import Examples, Pairs, Windows, as_examples, digest
+from fmaq.training.loop import finetune, identity
 from fmaq.training.progress import Bars
-from fmaq.training.provenance import provenance
-from fmaq.training.recipe import CalibrateRecipe, Recipe
-from fmaq.training.record import Record, Row, show
 from fmaq.training.tasks import TASKS, Metrics, Task, evaluate
 
 Say = Callable[[str], None]
