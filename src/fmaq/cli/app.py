@@ -122,7 +122,8 @@ def evaluate(
     epilog="[bold]Examples[/bold]\n\n  fmaq finetune examples/digits/recipe.yaml\n\n"
     '  fmaq finetune recipe.yaml -a "M5E4b10 product=M5E4b12" -o runs/10-bit\n\n'
     "  fmaq finetune recipe.yaml --policy runs/mine/calibrated.yaml --weights trained.safetensors\n\n"
-    "  fmaq finetune recipe.yaml --fresh"
+    "  fmaq finetune recipe.yaml --fresh\n\n"
+    "  torchrun --nproc-per-node 2 -m fmaq finetune recipe.yaml"
 )
 def finetune(
     recipe: RecipePath,
@@ -143,11 +144,14 @@ def finetune(
     """
     _use_threads(threads)
     from fmaq.recipes.run import run_finetune
+    from fmaq.training.processes import is_main
     from fmaq.training.progress import Bars
 
     loaded, folder = _open(load_recipe(recipe, one(accumulator), policy, weights, seed), output)
     with interruptible():
         record = run_finetune(loaded, folder, device, Bars(), _say(as_json), resume=not fresh)
+    if not is_main():
+        return
     _finish(record, folder, "finetune", as_json)
     if not as_json and (own := folder / "policy.yaml").exists():
         typer.echo(f"next:   {next_command('evaluate', recipe, own, folder / 'model.safetensors')}")

@@ -217,12 +217,16 @@ class FinetuneRecipe(Strict):
     without_underflow: StageRecipe | None = None
     with_underflow: StageRecipe | None = None
     batch_size: int = Field(64, ge=1)
+    accumulation: int = Field(1, ge=1)
     optimizer: Literal["adamw", "sgd"] = "adamw"
     weight_decay: float = Field(0.0, ge=0)
     momentum: float = Field(0.9, ge=0, lt=1)
     clip_norm: float | None = Field(None, gt=0)
     augmentation: Augmentation = Field(default_factory=lambda: Augmentation(flip=False, crop=0))
     checkpoint_seconds: float = Field(60.0, ge=0)
+    trackers: list[Literal["tensorboard", "wandb"]] = Field([])
+    shard: bool = False
+    """Of several processes, each keeps a share of the model."""
 
     @model_validator(mode="after")
     def _some_stages(self) -> FinetuneRecipe:
@@ -238,7 +242,8 @@ class FinetuneRecipe(Strict):
         else:
             pair = ((self.without_underflow, False), (self.with_underflow, True))
             parts = [stage.model_dump() | {"underflow": underflow} for stage, underflow in pair if stage is not None]
-        rest = self.model_dump(exclude={"calibrate", "stages", "without_underflow", "with_underflow", "augmentation"})
+        apart = {"calibrate", "stages", "without_underflow", "with_underflow", "augmentation", "trackers", "shard"}
+        rest = self.model_dump(exclude=apart)
         return Schedule(
             stages=tuple(Stage(**part) for part in parts),
             flip=self.augmentation.flip,
