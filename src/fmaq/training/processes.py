@@ -50,10 +50,17 @@ class Processes:
         accelerate = _accelerate("training in several processes")
         # Then buckets of gradients are not made anew after the first step, and a resumed run sums in the same order.
         of_ddp = accelerate.DistributedDataParallelKwargs(find_unused_parameters=True)
-        with accelerate.utils.patch_environment(ACCELERATE_USE_FSDP="false"):  # sharding is `wrapped`'s
-            self._accelerator = accelerate.Accelerator(
-                cpu=torch.device(device).type == "cpu", mixed_precision="no", kwargs_handlers=[of_ddp]
-            )
+        is_cpu = torch.device(device).type == "cpu"
+        try:
+            with accelerate.utils.patch_environment(ACCELERATE_USE_FSDP="false"):  # sharding is `wrapped`'s
+                self._accelerator = accelerate.Accelerator(cpu=is_cpu, mixed_precision="no", kwargs_handlers=[of_ddp])
+        except RuntimeError as error:
+            if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+                raise
+            raise RuntimeError(
+                f"the restarted processes did not find each other: {error}. Where torchrun restarts workers it needs "
+                f"the environment variable TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1; what was trained is in the checkpoint"
+            ) from error
         kind = str(self._accelerator.distributed_type).rpartition(".")[2]
         if not kind.startswith("MULTI_"):
             raise ValueError(f"fmaq trains in several processes by DDP or FSDP, and accelerate is set up for {kind}")
