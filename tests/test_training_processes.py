@@ -18,6 +18,10 @@ from safetensors.torch import load_file
 from torch import nn
 
 from fmaq.emulation import Policy
+from fmaq.recipes.explain import RecipeError
+from fmaq.recipes.recipe import Recipe
+from fmaq.recipes.record import Record
+from fmaq.recipes.run import run_finetune
 from fmaq.training import Examples, Schedule, Stage, finetune
 from fmaq.training.examples import IGNORED
 from fmaq.training.processes import parts_of
@@ -71,6 +75,25 @@ def random_network(extra: nn.Module) -> nn.Sequential:
     return nn.Sequential(nn.Flatten(), nn.Linear(16, 8), norm, nn.ReLU(), nn.Dropout(0.3), extra, nn.Linear(8, 3))
 
 
+def splits() -> tuple[Examples, Examples]:
+    return images(), images()
+
+
+def recipe(**finetune: object) -> Recipe:
+    stages = {
+        name: {"epochs": 1, "learning_rate": rate}
+        for name, rate in (("without_underflow", 1e-2), ("with_underflow", 1e-3))
+    }
+    values = {
+        "name": "small",
+        "model": {"callable": f"{__file__}:network"},
+        "data": {"kind": "callable", "callable": f"{__file__}:splits"},
+        "policy": POLICY.to_mapping(),
+        "finetune": {"batch_size": 4, **stages, **finetune},
+    }
+    return Recipe.parse(values)
+
+
 def train(output: Path, case: str, step: int = 0, rank: int = 0, pause: float = 0.0) -> None:
     """Train by one of the cases that the tests compare."""
     options = {"output": output, "seed": 3, "progress": False}
@@ -78,6 +101,8 @@ def train(output: Path, case: str, step: int = 0, rank: int = 0, pause: float = 
     if case == "killed" or case == "random":
         extra = Killed(step, rank, output.parent / "marker") if case == "killed" else Slow(pause)
         finetune(random_network(extra), NOISY, data, data, DUAL, **options)
+    elif case == "recipe":
+        run_finetune(recipe(), output)
     elif case == "convex":
         finetune(linear(), Policy(), data, None, CONVEX, **options)
     else:
@@ -117,7 +142,7 @@ def one_thread() -> Iterator[None]:
 def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of what two processes trained together."""
     folder = tmp_path_factory.mktemp("together") / "runs"
-    cases = [{"case": case} for case in ("network", "sharded", "convex", "random")]
+    cases = [{"case": case} for case in ("network", "sharded", "recipe", "convex", "random")]
     assert torchrun(folder, *cases).wait(200) == 0
     return folder
 
@@ -148,6 +173,19 @@ def test_two_processes_are_one_that_accumulates_two_batches(together: Path, tmp_
 def test_sharded_training_gives_the_same_bits(together: Path) -> None:
     assert losses(together / "sharded") == losses(together / "network")
     assert final(together / "sharded") == final(together / "network")
+
+
+def test_a_recipe_is_trained_by_all_and_recorded_once(together: Path, tmp_path: Path, one_thread: None) -> None:
+    run_finetune(recipe(accumulation=2), tmp_path)
+    assert final(tmp_path) == final(together / "recipe")
+    one, two = (Record.load(folder / "finetune.json") for folder in (tmp_path, together / "recipe"))
+    assert one.baseline.metrics == two.baseline.metrics
+    tuned = [[stage["metrics"] for stage in record.rows[0].tuned["stages"]] for record in (one, two)]
+    assert tuned[0] == tuned[1]
+    with pytest.raises(RecipeError, match=r"finetune\.trackers\.0: Input should be 'tensorboard' or 'wandb'"):
+        recipe(trackers=["tensorbord"])
+    with pytest.raises(RecipeError, match=r"finetune\.accumulation: Input should be greater than or equal to 1"):
+        recipe(accumulation=0)
 
 
 def test_two_processes_give_the_curve_of_one_with_twice_the_batch(
