@@ -233,7 +233,7 @@ def test_a_killed_job_goes_on_to_the_same_weights(together: Path, tmp_path: Path
     folder, step = tmp_path / "runs", random.randrange(1, 12)
     job = torchrun(folder, {"case": "random", "pause": 0.2})
     log, deadline = folder / "random" / "log.jsonl", time.monotonic() + 120
-    while not (log.exists() and log.read_text().count('"learning_rate"') >= step):
+    while not (log.exists() and log.read_text().count('"step", ') >= step):
         assert job.poll() is None, "it ended before it could be killed"
         assert time.monotonic() < deadline
         time.sleep(0.02)

@@ -24,8 +24,8 @@ class DualStageCallback(Callback):
     Validation sees the stage in which it happens; afterwards, and in `Trainer.test`, `validate` and `predict`, the
     module is attached to the policy itself. Rates are the module's own business.
 
-    Products are emulated where submodules are called, as `training_step` does: one that it computes itself it has to
-    compute inside `with fmaq.emulating(self):`, unless DDP or FSDP call it.
+    Products are emulated where submodules are called, as `training_step` does; those that it computes itself belong
+    inside `with fmaq.emulating(self):`.
 
     Args:
         policy: of the second stage, as `fmaq.attach` takes it.
