@@ -86,6 +86,7 @@ def test_counts_break_the_graph() -> None:
         return A.sum() * fmaq.count_events(A, B, ACC).steps
 
     assert torch.equal(torch.compile(function, backend="eager")(), function())
+    torch.compiler.reset()
     with pytest.raises(torch._dynamo.exc.Unsupported, match="fmaq counts in plain numbers"):
         torch.compile(function, backend="eager", fullgraph=True)()
 

@@ -11,6 +11,7 @@ ORDER = [
     "kernels",
     "ops",
     "emulation",
+    "onnx",
     "analysis",
     "training",
     "recipes",
