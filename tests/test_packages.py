@@ -5,7 +5,10 @@ from pathlib import Path
 
 import fmaq
 
-ORDER = "numerics hardware kernels ops emulation analysis training recipes report bench reproduce cli".split()
+ORDER = [
+    *("numerics", "hardware", "kernels", "ops", "emulation", "analysis"),
+    *("training", "recipes", "report", "bench", "reproduce", "cli"),
+]
 """Each may import those before it."""
 
 
