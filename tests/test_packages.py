@@ -6,19 +6,8 @@ from pathlib import Path
 import fmaq
 
 ORDER = [
-    "numerics",
-    "hardware",
-    "kernels",
-    "ops",
-    "emulation",
-    "onnx",
-    "analysis",
-    "training",
-    "recipes",
-    "report",
-    "bench",
-    "reproduce",
-    "cli",
+    *("numerics", "hardware", "kernels", "ops", "emulation", "onnx", "analysis"),
+    *("training", "recipes", "report", "bench", "reproduce", "cli"),
 ]
 """Each may import those before it."""
 

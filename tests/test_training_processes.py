@@ -292,6 +292,27 @@ def test_tensorboard_has_the_curves(tmp_path: Path) -> None:
     assert [point.step for point in events.Scalars("test accuracy")] == [8, 16, 24]
 
 
+def test_tensorboard_takes_back_what_a_killed_run_drew_after_its_checkpoint(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    class Fails(nn.Module):
+        left = 12
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.left -= 1
+            if self.left < 0:
+                raise torch.OutOfMemoryError("no memory")
+            return x
+
+    data, options = images(), {"output": tmp_path / "a", "progress": False, "trackers": ["tensorboard"]}
+    with pytest.raises(torch.OutOfMemoryError, match="no memory"):
+        finetune(linear().append(Fails()), Policy(), data, None, CONVEX, **options)
+    finetune(linear().append(nn.Identity()), Policy(), data, None, CONVEX, **options)
+    events = EventAccumulator(str(tmp_path / "a" / "tensorboard" / "a"))
+    events.Reload()
+    assert [point.step for point in events.Scalars("loss")] == list(range(1, 25))
+
+
 def test_weights_and_biases_has_the_curves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Through accelerate; its package is stood in for, since it wants an account."""
     points: list[tuple[dict, int]] = []

@@ -164,6 +164,7 @@ def run_finetune(
     """
     if recipe.finetune is None:
         raise RecipeError("this recipe cannot be fine-tuned: give it the key finetune, with its stages")
+    _check_device(device)
     processes = Processes(device)
     if not processes.is_main:
         bars, say = None, _silent

@@ -184,9 +184,6 @@ class _Run:
         self.output = output
         self.path = None if output is None else output / "checkpoint.safetensors"
         self.identity = identity(self.model, self.policy, self.train, self.schedule, self.seed, self.processes.count)
-        is_main = self.processes.is_main
-        config = {name: value if name == "seed" else json.dumps(value) for name, value in self.identity.items()}
-        self.trackers = Trackers(trackers if is_main else (), output.name if output else "fmaq", output, config)
         offset = 0
         if self.path is not None and self.path.exists() and resume:
             offset = self._restore(self.path)
@@ -196,10 +193,13 @@ class _Run:
             np.random.seed(own)
             torch.manual_seed(own)
         log = output / "log.jsonl" if log is None and output is not None else log
-        if log is not None and is_main:
+        if log is not None and self.processes.is_main:
             log.parent.mkdir(parents=True, exist_ok=True)
             self.log = open(log, "ab")  # noqa: SIM115  (closed by `close`)
             self.log.truncate(min(offset, log.stat().st_size))
+        if self.processes.is_main:
+            config = {name: value if name == "seed" else json.dumps(value) for name, value in self.identity.items()}
+            self.trackers = Trackers(trackers, output.name if output else "fmaq", output, config, self.steps_done)
         if offset:
             self._write_log("resume")
         else:
@@ -255,6 +255,12 @@ class _Run:
     @property
     def steps_an_epoch(self) -> int:
         return math.ceil(len(self.train) / self.examples_a_step)
+
+    @property
+    def steps_done(self) -> int:
+        """Of all stages."""
+        before = sum(stage.epochs for stage in self.schedule.stages[: self.stage])
+        return (before + self.epoch) * self.steps_an_epoch + self.step
 
     @property
     def examples_a_step(self) -> int:
@@ -393,8 +399,7 @@ class _Run:
 
     def _track(self, **values: float) -> None:
         if self.trackers is not None:
-            before = sum(stage.epochs for stage in self.schedule.stages[: self.stage])
-            self.trackers.log((before + self.epoch) * self.steps_an_epoch + self.step, **values)
+            self.trackers.log(self.steps_done, **values)
 
     def _generator(self, step: int = 0) -> torch.Generator:
         """A generator for one epoch's order (step 0) or one step's augmentation: it depends on the place alone."""

@@ -197,12 +197,15 @@ class Trackers:
         names: of `TRACKERS`.
         folder: TensorBoard's files go to its `tensorboard/<project>`.
         config: what decides the run, kept beside its curves.
+        done: steps that were made before; later ones that a stopped run drew are taken back, where a tracker can.
 
     Raises:
         ValueError: a name is unknown, or its package or accelerate is missing.
     """
 
-    def __init__(self, names: Sequence[str], project: str, folder: Path | None, config: Mapping[str, Any]) -> None:
+    def __init__(
+        self, names: Sequence[str], project: str, folder: Path | None, config: Mapping[str, Any], done: int = 0
+    ) -> None:
         self._trackers: list[Any] = []
         if not names:
             return
@@ -216,7 +219,7 @@ class Trackers:
         for name in names:
             known = tracking.LOGGER_TYPE_TO_CLASS[name]
             try:
-                made = known(project, folder / name) if known.requires_logging_directory else known(project)
+                made = known(project, folder / name, purge_step=done + 1) if name == "tensorboard" else known(project)
                 made.start()
             except ImportError:
                 raise ValueError(f"the tracker {name} needs the package {name}: pip install {name}") from None
