@@ -417,8 +417,8 @@ def test_bad_input_is_named():
 @pytest.mark.data
 @pytest.mark.skipif(not DATA.exists(), reason=f"{DATA} is missing")
 def test_resnet20_lives_with_10_bits():
-    from fmaq.training.calibrated import run_calibrate
-    from fmaq.training.recipe import Recipe
+    from fmaq.recipes.calibrated import run_calibrate
+    from fmaq.recipes.recipe import Recipe
 
     recipe = Path(__file__).resolve().parents[1] / "examples" / "resnet20" / "calibrate.yaml"
     changes = {"accumulators": [PAPER], "operands": ["M4E3"], "data.limit": 256}

@@ -324,7 +324,7 @@ def test_a_process_that_fails_is_a_reason() -> None:
 def small_network(tmp_path: Path) -> networks.Network:
     (tmp_path / "small.yaml").write_text(
         "name: small\ntask: classification\ndata: {kind: digits, limit: 8}\n"
-        "model: {callable: 'fmaq.training.residual_cnn:residual_cnn', arguments: {width: 4}}\n"
+        "model: {callable: 'fmaq.recipes.residual_cnn:residual_cnn', arguments: {width: 4}}\n"
     )
     return networks.Network("small", str(tmp_path / "small.yaml"), 4)
 

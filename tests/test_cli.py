@@ -12,12 +12,12 @@ import torch
 from fmaq import __version__
 from fmaq.cli import main
 from fmaq.emulation import Policy
-from fmaq.training.record import Record
+from fmaq.recipes.record import Record
 
 RECIPE = """\
 name: small
 model:
-  callable: fmaq.training.residual_cnn:residual_cnn
+  callable: fmaq.recipes.residual_cnn:residual_cnn
   arguments: {width: 4}
 data:
   kind: digits
@@ -135,7 +135,7 @@ def test_a_calibrated_policy_serves_every_command(
 def test_finetune_calibrates_first_where_the_recipe_says_so(
     recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from fmaq.training import run as runs
+    from fmaq.recipes import run as runs
 
     narrow = "M3E3h product=M3E3h outer=M10E5"
     assert run(monkeypatch, "finetune", recipe, "-a", narrow) == 2  # has no bias, and nothing chooses one
@@ -197,14 +197,14 @@ def test_a_run_that_began_elsewhere_is_not_resumed(
 ) -> None:
     from safetensors.torch import save_file
 
-    from fmaq.training.residual_cnn import residual_cnn
+    from fmaq.recipes.residual_cnn import residual_cnn
 
     assert run(monkeypatch, "finetune", recipe) == 0
     before = Path("runs/small/finetune.json").read_bytes()
     torch.manual_seed(99)
     save_file(residual_cnn(width=4).state_dict(), "other.safetensors")
     Path("other_data.py").write_text(
-        "from fmaq.training.data import load_data\nfrom fmaq.training.recipe import DigitsData\n\n"
+        "from fmaq.recipes.data import load_data\nfrom fmaq.recipes.recipe import DigitsData\n\n"
         "def halves():\n    train, test = load_data(DigitsData(kind='digits', limit=40), 'classification', None)\n"
         "    return train, type(test)(*test.batch(slice(0, 20)))\n"
     )
@@ -274,7 +274,7 @@ def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_interruption_is_exit_code_130(
     recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from fmaq.training import run as runs
+    from fmaq.recipes import run as runs
     from fmaq.training.interrupts import Interrupted
 
     def interrupted(*arguments: object, **named: object) -> None:

@@ -15,7 +15,7 @@ from fmaq.cli import app as cli
 
 RECIPE = """
 name: small
-model: {callable: fmaq.training.residual_cnn:residual_cnn, arguments: {width: 4}}
+model: {callable: fmaq.recipes.residual_cnn:residual_cnn, arguments: {width: 4}}
 data: {kind: digits, limit: 64, batch_size: 32}
 accumulators: [M4E3b5 product=M4E3b7]
 operands: [M4E3]

@@ -10,7 +10,7 @@ from fmaq.cli import main
 
 RECIPE = """\
 name: small
-model: {callable: fmaq.training.residual_cnn:residual_cnn, arguments: {width: 4}}
+model: {callable: fmaq.recipes.residual_cnn:residual_cnn, arguments: {width: 4}}
 data: {kind: digits, limit: 10}
 """
 

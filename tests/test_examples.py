@@ -14,13 +14,13 @@ import pytest
 import torch
 
 import fmaq
+from fmaq.recipes.calibrated import run_calibrate
+from fmaq.recipes.callables import load_callable
+from fmaq.recipes.data import load_data
+from fmaq.recipes.models import build_model
+from fmaq.recipes.recipe import Recipe
 from fmaq.training import Schedule, Stage
-from fmaq.training.calibrated import run_calibrate
-from fmaq.training.callables import load_callable
-from fmaq.training.data import load_data
 from fmaq.training.examples import Pairs, Windows
-from fmaq.training.models import build_model
-from fmaq.training.recipe import Recipe
 from fmaq.training.tasks import evaluate
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"

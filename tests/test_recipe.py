@@ -11,13 +11,14 @@ import torch
 import yaml
 from pydantic import BaseModel
 
-from fmaq.training.data import load_data
+from fmaq.recipes.data import load_data
+from fmaq.recipes.explain import RecipeError
+from fmaq.recipes.models import build_model
+from fmaq.recipes.policies import all_policies
+from fmaq.recipes.recipe import DigitsData, Recipe
+from fmaq.recipes.run import prepare
+from fmaq.recipes.values import expand
 from fmaq.training.examples import Examples, Windows
-from fmaq.training.explain import RecipeError
-from fmaq.training.models import build_model
-from fmaq.training.policies import all_policies
-from fmaq.training.recipe import DigitsData, Recipe, expand
-from fmaq.training.run import prepare
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 MODEL = """

@@ -9,10 +9,10 @@ from xml.etree import ElementTree
 import pytest
 from rich.console import Console
 
+from fmaq.recipes.record import Record, Row, show
 from fmaq.report import rich_table, write_report
 from fmaq.report.plot import draw, to_svg
 from fmaq.report.tables import cells, headings, lines
-from fmaq.training.record import Record, Row, show
 
 STAGE = {"epochs": 2, "learning_rate": 1e-3, "underflow": False, "cosine": True, "final_learning_rate": 0.0}
 

@@ -12,11 +12,11 @@ from typer.testing import CliRunner
 
 from fmaq.cli.app import app
 from fmaq.numerics.reference import ESTIMATORS
+from fmaq.recipes.explain import RecipeError
 from fmaq.reproduce.experiment import available, find, load
 from fmaq.reproduce.run import run_experiment
 from fmaq.reproduce.tables import markdown
 from fmaq.reproduce.trainings import Trainings
-from fmaq.training.explain import RecipeError
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from fmaq.emulation import Policy
-from fmaq.training import Examples, Schedule, Stage, Windows, evaluate, finetune, loop
+from fmaq.training import Examples, Schedule, Stage, Windows, dual_stage, evaluate, finetune
 from fmaq.training.checkpoint import CheckpointError
 from fmaq.training.interrupts import Interrupted
 from fmaq.training.loop import augment
@@ -97,13 +97,13 @@ def test_stages_learn_and_are_reported(tmp_path: Path) -> None:
 
 def test_stage_one_runs_without_underflow(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    real = loop.attach
+    real = dual_stage.attach
 
     def attach(model: nn.Module, policy: Policy) -> None:
         seen.append(policy.accumulator.underflow)
         real(model, policy)
 
-    monkeypatch.setattr(loop, "attach", attach)
+    monkeypatch.setattr(dual_stage, "attach", attach)
     train, test = data()
     finetune(network(), POLICY, train, test, SCHEDULE, progress=False)
     assert list(dict.fromkeys(seen[:1])) == [False]
@@ -112,13 +112,13 @@ def test_stage_one_runs_without_underflow(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_underflow_is_switched_on_in_the_middle_of_a_stage(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     seen = []
-    real = loop.attach
+    real = dual_stage.attach
 
     def attach(model: nn.Module, policy: Policy) -> None:
         seen.append(policy.accumulator.underflow)
         real(model, policy)
 
-    monkeypatch.setattr(loop, "attach", attach)
+    monkeypatch.setattr(dual_stage, "attach", attach)
     train, test = data()
     schedule = Schedule((Stage(2, 1e-2, underflow_from=0.75),), batch_size=8)  # from the seventh of eight steps on
     whole = network()

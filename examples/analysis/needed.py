@@ -20,9 +20,9 @@ from torch.nn import functional as F
 from fmaq import attach, ops
 from fmaq.analysis import is_suitable, least_mantissa, simulate
 from fmaq.emulation import Product, coverage, listening
+from fmaq.recipes.recipe import Recipe
+from fmaq.recipes.run import prepare
 from fmaq.training.examples import first_inputs
-from fmaq.training.recipe import Recipe
-from fmaq.training.run import prepare
 
 WIDE, ROWS, LARGEST = "M23E7b63 chunk=16", 64, 14
 Form = Callable[..., Tensor]

@@ -10,11 +10,11 @@ from safetensors.torch import load_file, save
 from torch import nn
 
 from fmaq import Policy
+from fmaq.recipes.data import digits
+from fmaq.recipes.demo import FLOAT32
+from fmaq.recipes.residual_cnn import residual_cnn
 from fmaq.training import finetune
-from fmaq.training.data import digits
-from fmaq.training.demo import FLOAT32
 from fmaq.training.files import write_bytes
-from fmaq.training.residual_cnn import residual_cnn
 
 WEIGHTS = Path(__file__).resolve().parents[2] / ".cache" / "examples" / "digits" / "float32.safetensors"
 

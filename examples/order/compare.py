@@ -24,9 +24,9 @@ from torch.nn.functional import normalize
 
 from fmaq import attach, detach
 from fmaq.analysis import apply_orders, channel_sizes, restore_order
-from fmaq.training.data import load_data
-from fmaq.training.recipe import Recipe
-from fmaq.training.run import prepare
+from fmaq.recipes.data import load_data
+from fmaq.recipes.recipe import Recipe
+from fmaq.recipes.run import prepare
 from fmaq.training.tasks import evaluate
 
 EXAMPLES = Path(__file__).resolve().parents[1]

@@ -13,7 +13,7 @@ from fmaq.numerics import Accumulator, FixedFormat, FloatFormat
 if TYPE_CHECKING:
     from fmaq import analysis, emulation, hardware, ops
     from fmaq.analysis import calibrate, observe
-    from fmaq.emulation import Policy, attach, coverage, detach, emulating  # type: ignore[no-redef]
+    from fmaq.emulation import Policy, attach, coverage, detach, emulating, from_pretrained  # type: ignore[no-redef]
     from fmaq.ops import (  # type: ignore[no-redef]
         conv1d,
         conv2d,
@@ -49,6 +49,7 @@ __all__ = [
     "detach",
     "emulating",
     "emulation",
+    "from_pretrained",
     "hardware",
     "linear",
     "matmul",
@@ -60,7 +61,7 @@ __all__ = [
 
 _PACKAGES = ("analysis", "emulation", "hardware", "ops")
 _HOME = {
-    **dict.fromkeys(("Policy", "attach", "coverage", "detach", "emulating"), "fmaq.emulation"),
+    **dict.fromkeys(("Policy", "attach", "coverage", "detach", "emulating", "from_pretrained"), "fmaq.emulation"),
     **dict.fromkeys(("calibrate", "observe"), "fmaq.analysis"),
 }
 

@@ -22,6 +22,7 @@ from fmaq.analysis.biases import (
     with_biases,
 )
 from fmaq.analysis.fit import Fit
+from fmaq.emulation.layer_names import layer_names
 from fmaq.emulation.policy import CHOSEN_FIELDS, FP32, PRODUCT_FIELDS, RULE_FIELDS, Policy, Rule
 from fmaq.emulation.products import Place
 from fmaq.emulation.unmet import names_of
@@ -54,12 +55,13 @@ def fitted(
         entries[layer] = writer.met(_rule(given, aliases), _rule(run, aliases), places)
     own = writer.completed({"accumulator": given.accumulator, "products": given.products})
     new = replace(given, **(own or {}), layers=entries)
-    for layer, aliases in names.items():  # outer modules before inner ones, which inherit
+    for module, aliases in layer_names(model).items():  # outer modules before inner ones, which inherit
+        layer = aliases[0]
         if layer in by_layer:
             continue
         rule = given.for_layer(*aliases)
         wanted = None if rule is None else writer.unmet(rule)
-        if not _is_alike(wanted, new.for_layer(*aliases), but_for_biases=model.get_submodule(layer) in called):
+        if not _is_alike(wanted, new.for_layer(*aliases), but_for_biases=module in called):
             new = replace(new, layers={**new.layers, layer: None if wanted is None else writer.entry(wanted)})
     return new
 

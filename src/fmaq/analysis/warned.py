@@ -11,6 +11,7 @@ from fmaq.analysis.batches import CalibrationWarning
 from fmaq.analysis.fit import MOST_OFFSET, Trial
 from fmaq.analysis.fitted import is_template
 from fmaq.analysis.met import Met, own_weights
+from fmaq.emulation.layer_names import layer_names
 from fmaq.emulation.policy import FP32, Policy, speaks_for
 from fmaq.emulation.products import RECURRENT, Place
 from fmaq.emulation.unmet import names_of, unmet_products
@@ -39,7 +40,7 @@ def warn(
         met: what else was.
     """
     names = names_of(model)
-    layers = [name for name, aliases in names.items() if _is_unmet(model.get_submodule(name), aliases, policy, met)]
+    layers = [own[0] for module, own in layer_names(model).items() if _is_unmet(module, own, policy, met)]
     entries = [repr(key) for key in _unmet_templates(policy, names, {place.layer for place in trials})]
     rows = [_product(place) for place in sorted(set(empty) - set(trials), key=lambda place: (place.layer, place.index))]
     slices = [

@@ -17,7 +17,7 @@ from fmaq.kernels.compile import compile_module
 from fmaq.kernels.ir_blocks import F32, I64, POINTER, Value, for_range, i64
 from fmaq.kernels.lanes import Lanes
 from fmaq.kernels.targets import Target, current_target
-from fmaq.training.provenance import provenance
+from fmaq.recipes.provenance import provenance
 
 IDLE = 0.5  # processes that the load average may count on an idle machine
 CHAINS = 12  # more than a pair of units needs to be busy, fewer than the registers of SSE2

@@ -18,10 +18,10 @@ from fmaq.bench.rows import Case, Operation, Row, Unavailable
 from fmaq.bench.timing import compare
 from fmaq.emulation import Policy, attach
 from fmaq.numerics import Accumulator
-from fmaq.training.data import load_data
+from fmaq.recipes.data import load_data
+from fmaq.recipes.models import build_model
+from fmaq.recipes.recipe import Recipe
 from fmaq.training.examples import Inputs, Pairs, Windows
-from fmaq.training.models import build_model
-from fmaq.training.recipe import Recipe
 from fmaq.training.tasks import forward
 
 EXAMPLES = Path(__file__).resolve().parents[3] / "examples"

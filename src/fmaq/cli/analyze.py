@@ -11,7 +11,7 @@ from fmaq.cli.console import print_table
 from fmaq.cli.recipes import Accumulator, PolicyFile, RecipePath, Weights, load_recipe, one
 
 if TYPE_CHECKING:
-    from fmaq.training.recipe import Recipe
+    from fmaq.recipes.recipe import Recipe
 
 EPILOG = (
     "[bold]Examples[/bold]\n\n  fmaq analyze examples/digits/recipe.yaml\n\n"
@@ -88,9 +88,9 @@ def _tables(recipe: Recipe, limits: Any, examples: int) -> dict[str, Any]:
     from fmaq.analysis.calibration import call
     from fmaq.emulation import attach
     from fmaq.emulation.policy import FP32
+    from fmaq.recipes.policies import emulating_policy, is_template
+    from fmaq.recipes.run import prepare
     from fmaq.training.examples import first_inputs
-    from fmaq.training.policies import emulating_policy, is_template
-    from fmaq.training.run import prepare
     from fmaq.training.tasks import telling_of_the_batch
 
     policy = emulating_policy(recipe)

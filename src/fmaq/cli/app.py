@@ -25,8 +25,8 @@ from fmaq.cli.recipes import (
 )
 
 if TYPE_CHECKING:
-    from fmaq.training.recipe import Recipe
-    from fmaq.training.record import Record
+    from fmaq.recipes.recipe import Recipe
+    from fmaq.recipes.record import Record
 
 app = typer.Typer(
     name="fmaq",
@@ -82,7 +82,7 @@ def demo(
     It takes a minute or two, needs no network, and writes nothing outside its output folder.
     """
     _use_threads(threads)
-    from fmaq.training.demo import run_demo
+    from fmaq.recipes.demo import run_demo
     from fmaq.training.progress import Bars
 
     with interruptible("interrupted; the demo starts over when it is run again"):
@@ -111,8 +111,8 @@ def evaluate(
     Writes evaluate.json, evaluate.csv, a plot and a page into the output folder, runs/<name> by default.
     """
     _use_threads(threads)
+    from fmaq.recipes.run import run_evaluate
     from fmaq.training.progress import Bars
-    from fmaq.training.run import run_evaluate
 
     loaded, folder = _open(load_recipe(recipe, accumulators or (), policy, weights, seed), output)
     _finish(run_evaluate(loaded, folder, device, Bars(), _say(as_json)), folder, "evaluate", as_json)
@@ -122,7 +122,8 @@ def evaluate(
     epilog="[bold]Examples[/bold]\n\n  fmaq finetune examples/digits/recipe.yaml\n\n"
     '  fmaq finetune recipe.yaml -a "M5E4b10 product=M5E4b12" -o runs/10-bit\n\n'
     "  fmaq finetune recipe.yaml --policy runs/mine/calibrated.yaml --weights trained.safetensors\n\n"
-    "  fmaq finetune recipe.yaml --fresh"
+    "  fmaq finetune recipe.yaml --fresh\n\n"
+    "  torchrun --nproc-per-node 2 -m fmaq finetune recipe.yaml"
 )
 def finetune(
     recipe: RecipePath,
@@ -142,12 +143,15 @@ def finetune(
     The output folder, runs/<name> by default, gets the model, a log, finetune.json, a plot and a page.
     """
     _use_threads(threads)
+    from fmaq.recipes.run import run_finetune
+    from fmaq.training.processes import is_main
     from fmaq.training.progress import Bars
-    from fmaq.training.run import run_finetune
 
     loaded, folder = _open(load_recipe(recipe, one(accumulator), policy, weights, seed), output)
     with interruptible():
         record = run_finetune(loaded, folder, device, Bars(), _say(as_json), resume=not fresh)
+    if not is_main():
+        return
     _finish(record, folder, "finetune", as_json)
     if not as_json and (own := folder / "policy.yaml").exists():
         typer.echo(f"next:   {next_command('evaluate', recipe, own, folder / 'model.safetensors')}")
@@ -209,7 +213,7 @@ def calibrate(
     """
     _use_threads(threads)
     from fmaq.analysis.importance import scalar_named
-    from fmaq.training.calibrated import run_calibrate
+    from fmaq.recipes.calibrated import run_calibrate
     from fmaq.training.progress import Bars
 
     scalar = scalar_named(importance)
@@ -235,8 +239,8 @@ def report(
     ] = None,
 ) -> None:
     """Show what demo, evaluate, finetune or calibrate recorded: the table again, and a new plot and page."""
+    from fmaq.recipes.record import Record
     from fmaq.report import rich_table, write_report
-    from fmaq.training.record import Record
 
     for path in records:
         record = Record.load(path)

@@ -67,10 +67,10 @@ def bench(
     from fmaq.kernels import use_target
     from fmaq.training.progress import Bars
 
-    cases = select(suite or [], _sizes(sizes))
     torch.set_num_threads(threads)
     try:
         with use_target(target) if target else nullcontext():
+            cases = select(suite or [], _sizes(sizes))
             _warn_if(warning(load_average()))
             report = run(cases, rounds, output, Bars())
     except KeyboardInterrupt:

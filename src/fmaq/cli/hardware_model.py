@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from fmaq.analysis.energy import ModelEnergy, energy_of_run
+from fmaq.recipes.recipe import Recipe
+from fmaq.recipes.run import prepare
 from fmaq.training.progress import Bars
-from fmaq.training.recipe import Recipe
-from fmaq.training.run import prepare
 from fmaq.training.tasks import evaluate
 
 if TYPE_CHECKING:

@@ -41,8 +41,8 @@ def observe(
 
         torch.set_num_threads(threads)
     from fmaq.analysis.observation import STEPS
+    from fmaq.recipes.observed import run_observe
     from fmaq.training.files import made_folder
-    from fmaq.training.observed import run_observe
 
     loaded = load_recipe(recipe, one(accumulator), policy, weights)
     folder = made_folder(output or loaded.output or Path("runs") / loaded.name)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from fmaq.training.recipe import Recipe
+    from fmaq.recipes.recipe import Recipe
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe, a YAML file.", show_default=False)]
 Accumulators = Annotated[
@@ -61,7 +61,7 @@ def load_recipe(
     seed: int | None = None,
     changes: Mapping[str, Any] | None = None,
 ) -> Recipe:
-    """The checked recipe, with what the command line has in its place; see `fmaq.training.policies`.
+    """The checked recipe, with what the command line has in its place; see `fmaq.recipes.policies`.
 
     Args:
         changes: as `Recipe.load` takes them.
@@ -70,8 +70,8 @@ def load_recipe(
         ValueError: a file is missing, or something in the recipe or the command line is wrong; says which and how.
     """
     from fmaq.emulation import Policy
-    from fmaq.training.policies import with_accumulators
-    from fmaq.training.recipe import Recipe
+    from fmaq.recipes.policies import with_accumulators
+    from fmaq.recipes.recipe import Recipe
 
     changed = dict(changes or {})
     if seed is not None:

@@ -4,6 +4,7 @@ from fmaq.emulation.attach import attach, detach, emulating, policy_of
 from fmaq.emulation.coverage import Coverage, CoverageRow, coverage
 from fmaq.emulation.noise import call_counts, restart_calls
 from fmaq.emulation.policy import Policy, Rule
+from fmaq.emulation.pretrained import from_pretrained
 from fmaq.emulation.products import FmaqCoverageWarning, Product, listening
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "coverage",
     "detach",
     "emulating",
+    "from_pretrained",
     "listening",
     "policy_of",
     "restart_calls",

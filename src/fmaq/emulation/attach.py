@@ -1,4 +1,4 @@
-"""Attaching a policy to a model: hooks before and after every module, and nothing else: a model stays what it is.
+"""Attaching a policy to a model: hooks before and after every module, and little else: a model stays what it is.
 
 The hooks are functions of this module and what they need is kept on the module they are called with. So copies, pickles
 and replicas of an attached model are attached, and a submodule called on its own is emulated just the same.
@@ -9,24 +9,27 @@ from __future__ import annotations
 import contextlib
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
-from fmaq.emulation import calls, fast_path
+from fmaq.emulation import calls, fast_path, traced
 from fmaq.emulation.calls import STATE, Attachment, Call
+from fmaq.emulation.layer_names import layer_names
 from fmaq.emulation.mode import EmulationMode
 from fmaq.emulation.noise import COUNT
 from fmaq.emulation.operands import sums_codes
 from fmaq.emulation.policy import Policy
 from fmaq.emulation.products import RECURRENT, FmaqCoverageWarning
+from fmaq.emulation.saving import save_policies_with
 from fmaq.numerics import Accumulator, FixedFormat
-from fmaq.ops.estimators import Estimate
-from fmaq.ops.operands import AccumulatorLike, check
+from fmaq.ops.operands import AccumulatorLike
+from fmaq.ops.operators import summation
 
 QUANTIZED_MODULES = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torch.ao.nn.sparse")
 PACKED = ("_packed", "_all_weight_values")
@@ -36,10 +39,11 @@ PACKED = ("_packed", "_all_weight_values")
 def attach(model: nn.Module, policy: Policy | AccumulatorLike) -> nn.Module:
     """Emulate the matrix products of a model as a policy says, wherever in the model they are called; in place.
 
-    No module is replaced, and parameters, `state_dict`, class and others' hooks stay as they are. Attaching again
-    replaces the policy, also of a part of an attached model: the last `attach` counts for every module inside, and
-    names are then relative to that part. A module that is added later, or takes another's place, has the rule that its
-    name would have had; one that is no part of the model, that of its caller, without offsets, gains and shifts.
+    No module is replaced, and parameters, `state_dict`, class and others' hooks stay as they are; a model's own
+    `save_pretrained` writes the policy beside the weights, from where `fmaq.from_pretrained` restores both. Attaching
+    again replaces the policy, also of a part of an attached model: the last `attach` counts for every module inside,
+    and names are then relative to that part. A module that is added later, or takes another's place, has the rule that
+    its name would have had; one that is no part of the model, that of its caller, without offsets, gains and shifts.
 
     Products are met while a module is *called*: `model(x)`, not `model.forward(x)`, runs the hooks. Those of other
     methods are met in a `with fmaq.emulating(model):` block.
@@ -72,6 +76,7 @@ def attach(model: nn.Module, policy: Policy | AccumulatorLike) -> nn.Module:
     for attachment in attachments.values():
         _check_kernels(attachment)
     _install(attachments)
+    save_policies_with(attachments)
     _warn(attachments)
     _warn_of_values(attachments)
     return model
@@ -115,8 +120,7 @@ def _installed(attachments: dict[nn.Module, Attachment], everywhere: bool = Fals
             if state is not None:
                 module.__dict__[STATE] = (state[0], handles if was_hooked else ())
             if not was_hooked:
-                for handle in handles:
-                    handle.remove()
+                _remove(handles)
 
 
 def _attachments(model: nn.Module, policy: Policy) -> dict[nn.Module, Attachment]:
@@ -125,9 +129,7 @@ def _attachments(model: nn.Module, policy: Policy) -> dict[nn.Module, Attachment
     Raises:
         ValueError: an entry of the policy matches no module.
     """
-    names: dict[nn.Module, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        names.setdefault(module, []).append(name)
+    names = layer_names(model)
     policy.check_names(name for aliases in names.values() for name in aliases)
     return {module: Attachment(policy, alias[0], policy.for_layer(*alias)) for module, alias in names.items()}
 
@@ -145,7 +147,21 @@ def _install(attachments: dict[nn.Module, Attachment], everywhere: bool = False)
                 module.register_forward_pre_hook(_before, prepend=True, with_kwargs=True),
                 module.register_forward_hook(_after, always_call=True),
             )
+            _forget_compiled()
         module.__dict__[STATE] = (attachment, handles)
+
+
+def _remove(handles: Iterable[RemovableHandle]) -> None:
+    for handle in handles:
+        handle.remove()
+        _forget_compiled()
+
+
+def _forget_compiled() -> None:
+    """Code that torch.compile made before hooks came or went is not for a model that has them, or has not."""
+    dynamo = sys.modules.get("torch._dynamo")
+    if dynamo is not None and dynamo.convert_frame.output_codes.seen:
+        dynamo.reset()
 
 
 def detach(model: nn.Module) -> nn.Module:
@@ -159,8 +175,8 @@ def detach(model: nn.Module) -> nn.Module:
     for module in model.modules():
         module.__dict__.pop(COUNT, None)
         _, handles = module.__dict__.pop(STATE, (None, ()))
-        for handle in handles:
-            handle.remove()
+        _remove(handles)
+    save_policies_with(model.modules())
     return model
 
 
@@ -189,7 +205,8 @@ class emulating:
         self._blocks: list[Call] = []
 
     def __enter__(self) -> None:
-        calls.refuse_compilation()
+        if torch.compiler.is_dynamo_compiling():
+            raise RuntimeError("emulating is no block of a function that is compiled: call the model itself there")
         attachment = self._model.__dict__[STATE][0]
         frame = _running_body(sys._getframe(1))
         self._blocks.append(calls.enter_block(self._model, attachment, EmulationMode, frame))
@@ -213,22 +230,31 @@ def policy_of(model: nn.Module) -> Policy | None:
 
 
 def _before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    if traced.is_near():
+        traced.enter(module, module.__dict__[STATE][0])
+        return
     if torch._C._get_tracing_state() is not None:
         raise RuntimeError(
-            "an attached model cannot be traced by torch.jit or exported: call fmaq.detach(model) before"
+            "an attached model cannot be traced by torch.jit: use torch.export, or call fmaq.detach before"
         )
-    calls.refuse_compilation()
     call = calls.enter(module, module.__dict__[STATE][0], EmulationMode, (args, kwargs))
     call.finish = fast_path.finish(module, call.attachment, args, kwargs)
 
 
 def _after(module: nn.Module, args: Any, output: Any) -> Any:
     """Torch's hook: what it returns, unless that is None, takes the output's place."""
+    if traced.is_near():
+        traced.leave()
+        return None
     call = calls.call_of_hook()
     try:
         return call.finish(output) if call is not None and call.finish is not None and output is not None else None
     finally:
         calls.leave()
+
+
+for hook in (_before, _after):
+    traced.run_as_it_is(hook)
 
 
 def _check_kernels(attachment: Attachment, may_be_template: bool = False) -> None:
@@ -250,8 +276,7 @@ def _check_kernels(attachment: Attachment, may_be_template: bool = False) -> Non
                 f"accumulator {accumulator} of {attachment.name or 'the model itself'} is a template: it has no bias. "
                 'Calibrate it, policy = fmaq.calibrate(model, policy, batches), or write a bias, like "M7E4b10"'
             )
-        check(accumulator, rule.estimator)
-        Estimate.parse(rule.estimator, rule.backward)
+        summation(accumulator, rule.estimator, rule.backward)
 
 
 def _warn(attachments: dict[nn.Module, Attachment]) -> None:

@@ -14,8 +14,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass, field, replace
 from types import FrameType
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -24,12 +23,15 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from fmaq.emulation.layer_names import name_inside
 from fmaq.emulation.noise import CHECKPOINT_FILE, note_number, number_of_call
 from fmaq.emulation.policy import Policy, Rule
 
 STATE = "_fmaq"
 CALL_IMPL = ("_call_impl", nn.Module._call_impl.__code__.co_filename)
 GRADIENT = torch.autograd.function.BackwardCFunction.apply.__code__
+MERGING = ("merge", "unmerge")
+"""What PEFT's layers call methods that add products of weights to weights; some do so while they are called."""
 
 
 @dataclass(frozen=True)
@@ -40,21 +42,19 @@ class Attachment:
         policy: of the whole model.
         name: the module's full name in it; "" is the model itself.
         rule: the policy's for this module; None leaves it alone.
+        is_plain: every product of the module is torch's own, of operands as they are.
+        is_noisy: the module's calls are counted: see `noise`.
     """
 
     policy: Policy
     name: str
     rule: Rule | None
+    is_plain: bool = field(init=False)
+    is_noisy: bool = field(init=False)
 
-    @cached_property
-    def is_plain(self) -> bool:
-        """Every product of the module is torch's own, of operands as they are."""
-        return self.rule is None or self.rule.is_plain
-
-    @cached_property
-    def is_noisy(self) -> bool:
-        """The module's calls are counted: see `noise`."""
-        return self.rule is not None and self.rule.is_noisy
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "is_plain", self.rule is None or self.rule.is_plain)
+        object.__setattr__(self, "is_noisy", self.rule is not None and self.rule.is_noisy)
 
 
 @dataclass(eq=False)
@@ -163,7 +163,7 @@ def forget_interrupted() -> None:
 def current_call() -> Call | None:
     """The innermost attached module whose forward calls this, or None where torch's own product is meant.
 
-    That is in the gradient of something, or after an interrupted forward.
+    That is in the gradient of something, where an adapter is merged into weights, or after an interrupted forward.
 
     Raises:
         RuntimeError: a checkpointed function that is no attached module is running: its recomputation could not be told
@@ -173,7 +173,7 @@ def current_call() -> Call | None:
     frames = {id(call.frame) for call in _running.calls}
     is_checkpointed, late = False, None
     while frame is not None and id(frame) not in frames:
-        if frame.f_code is GRADIENT:
+        if frame.f_code is GRADIENT or (frame.f_code.co_name in MERGING and _is_of_peft(frame)):
             return None
         is_checkpointed |= frame.f_code.co_filename == CHECKPOINT_FILE
         if late is None and frame.f_code.co_name == CALL_IMPL[0] and frame.f_code.co_filename == CALL_IMPL[1]:
@@ -196,6 +196,10 @@ def current_call() -> Call | None:
     return call
 
 
+def _is_of_peft(frame: FrameType) -> bool:
+    return str(frame.f_globals.get("__name__")).startswith("peft.")
+
+
 def _late_attachment(caller: Call, module: nn.Module) -> Attachment:
     """What a module is told that came after `attach`: by its name in what was attached, else what is handed down."""
     known = _running.late.get(module)
@@ -209,7 +213,7 @@ def _late_attachment(caller: Call, module: nn.Module) -> Attachment:
         attachment = outer.attachment
         path = next((path for path, inner in outer.module.named_modules() if inner is module), None)
         if path is not None:
-            name = f"{attachment.name}.{path}" if attachment.name else path
+            name = name_inside(attachment.name, outer.module, path)
             found = Attachment(attachment.policy, name, attachment.policy.for_layer(name))
             break
     if found is None:
@@ -217,16 +221,6 @@ def _late_attachment(caller: Call, module: nn.Module) -> Attachment:
         found = Attachment(attachment.policy, attachment.name, rule and rule.handed_down())
     _running.late[module] = caller.attachment, found
     return found
-
-
-def refuse_compilation() -> None:
-    """Refuse to be compiled, or to run where whatever comes next would be.
-
-    Raises:
-        RuntimeError: by torch.compile.
-    """
-    if torch.compiler.is_compiling() or callable(torch._C._dynamo.eval_frame.get_eval_frame_callback()):
-        raise RuntimeError("an attached model cannot run inside torch.compile: call fmaq.detach(model) before")
 
 
 def innermost_call() -> Call | None:

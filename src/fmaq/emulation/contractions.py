@@ -49,7 +49,7 @@ def macs(equation: str, operands: Sequence[Tensor]) -> int | None:
     sizes: dict[str, int] = {}
     for labels, x in zip(inputs, operands, strict=True):
         sizes |= {c: max(size, sizes.get(c, 1)) for c, size in zip(labels, x.shape, strict=True)}
-    return math.prod(sizes.values())
+    return math.prod(list(sizes.values()))
 
 
 def parse_equation(equation: str, dims: Sequence[int]) -> tuple[list[str], str]:
@@ -60,7 +60,7 @@ def parse_equation(equation: str, dims: Sequence[int]) -> tuple[list[str], str]:
         raise CannotContract(f"equation {equation!r} has {len(inputs)} operands, and {len(dims)} are given")
     free = [c for c in string.ascii_letters if c not in equation]
     spans = [dim - len(term.replace("...", "")) for term, dim in zip(inputs, dims, strict=True)]
-    width = max((span for term, span in zip(inputs, spans, strict=True) if "..." in term), default=0)
+    width = max([0, *[span for term, span in zip(inputs, spans, strict=True) if "..." in term]])
     if min(spans) < 0 or width > len(free):
         raise CannotContract(f"equation {equation!r} does not fit operands of {list(dims)} dimensions")
     ellipsis = "".join(free[:width])

@@ -19,6 +19,8 @@ OWN_DISPATCH = (torch._C._disabled_torch_dispatch_impl, Tensor.__torch_dispatch_
 def is_foreign(x: Any) -> bool:
     """x computes by itself what torch functions make of it."""
     if isinstance(x, Tensor):
+        if type(x).__module__.startswith("torch._subclasses"):  # torch.export's own, without values
+            return False
         return type(x) is not Tensor and type(x).__torch_dispatch__ not in OWN_DISPATCH and not x.is_nested
     return not isinstance(x, type) and hasattr(type(x), "__torch_function__")
 

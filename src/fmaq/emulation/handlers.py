@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import operator
 import string
 import types
 from collections.abc import Callable, Mapping, Sequence
@@ -34,6 +35,7 @@ from fmaq.emulation.products import (
 from fmaq.emulation.sizes import CountingMacs, macs_of_recurrence
 from fmaq.numerics import Accumulator
 from fmaq.ops.attention import attend
+from fmaq.ops.operands import full_precision
 
 
 @dataclass
@@ -43,7 +45,7 @@ class Met:
     Attributes:
         call: the module's.
         func, args, kwargs: what it calls.
-        is_weight: tells weights from activations.
+        is_weight, is_activation: tell weights and activations from constants.
         mode: to be entered again around functions that call others.
         of_weights: the product was of weights alone; true also where torch was left to compute something else.
     """
@@ -53,6 +55,7 @@ class Met:
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     is_weight: Callable[[Tensor], bool]
+    is_activation: Callable[[Tensor], bool]
     mode: TorchFunctionMode
     of_weights: bool = False
 
@@ -100,11 +103,16 @@ class Met:
             steps=a.shape[-1] if a.dim() else 1,
             torch_product=torch.matmul,
             emulated_product=ops.matmul,
+            is_attention=a.dim() > 2 and a.shape[-1] == 1 and self.may_be_attention(a, b),
         )
         for name, value in changes.items():
             setattr(request, name, value)
         self.of_weights = all(request.is_weight)
         return compute(self.call, request)
+
+    def may_be_attention(self, a: Tensor, b: Tensor) -> bool:
+        """A batched product of activations: it may be attention's, and if it has one step, there is one key."""
+        return min(a.dim(), b.dim()) > 2 and self.is_activation(a) and self.is_activation(b)
 
 
 Handler = Callable[[Met], Any]
@@ -205,7 +213,9 @@ def _general_convolution(met: Met) -> Tensor:
     kind = f"conv{'_transpose' if bound['transposed'] else ''}{bound['input'].dim() - 2}d"
     keep = [name for name in names if name != "transposed" and (bound["transposed"] or name != "output_padding")]
     function = getattr(F, kind)
-    return HANDLERS[function](Met(met.call, function, (), {k: bound[k] for k in keep}, met.is_weight, met.mode))
+    return HANDLERS[function](
+        Met(met.call, function, (), {k: bound[k] for k in keep}, met.is_weight, met.is_activation, met.mode)
+    )
 
 
 def _attention(met: Met) -> Tensor:
@@ -223,7 +233,7 @@ def _attention(met: Met) -> Tensor:
             groups = query.shape[-3] // key.shape[-3]
             key, value = (x.repeat_interleave(groups, -3) for x in (key, value))
             bound["enable_gqa"] = False
-        with torch.autocast(query.device.type, enabled=False):
+        with full_precision(query.device.type):
             query, key, value = (x.to(dtype).float() for x in (query, key, value))
             return attend(query, key, value, score, mix, **bound).to(dtype)
     result = again()
@@ -301,7 +311,9 @@ def _contraction(
         return met.not_covered(kind, reason, macs)
 
     def product(left: Tensor, right: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        return met.product(kind, left, right, is_weight=(met.is_weight(a), met.is_weight(b)))
+        flags = (met.is_weight(a), met.is_weight(b))
+        is_attention = left.shape[-1] == 1 and met.may_be_attention(a, b)
+        return met.product(kind, left, right, is_weight=flags, is_attention=is_attention)
 
     try:
         return run(product)
@@ -467,6 +479,7 @@ def _table() -> tuple[dict[Callable[..., Any], Handler], dict[str, Handler]]:
         left = _recurrent if reason == RECURRENT_LAYER else _not_covered
         named |= {name: functools.partial(left, kind=name, reason=reason) for name in names}
     by_function: dict[Callable[..., Any], Handler] = {torch.Tensor.__rmatmul__: _reversed_product}
+    by_function |= dict.fromkeys((operator.matmul, torch.Tensor.__matmul__), named["matmul"])  # @ in an export
     for name, handler in named.items():
         for place in (torch, torch.Tensor, torch.linalg, torch.sparse, F, torch._C._nn):
             function = getattr(place, name, None)

@@ -6,19 +6,21 @@ import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 from torch._ops import OpOverload, OpOverloadPacket
 
-from fmaq.emulation import foreign
-from fmaq.emulation.calls import Call, ModelMode, current_call, handling, refuse_compilation
+from fmaq.emulation import foreign, traced
+from fmaq.emulation.calls import Call, ModelMode, current_call, handling
 from fmaq.emulation.handlers import ATEN, HANDLERS, Handler, Met, handler_of_kind, of_kind
 from fmaq.emulation.roles import Roles
 
 WITHOUT_PRODUCTS = {
     *("prim", "prims", "rngprims", "debugprims", "inductor_prims", "profiler", "debug_mode_ops", "export", "onnx"),
-    *("c10d", "c10d_functional", "_c10d_functional", "_c10d_functional_autograd", "_dtensor", "fsdp"),
+    *("fmaq", "c10d", "c10d_functional", "_c10d_functional", "_c10d_functional_autograd", "_dtensor", "fsdp"),
 }
-"""Namespaces of operators that multiply no matrices: the profiler's marks, random numbers, collectives and copies."""
+"""Namespaces of operators that multiply no matrices: the profiler's marks, random numbers, collectives and copies; and
+our own, whose products are emulated already."""
 
 NAMED_BY_PRODUCT = {
     *("quantized", "_quantized", "mkldnn", "mkldnn_prepacked", "mkl", "onednn", "sparse", "inductor", "symm_mem"),
@@ -50,9 +52,10 @@ class EmulationMode(ModelMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        if torch.compiler.is_dynamo_compiling():
+            traced.check_inside_mode(func)  # a part is compiled: it has a mode of its own
+            return func(*args, **kwargs)
         handler = _handler(func)
-        if handler is not None:
-            refuse_compilation()
         call = current_call() if handler is not None else None
         is_activation = False
         if handler is not None and call is not None:
@@ -84,7 +87,7 @@ class EmulationMode(ModelMode):
                 for x in operands:
                     self.roles.set(values[id(x)], min(self.roles.of(x), self.roles.of(values[id(x)])))
                 args, kwargs = foreign.replaced((args, dict(kwargs)), values)
-        return handler, Met(call, func, args, kwargs, self.roles.is_weight, self)
+        return handler, Met(call, func, args, kwargs, self.roles.is_weight, self.roles.is_activation, self)
 
 
 def _handler(func: Callable[..., Any]) -> Handler | None:

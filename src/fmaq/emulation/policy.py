@@ -34,6 +34,9 @@ from fmaq.ops.operands import AccumulatorLike
 
 T = TypeVar("T")
 
+POLICY_FILE = "fmaq-policy.yaml"
+"""What a policy is called in a folder beside the weights of its model."""
+
 FP32 = "fp32"
 CHOSEN_FIELDS = ("offset", "gain", "shift")
 """What is chosen for one accumulator, by `calibrate` say."""
@@ -243,6 +246,9 @@ class Policy:
     def load(cls, path: str | Path) -> Policy:
         """Read a YAML file written by `save` or by hand, and the vectors beside it where it names them.
 
+        Args:
+            path: of the file, or of the folder to which an attached model was saved by `save_pretrained`.
+
         Raises:
             FileNotFoundError: there is no such file.
             ValueError: it is empty, not a policy, or gives a key twice; the message names the file and the key.
@@ -251,11 +257,12 @@ class Policy:
 
         from fmaq.emulation.yaml_text import load_yaml
 
+        path = Path(path) / POLICY_FILE if Path(path).is_dir() else Path(path)
         try:
-            content, _ = load_yaml(Path(path).read_text(encoding="utf-8"))
+            content, _ = load_yaml(path.read_text(encoding="utf-8"))
             if content is None:
                 raise ValueError('the file says nothing; a policy that emulates nothing is written "accumulator: fp32"')
-            return cls.parse(vector_files.filled_in(content, Path(path)))
+            return cls.parse(vector_files.filled_in(content, path))
         except (yaml.YAMLError, TypeError, ValueError) as error:
             raise ValueError(f"{path}: {error}") from error
 

@@ -18,13 +18,14 @@ from fmaq.emulation.operands import Operands, multiplied
 from fmaq.emulation.policy import CHOSEN_FIELDS, FP32, Rule
 from fmaq.emulation.vectors import Vector
 from fmaq.numerics import Accumulator
-from fmaq.ops.operands import OPERAND_DTYPES
+from fmaq.ops.operands import OPERAND_DTYPES, full_precision
 
 LEFT_ALONE = "left alone by the policy"
 IN_FP32 = "fp32 by the policy"
 ONE_STEP = "one step (K = 1): nothing is summed"
 SUMMING = ("linear", "conv", "attention")
-"""Kinds that are emulated however short; another one of a single step is an outer product, as of position angles."""
+"""Kinds that are emulated however short; another one of a single step is an outer product, as of position angles,
+unless it may be attention over one key."""
 RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 """Modules that `attach` has already warned of."""
 
@@ -149,6 +150,7 @@ class Request:
         torch_product: torch's own product of two such operands.
         emulated_product: ours, of the same two and an accumulator, with `Rule.how` as keywords.
         options: see `Product`.
+        is_attention: the product may be one of attention's two, so that it is a sum also where it has one step.
     """
 
     kind: str
@@ -159,12 +161,13 @@ class Request:
     emulated_product: Callable[..., Tensor]
     macs: int | None = None
     options: dict[str, Any] | None = None
+    is_attention: bool = False
 
 
 def compute(call: Call, request: Request) -> Tensor:
     """The product as the layer's rule wants it; in the dtype that torch's own would have."""
     rule, operands = rule_of(call, request.kind), Operands(request.operands)
-    is_outer = request.steps == 1 and not request.kind.startswith(SUMMING)
+    is_outer = request.steps == 1 and not request.is_attention and not request.kind.startswith(SUMMING)
     reason = why_not(rule, request.operands, is_outer)
     if rule is None or why_untouched(rule, request.operands, is_outer) is not None:
         result = request.torch_product(*request.operands)
@@ -208,7 +211,7 @@ def _computed(call: Call, request: Request, rule: Rule) -> tuple[Tensor, Operand
         return result if chooser is None else chooser.computed(place, request, result), operands
     first, second = request.operands
     dtype = autocast_dtype(first) or first.dtype
-    with torch.autocast(first.device.type, enabled=False):
+    with full_precision(first.device.type):
         operands = _multiplied(place, request, (first.to(dtype), second.to(dtype)), rule)
         if chooser is not None:
             a, b = operands.tensors
@@ -238,7 +241,7 @@ def _named(place: Place) -> Iterator[None]:
 def keyed_for(call: Call, rule: Rule) -> Accumulator:
     """A rule's accumulator, with the seed of the product that a module asks for next."""
     accumulator = Accumulator.parse(rule.accumulator)
-    if rule.noise == REPEATED:
+    if rule.noise == REPEATED or not accumulator.is_stochastic:
         return accumulator
     note_number(call.module, call.number)
     return keyed(accumulator, call.attachment.name, call.number, call.products)
@@ -246,7 +249,7 @@ def keyed_for(call: Call, rule: Rule) -> Accumulator:
 
 def _how(call: Call, rule: Rule) -> dict[str, Any]:
     how = rule.how
-    if rule.backward is not None and rule.noise != REPEATED:
+    if rule.backward is not None and rule.noise != REPEATED and rule.backward.is_stochastic:
         how["backward"] = keyed(rule.backward, call.attachment.name, call.number, call.products, "backward")
     return how
 

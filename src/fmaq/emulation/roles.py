@@ -59,6 +59,10 @@ class Roles:
         """A weight, or something that is no tensor and holds tensors that are weights."""
         return self.of(x) is Role.WEIGHT
 
+    def is_activation(self, x: Any) -> bool:
+        """An activation, or something of which nothing is known: neither a weight nor a constant."""
+        return self.of(x) > Role.WEIGHT
+
     def of(self, given: Any) -> Role:
         """The role of a tensor, or of what is computed from those in arguments."""
         return self._greatest(tensors_in(given))

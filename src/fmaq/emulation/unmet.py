@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from torch import nn
 
+from fmaq.emulation.layer_names import layer_names
 from fmaq.emulation.policy import Policy, speaks_for
 
 SHOWN = 8
@@ -15,11 +16,11 @@ Product = tuple[str, str, int]
 
 
 def names_of(model: nn.Module) -> dict[str, list[str]]:
-    """All names of each module, by the first of them."""
-    names: dict[nn.Module, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        names.setdefault(module, []).append(name)
-    return {aliases[0]: aliases for aliases in names.values()}
+    """All names of each layer, by the first of them."""
+    names: dict[str, list[str]] = {}
+    for aliases in layer_names(model).values():
+        names.setdefault(aliases[0], []).extend(aliases)
+    return names
 
 
 def unmet_products(policy: Policy, names: Mapping[str, Sequence[str]], met: Iterable[Product]) -> list[str]:

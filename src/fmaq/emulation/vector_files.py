@@ -70,16 +70,16 @@ def filled_in(content: Any, path: Path) -> Any:
 
 def no_longer_named(path: Path) -> Path | None:
     """The vectors' file that a policy's YAML file names and no other in its folder does; None where there is none."""
-    name = _named_by(path)
+    name = named_by(path)
     is_own = name is not None and name == Path(name).name and name.startswith(f"{path.stem}.")
     if name is None or not is_own:
         return None
     others = (other for other in path.parent.iterdir() if other.suffix in (".yaml", ".yml") and other != path)
-    return None if any(_named_by(other) == name for other in others) else path.parent / name
+    return None if any(named_by(other) == name for other in others) else path.parent / name
 
 
-def _named_by(path: Path) -> str | None:
-    """What a YAML file says under `vectors`."""
+def named_by(path: Path) -> str | None:
+    """The vectors' file that a policy's YAML file names; None where it names none or cannot be read."""
     import yaml
 
     from fmaq.emulation.yaml_text import load_yaml

@@ -9,12 +9,10 @@ from torch import Tensor
 
 from fmaq.ops.matmul import matmul
 from fmaq.ops.operands import AccumulatorLike, widen
-from fmaq.ops.uncompiled import uncompiled
 
 Product = Callable[[Tensor, Tensor], Tensor]
 
 
-@uncompiled
 def scaled_dot_product_attention(
     q: Tensor,
     k: Tensor,

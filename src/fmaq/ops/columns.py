@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fmaq.ops.operators import InDims, Operator, operator
+
 Offset = int | Sequence[int] | Tensor | None
 Gain = float | Sequence[float] | Tensor | None
 
@@ -56,7 +58,7 @@ class Columns:
         if self.offset is None:
             return b
         power = _along(self._power(1), b, dim, "offset", batched, rows=True)
-        return _Scaled.apply(b.expand(torch.broadcast_shapes(b.shape, power.shape)), power, self.offset)
+        return times_powers(b.expand(torch.broadcast_shapes(b.shape, power.shape)), power)
 
     def by_token(self, a: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor | None]:
         """a·2^−e and 2^−e, which the product is to be divided by; without `per_token` a, and None.
@@ -84,38 +86,70 @@ class Columns:
         offset = torch.as_tensor(self.offset)
         if offset.is_floating_point() or offset.is_complex() or offset.dtype == torch.bool:
             raise TypeError(f"offset must be an integer or a tensor of integers, got {self.offset!r}")
-        if offset.numel() and not -LARGEST <= int(offset.min()) <= int(offset.max()) <= LARGEST:
-            raise ValueError(f"offset must be from {-LARGEST} to {LARGEST}, got {self.offset}")
-        return ((sign * offset.to(torch.int32) + 127) << 23).view(torch.float32)
+        return powers_of_two(offset, sign)
 
 
-class _Scaled(torch.autograd.Function):
+def _powers(offset: Tensor, sign: int) -> Tensor:
+    if offset.numel() and not -LARGEST <= int(offset.min()) <= int(offset.max()) <= LARGEST:
+        raise ValueError(f"offset must be from {-LARGEST} to {LARGEST}, got {offset.tolist()}")
+    return ((sign * offset.to(torch.int32) + 127) << 23).view(torch.float32)
+
+
+def _scaled(b: Tensor, power: Tensor) -> Tensor:
     """b times powers of two, refused where that is not exact."""
+    scaled = b * power
+    if not torch.equal(scaled / power, b):
+        lost = (b.abs() >= KEPT) & (scaled.abs() < SMALLEST)
+        if bool((torch.isinf(scaled) & torch.isfinite(b)).any() | lost.any()):
+            offsets = (torch.frexp(power)[1] - 1).flatten().tolist()
+            raise ValueError(
+                f"offset {offsets[0] if len(offsets) == 1 else offsets} pushes values out of float32's range; choose "
+                "one nearer to zero"
+            )
+    return scaled
 
-    @staticmethod
-    def forward(b: Tensor, power: Tensor, offset: Offset) -> Tensor:
-        scaled = b * power
-        if not torch.equal(scaled / power, b):
-            lost = (b.abs() >= KEPT) & (scaled.abs() < SMALLEST)
-            if bool((torch.isinf(scaled) & torch.isfinite(b)).any() | lost.any()):
-                raise ValueError(f"offset {offset} pushes values out of float32's range; choose one nearer to zero")
-        return scaled
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.power = inputs[1]
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[1])
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return grads[0] * ctx.power, None, None
 
-    @staticmethod
-    def vmap(
-        info: Any, in_dims: tuple[int | None, ...], b: Tensor, power: Tensor, offset: Offset
-    ) -> tuple[Tensor, int]:
-        """All examples at once: the powers broadcast from the last dimension on."""
-        assert in_dims[0] is not None
-        return _Scaled.apply(b.movedim(in_dims[0], 0), power, offset), 0
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    return grad * ctx.saved_tensors[0], None
+
+
+def _vmap(call: Operator, info: Any, in_dims: InDims, b: Tensor, power: Tensor) -> tuple[Tensor, int]:
+    """All examples at once: the powers broadcast from the last dimension on."""
+    assert in_dims[0] is not None
+    return call(b.movedim(in_dims[0], 0), power), 0
+
+
+def _vmap_powers(call: Operator, info: Any, in_dims: InDims, offset: Tensor, sign: int) -> tuple[Tensor, int | None]:
+    return call(offset, sign), in_dims[0]
+
+
+def _no_gradient(ctx: Any, grad: Tensor) -> tuple[None, None]:
+    return None, None
+
+
+powers_of_two = operator(
+    "powers_of_two(Tensor offset, int sign) -> Tensor",
+    _powers,
+    lambda offset, sign: torch.empty_like(offset, dtype=torch.float32),
+    lambda ctx, inputs, output: None,
+    _no_gradient,
+    _vmap_powers,
+)
+"""2^(sign·offset) as float32; an offset beyond ±126 is refused."""
+
+times_powers = operator(
+    "times_powers(Tensor b, Tensor power) -> Tensor",
+    _scaled,
+    lambda b, power: torch.empty_like(b),
+    _setup_context,
+    _backward,
+    _vmap,
+)
+"""b times powers of two that broadcast to it; refused where that is not exact."""
 
 
 def token_powers(a: Tensor, dims: tuple[int, ...]) -> Tensor:
@@ -123,13 +157,36 @@ def token_powers(a: Tensor, dims: tuple[int, ...]) -> Tensor:
 
     a·2^−e is exact but for what is smaller than 2^−126 of the token's largest magnitude. −126 ≤ e ≤ 126.
     """
-    shape = [1 if d in dims or d - a.dim() in dims else size for d, size in enumerate(a.shape)]
+    return powers_of_tokens(a, [d % a.dim() - a.dim() for d in dims])
+
+
+def _of_tokens(a: Tensor, dims: Sequence[int]) -> Tensor:
     if not a.numel():
-        return torch.ones(shape, dtype=torch.float32, device=a.device)
-    largest = a.detach().abs().amax(dims, keepdim=True)
+        return _one_a_token(a, dims).fill_(1.0)
+    largest = a.abs().amax(tuple(dims), keepdim=True)
     exponent = (torch.frexp(largest)[1] - 1).clamp(-LARGEST, LARGEST)
     has_one = torch.isfinite(largest) & (largest > 0)
     return torch.where(has_one, ((127 - exponent) << 23).view(torch.float32), 1.0)
+
+
+def _one_a_token(a: Tensor, dims: Sequence[int]) -> Tensor:
+    return a.new_empty([1 if d - a.dim() in dims else size for d, size in enumerate(a.shape)])
+
+
+def _vmap_tokens(call: Operator, info: Any, in_dims: InDims, a: Tensor, dims: Sequence[int]) -> tuple[Tensor, int]:
+    assert in_dims[0] is not None
+    return call(a.movedim(in_dims[0], 0), dims), 0
+
+
+powers_of_tokens = operator(
+    "token_powers(Tensor a, int[] dims) -> Tensor",
+    _of_tokens,
+    _one_a_token,
+    lambda ctx, inputs, output: None,
+    _no_gradient,
+    _vmap_tokens,
+)
+"""See `token_powers`; dims are counted from the last on, which is −1."""
 
 
 def _float(value: float | Sequence[float] | Tensor) -> Tensor:

@@ -16,75 +16,100 @@ from torch import Tensor
 
 from fmaq import kernels
 from fmaq.kernels import Geometry
-from fmaq.numerics import Accumulator
 from fmaq.ops.columns import Columns, Gain, Offset
-from fmaq.ops.estimators import STRAIGHT, ConvGradients, Estimate, straight_conv, unpacked
-from fmaq.ops.operands import AccumulatorLike, check, widen
-from fmaq.ops.uncompiled import uncompiled
+from fmaq.ops.estimators import conv_gradients, straight_conv, wanted
+from fmaq.ops.operands import AccumulatorLike, widen
+from fmaq.ops.operators import SCHEMA, InDims, Operator, Summation, described, examples_in_front, operator, summation
 
 Size = int | Sequence[int]
 
 
-class _Convolution(torch.autograd.Function):
-    """(N, C, *spatial) with (O, C/groups, *kernel)."""
+def _image_empty(
+    x: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    *summation: Any,
+) -> Tensor:
+    out = _geometry(stride, padding, dilation, groups).out(x.shape[2:], weight.shape[2:])
+    return x.new_empty(x.shape[0], weight.shape[0], *out, dtype=torch.float32)
 
-    @staticmethod
-    def forward(
-        x: Tensor,
-        weight: Tensor,
-        acc: Accumulator,
-        geometry: Geometry,
-        how: Estimate,
-    ) -> Tensor:
-        return kernels.conv(x, weight, acc, geometry)
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, ctx.acc, ctx.geometry, ctx.how = inputs
-        ctx.save_for_backward(x, weight)
+def _geometry(stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int) -> Geometry:
+    return Geometry(tuple(stride), tuple(padding), tuple(dilation), groups)
 
-    @staticmethod
-    @uncompiled
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (x, weight), (grad,), wanted = ctx.saved_tensors, grads, ctx.needs_input_grad[:2]
-        if ctx.how.looks_inside:
-            found = ConvGradients.apply(x, weight, grad, ctx.acc, ctx.how.estimator, wanted, ctx.geometry)
-            grad_x, grad_weight = unpacked(found, wanted)
-        elif ctx.how.backward is None:
-            grad_x, grad_weight = straight_conv(x, weight, grad, wanted, ctx.geometry)
-        else:
-            grad_x = _accumulated_grad_x(x, weight, grad, ctx.how.backward, ctx.geometry) if wanted[0] else None
-            grad_weight = (
-                _accumulated_grad_weight(x, weight, grad, ctx.how.backward, ctx.geometry) if wanted[1] else None
-            )
-        return grad_x, grad_weight, None, None, None
 
-    @staticmethod
-    def vmap(
-        info: Any, in_dims: tuple[int | None, ...], x: Tensor, weight: Tensor, *options: Any
-    ) -> tuple[Tensor, int]:
-        """More images where the weight is shared, else one convolution after the other."""
-        at_x, at_weight = in_dims[:2]
-        if at_weight is None and at_x is not None:
-            x = x.movedim(at_x, 0)
-            y = _Convolution.apply(x.flatten(0, 1), weight, *options)
-            return y.unflatten(0, x.shape[:2]), 0
-        single = [
-            _Convolution.apply(
-                x if at_x is None else x.select(at_x, i),
-                weight if at_weight is None else weight.select(at_weight, i),
-                *options,
-            )
-            for i in range(info.batch_size)
-        ]
-        return torch.stack(single), 0
+def _where(geometry: Geometry) -> tuple[Any, ...]:
+    """A geometry as an operator takes it."""
+    return list(geometry.stride), list(geometry.padding), list(geometry.dilation), geometry.groups
+
+
+def _convolved(
+    x: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    accumulator: str,
+    seed: int,
+    *_: Any,
+) -> Tensor:
+    return kernels.conv(x, weight, described(accumulator, seed), _geometry(stride, padding, dilation, groups))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, *where = inputs[:6]
+    ctx.geometry, ctx.how = _geometry(*where), Summation(*inputs[6:])
+    ctx.save_for_backward(x, weight)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    (x, weight), how, geometry, (of_x, of_weight, *_) = ctx.saved_tensors, ctx.how, ctx.geometry, ctx.needs_input_grad
+    grad_x, grad_weight = None, None
+    if how.estimator != "identity":
+        options = how.accumulator, how.seed, *_where(geometry), how.estimator, of_x, of_weight
+        grad_x, grad_weight = wanted(conv_gradients(x, weight, grad, *options), (of_x, of_weight))
+    elif how.backward is None:
+        grad_x, grad_weight = straight_conv(x, weight, grad, (of_x, of_weight), geometry)
+    else:
+        summed = Summation(how.backward, how.backward_seed)
+        if of_x:
+            grad_x = _accumulated_grad_x(x, weight, grad, summed, geometry)
+        if of_weight:
+            grad_weight = _accumulated_grad_weight(x, weight, grad, summed, geometry)
+    return grad_x, grad_weight, None, None, None, None, *(None for _ in how)
+
+
+def _vmap(call: Operator, info: Any, in_dims: InDims, x: Tensor, weight: Tensor, *options: Any) -> tuple[Tensor, int]:
+    """More images where the weight is shared, else one convolution after the other."""
+    at_x, at_weight = in_dims[:2]
+    if at_weight is None and at_x is not None:
+        x = x.movedim(at_x, 0)
+        return call(x.flatten(0, 1), weight, *options).unflatten(0, x.shape[:2]), 0
+    x, weight = examples_in_front(info, in_dims, x, weight)
+    return torch.stack([call(x[i], weight[i], *options) for i in range(info.batch_size)]), 0
+
+
+convolution = operator(
+    "convolution(Tensor x, Tensor weight, int[] stride, int[] padding, int[] dilation, int groups, "
+    f"{SCHEMA}) -> Tensor",
+    _convolved,
+    _image_empty,
+    _setup_context,
+    _backward,
+    _vmap,
+)
+"""(N, C, *spatial) with (O, C/groups, *kernel), where its windows lie, and a `Summation`."""
 
 
 def _accumulated_grad_x(
     x: Tensor,
     weight: Tensor,
     grad: Tensor,
-    acc: Accumulator,
+    summed: Summation,
     geometry: Geometry,
 ) -> Tensor:
     """The gradient of x, summed in an accumulator: the transposed convolution of the output's gradient."""
@@ -97,14 +122,14 @@ def _accumulated_grad_x(
     flipped = _flipped(weight, geometry.groups)
     image, around = _symmetric(stuffed, flipped, pads, dilation)
     transposed = Geometry((1,) * len(dilation), around, dilation, geometry.groups)
-    return _Convolution.apply(image, flipped, acc, transposed, STRAIGHT)
+    return convolution(image, flipped, *_where(transposed), *summed)
 
 
 def _accumulated_grad_weight(
     x: Tensor,
     weight: Tensor,
     grad: Tensor,
-    acc: Accumulator,
+    summed: Summation,
     geometry: Geometry,
 ) -> Tensor:
     """The gradient of the weight, summed in an accumulator over (image, position).
@@ -115,7 +140,7 @@ def _accumulated_grad_weight(
     images = x.unflatten(1, (geometry.groups, weight.shape[1])).movedim(0, 2)  # (groups, C/groups, N, *spatial)
     channels = images.transpose(0, 1).flatten(1, 2)  # (C/groups, groups·N, *spatial)
     traded = replace(geometry, stride=geometry.dilation, dilation=geometry.stride)
-    found = _Convolution.apply(channels, grad.transpose(0, 1), acc, traded, STRAIGHT)
+    found = convolution(channels, grad.transpose(0, 1), *_where(traded), *summed)
     for d, size in enumerate(weight.shape[2:], 2):
         found = found.narrow(d, 0, size)  # what lies behind belongs to no tap
     return found.transpose(0, 1)
@@ -223,28 +248,24 @@ def _conv(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    acc: AccumulatorLike,
     stride: Size,
     padding: Size | str,
     dilation: Size,
     groups: int,
-    how: Estimate,
+    how: Summation,
     columns: Columns,
 ) -> Tensor:
-    acc = check(acc, how.estimator)
     x, weight = widen(x, "x"), widen(weight, "weight")
     _check_shapes(x, weight, bias, dims, groups)
     image, weight, geometry = as_convolution(f"conv{dims}d", x, weight, stride, padding, dilation, groups)
-    y = _scaled(image, weight, acc, geometry, how, columns)
+    y = _scaled(image, weight, geometry, how, columns)
     return _finish(y, bias, is_batched=x.dim() == dims + 2)
 
 
-def _scaled(
-    image: Tensor, weight: Tensor, acc: Accumulator, geometry: Geometry, how: Estimate, columns: Columns
-) -> Tensor:
+def _scaled(image: Tensor, weight: Tensor, geometry: Geometry, how: Summation, columns: Columns) -> Tensor:
     """A convolution with its offset, gain and shift; an image is a token."""
     image, powers = columns.by_token(image, tuple(range(1, image.dim())))
-    y = _Convolution.apply(image, columns.scale(weight, 0), acc, geometry, how)
+    y = convolution(image, columns.scale(weight, 0), *_where(geometry), *how)
     return columns.finish(y if powers is None else y / powers, 1)
 
 
@@ -254,7 +275,6 @@ def _finish(y: Tensor, bias: Tensor | None, is_batched: bool) -> Tensor:
     return y if is_batched else y[0]
 
 
-@uncompiled
 def conv1d(
     x: Tensor,
     weight: Tensor,
@@ -272,13 +292,10 @@ def conv1d(
     per_token: bool = False,
 ) -> Tensor:
     """`torch.nn.functional.conv1d` whose dot products are summed in `acc`; see `conv2d`."""
-    how = Estimate.parse(estimator, backward)
-    return _conv(
-        1, x, weight, bias, acc, stride, padding, dilation, groups, how, Columns(offset, gain, shift, per_token)
-    )
+    how = summation(acc, estimator, backward)
+    return _conv(1, x, weight, bias, stride, padding, dilation, groups, how, Columns(offset, gain, shift, per_token))
 
 
-@uncompiled
 def conv2d(
     x: Tensor,
     weight: Tensor,
@@ -311,13 +328,10 @@ def conv2d(
         TypeError: an operand's dtype.
         ValueError: shapes or sizes that do not fit; the message names them.
     """
-    how = Estimate.parse(estimator, backward)
-    return _conv(
-        2, x, weight, bias, acc, stride, padding, dilation, groups, how, Columns(offset, gain, shift, per_token)
-    )
+    how = summation(acc, estimator, backward)
+    return _conv(2, x, weight, bias, stride, padding, dilation, groups, how, Columns(offset, gain, shift, per_token))
 
 
-@uncompiled
 def conv3d(
     x: Tensor,
     weight: Tensor,
@@ -335,10 +349,8 @@ def conv3d(
     per_token: bool = False,
 ) -> Tensor:
     """`torch.nn.functional.conv3d` whose dot products are summed in `acc`; see `conv2d`."""
-    how = Estimate.parse(estimator, backward)
-    return _conv(
-        3, x, weight, bias, acc, stride, padding, dilation, groups, how, Columns(offset, gain, shift, per_token)
-    )
+    how = summation(acc, estimator, backward)
+    return _conv(3, x, weight, bias, stride, padding, dilation, groups, how, Columns(offset, gain, shift, per_token))
 
 
 def _conv_transpose(
@@ -346,20 +358,18 @@ def _conv_transpose(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    acc: AccumulatorLike,
     stride: Size,
     padding: Size,
     output_padding: Size,
     groups: int,
     dilation: Size,
-    how: Estimate,
+    how: Summation,
     columns: Columns,
 ) -> Tensor:
-    acc = check(acc, how.estimator)
     x, weight = widen(x, "x"), widen(weight, "weight")
     image, weight, geometry = _stuffed(dims, x, weight, stride, padding, output_padding, groups, dilation)
     _check_shapes(image, weight, bias, dims, groups)
-    y = _scaled(image, weight, acc, geometry, how, columns)
+    y = _scaled(image, weight, geometry, how, columns)
     return _finish(y, bias, is_batched=x.dim() == dims + 2)
 
 
@@ -419,7 +429,6 @@ def _zero_stuffed(x: Tensor, stride: tuple[int, ...]) -> Tensor:
     return stuffed
 
 
-@uncompiled
 def conv_transpose1d(
     x: Tensor,
     weight: Tensor,
@@ -438,11 +447,10 @@ def conv_transpose1d(
     per_token: bool = False,
 ) -> Tensor:
     """`torch.nn.functional.conv_transpose1d` whose dot products are summed in `acc`; see `conv_transpose2d`."""
-    how, columns = Estimate.parse(estimator, backward), Columns(offset, gain, shift, per_token)
-    return _conv_transpose(1, x, weight, bias, acc, stride, padding, output_padding, groups, dilation, how, columns)
+    how, columns = summation(acc, estimator, backward), Columns(offset, gain, shift, per_token)
+    return _conv_transpose(1, x, weight, bias, stride, padding, output_padding, groups, dilation, how, columns)
 
 
-@uncompiled
 def conv_transpose2d(
     x: Tensor,
     weight: Tensor,
@@ -471,11 +479,10 @@ def conv_transpose2d(
     Returns:
         (N, O, H', W') or (O, H', W') in float32.
     """
-    how, columns = Estimate.parse(estimator, backward), Columns(offset, gain, shift, per_token)
-    return _conv_transpose(2, x, weight, bias, acc, stride, padding, output_padding, groups, dilation, how, columns)
+    how, columns = summation(acc, estimator, backward), Columns(offset, gain, shift, per_token)
+    return _conv_transpose(2, x, weight, bias, stride, padding, output_padding, groups, dilation, how, columns)
 
 
-@uncompiled
 def conv_transpose3d(
     x: Tensor,
     weight: Tensor,
@@ -494,5 +501,5 @@ def conv_transpose3d(
     per_token: bool = False,
 ) -> Tensor:
     """`torch.nn.functional.conv_transpose3d` whose dot products are summed in `acc`; see `conv_transpose2d`."""
-    how, columns = Estimate.parse(estimator, backward), Columns(offset, gain, shift, per_token)
-    return _conv_transpose(3, x, weight, bias, acc, stride, padding, output_padding, groups, dilation, how, columns)
+    how, columns = summation(acc, estimator, backward), Columns(offset, gain, shift, per_token)
+    return _conv_transpose(3, x, weight, bias, stride, padding, output_padding, groups, dilation, how, columns)

@@ -8,55 +8,54 @@ import torch
 from torch import Tensor
 
 from fmaq import kernels
-from fmaq.numerics import Accumulator
 from fmaq.ops.columns import Columns, Gain, Offset
-from fmaq.ops.estimators import STRAIGHT, Estimate, MatmulGradients, straight_matmul, unpacked
-from fmaq.ops.operands import AccumulatorLike, check, widen
-from fmaq.ops.uncompiled import uncompiled
+from fmaq.ops.estimators import matmul_gradients, straight_matmul, wanted
+from fmaq.ops.operands import AccumulatorLike, widen
+from fmaq.ops.operators import SCHEMA, InDims, Operator, Summation, described, examples_in_front, operator, summation
 
 
-class _BatchedProduct(torch.autograd.Function):
-    """(B, M, K) times (B, K, N)."""
-
-    @staticmethod
-    def forward(a: Tensor, b: Tensor, acc: Accumulator, how: Estimate) -> Tensor:
-        return kernels.matmul(a, b, acc)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        a, b, ctx.acc, ctx.how = inputs
-        wants_a, wants_b, *_ = ctx.needs_input_grad
-        if not ctx.how.looks_inside:
-            a, b = (a if wants_b else None), (b if wants_a else None)
-        ctx.save_for_backward(a, b)
-
-    @staticmethod
-    @uncompiled
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        (a, b), (grad,), wanted = ctx.saved_tensors, grads, ctx.needs_input_grad[:2]
-        if ctx.how.looks_inside:
-            found = MatmulGradients.apply(a, b, grad, ctx.acc, ctx.how.estimator, wanted)
-            return *unpacked(found, wanted), None, None
-        if ctx.how.backward is None:
-            return *straight_matmul(a, b, grad, wanted), None, None
-        grad_a = _BatchedProduct.apply(grad, b.mT, ctx.how.backward, STRAIGHT) if wanted[0] else None
-        grad_b = _BatchedProduct.apply(a.mT, grad, ctx.how.backward, STRAIGHT) if wanted[1] else None
-        return grad_a, grad_b, None, None
-
-    @staticmethod
-    def vmap(
-        info: Any, in_dims: tuple[int | None, ...], a: Tensor, b: Tensor, acc: Accumulator, how: Estimate
-    ) -> tuple[Tensor, int]:
-        """One more dimension of the batch."""
-        a, b = (
-            x.expand(info.batch_size, *x.shape) if at is None else x.movedim(at, 0)
-            for x, at in ((a, in_dims[0]), (b, in_dims[1]))
-        )
-        y = _BatchedProduct.apply(a.flatten(0, 1), b.flatten(0, 1), acc, how)
-        return y.unflatten(0, a.shape[:2]), 0
+def _empty(a: Tensor, b: Tensor, *summation: Any) -> Tensor:
+    return a.new_empty(a.shape[0], a.shape[1], b.shape[2], dtype=torch.float32)
 
 
-@uncompiled
+def _product(a: Tensor, b: Tensor, accumulator: str, seed: int, *_: Any) -> Tensor:
+    return kernels.matmul(a, b, described(accumulator, seed))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    a, b, ctx.how = *inputs[:2], Summation(*inputs[2:])
+    wants_a, wants_b, *_ = ctx.needs_input_grad
+    if ctx.how.estimator == "identity":
+        a, b = (a if wants_b else None), (b if wants_a else None)
+    ctx.save_for_backward(a, b)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    (a, b), how, (of_a, of_b, *_) = ctx.saved_tensors, ctx.how, ctx.needs_input_grad
+    if how.estimator != "identity":
+        found = matmul_gradients(a, b, grad, how.accumulator, how.seed, how.estimator, of_a, of_b)
+        grad_a, grad_b = wanted(found, (of_a, of_b))
+    elif how.backward is None:
+        grad_a, grad_b = straight_matmul(a, b, grad, (of_a, of_b))
+    else:
+        summed = Summation(how.backward, how.backward_seed)
+        grad_a = batched_matmul(grad, b.mT, *summed) if of_a else None
+        grad_b = batched_matmul(a.mT, grad, *summed) if of_b else None
+    return grad_a, grad_b, *(None for _ in how)
+
+
+def _vmap(call: Operator, info: Any, in_dims: InDims, a: Tensor, b: Tensor, *summation: Any) -> tuple[Tensor, int]:
+    """One more dimension of the batch."""
+    a, b = examples_in_front(info, in_dims, a, b)
+    return call(a.flatten(0, 1), b.flatten(0, 1), *summation).unflatten(0, a.shape[:2]), 0
+
+
+batched_matmul = operator(
+    f"matmul(Tensor a, Tensor b, {SCHEMA}) -> Tensor", _product, _empty, _setup_context, _backward, _vmap
+)
+"""(B, M, K) times (B, K, N), and a `Summation`."""
+
+
 def matmul(
     a: Tensor,
     b: Tensor,
@@ -93,16 +92,16 @@ def matmul(
         ValueError: shapes that do not fit, a template or a format that float32 cannot hold, an unknown estimator, or
             `backward` beside an estimator other than identity.
     """
-    acc, how = check(acc, estimator), Estimate.parse(estimator, backward)
+    how = summation(acc, estimator, backward)
     columns = Columns(offset, gain, shift, per_token)
     if columns.is_empty:
         left, right, shape = as_batches(a, b)
-        return _BatchedProduct.apply(left, right, acc, how).reshape(shape)
+        return batched_matmul(left, right, *how).reshape(shape)
     a, b = widen(a, "a"), widen(b, "b")
     wide = b[:, None] if b.dim() == 1 else b
     a, powers = columns.by_token(a, (-1,)) if a.dim() else (a, None)
     left, right, shape = as_batches(a, columns.scale(wide, -1, batched=True) if b.dim() else b)
-    y = _BatchedProduct.apply(left, right, acc, how).reshape(shape)
+    y = batched_matmul(left, right, *how).reshape(shape)
     y = columns.finish(y if powers is None else y / powers, -1, batched=True, rows=a.dim() > 1)
     return y[..., 0] if b.dim() == 1 else y
 
@@ -133,7 +132,6 @@ def as_batches(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, tuple[int, ...]]:
     return left, right, shape
 
 
-@uncompiled
 def linear(
     x: Tensor,
     weight: Tensor,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -44,7 +45,11 @@ def widen(x: Tensor, name: str) -> Tensor:
         raise ValueError(
             f"{name} is on {x.device}; kernels are generated for the CPU so far. Move it with {name}.cpu()"
         )
-    return x.to(torch.float32).resolve_neg()  # the imaginary part of a conjugate is negated only when it is read
+    if x.dtype != torch.float32:
+        x = x.to(torch.float32)
+    if torch.compiler.is_dynamo_compiling() or not x.is_neg():  # an operator's operands are negated by its dispatch
+        return x
+    return x.resolve_neg()  # the imaginary part of a conjugate is negated only when it is read
 
 
 def check(acc: AccumulatorLike, estimator: str) -> Accumulator:
@@ -62,6 +67,6 @@ def check(acc: AccumulatorLike, estimator: str) -> Accumulator:
     return parsed
 
 
-def full_precision() -> torch.autocast:
+def full_precision(device: str = "cpu") -> AbstractContextManager[object]:
     """A context in which torch's own products stay in float32, whatever autocast says."""
-    return torch.autocast("cpu", enabled=False)
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()

@@ -9,6 +9,7 @@ too), or one that is given (static: a constant of the hardware).
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,7 +21,7 @@ from fmaq import kernels
 from fmaq.numerics import FloatFormat, parse_format
 from fmaq.numerics.formats import meant_by
 from fmaq.ops.operands import widen
-from fmaq.ops.uncompiled import uncompiled
+from fmaq.ops.operators import InDims, Operator, operator
 
 AbsoluteMaximum = float | Sequence[float] | Tensor | None
 
@@ -29,78 +30,102 @@ LAYOUT = {torch.float32: (torch.int32, 23, 127), torch.float64: (torch.int64, 52
 """Of a floating-point number: integers of its size, bits behind the point, bias of the exponent."""
 
 
-class _StraightThrough(torch.autograd.Function):
-    @staticmethod
-    def forward(x: Tensor, format: FloatFormat | int, channel: int | None, amax: Tensor | None) -> Tensor:
-        finite, largest = _finite(x, channel, amax)
-        y = _to_integers(finite, format, largest) if isinstance(format, int) else _to_float(finite, format, largest)
-        return y if finite is x else torch.where(torch.isfinite(x), y, x)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        return grads[0], None, None, None
-
-    @staticmethod
-    def vmap(
-        info: Any,
-        in_dims: tuple[int | None, ...],
-        x: Tensor,
-        format: FloatFormat | int,
-        channel: int | None,
-        amax: Tensor | None,
-    ) -> tuple[Tensor, int]:
-        """Every example, or every channel of one, is a slice with a bias or scale of its own, unless it is given."""
-        x, slices, restore = _as_slices(x, in_dims, channel, amax)
-        if slices is None:
-            return _StraightThrough.apply(x, format, None, amax), 0
-        return restore(_StraightThrough.apply(slices, format, 0, _repeated(amax, x))), 0
+def _quantized(x: Tensor, format: str, channel: int | None, amax: Tensor | None) -> Tensor:
+    parsed = _parsed(format)
+    finite, largest = _finite(x, channel, amax)
+    y = _to_integers(finite, parsed, largest) if isinstance(parsed, int) else _to_float(finite, parsed, largest)
+    return y if finite is x else torch.where(torch.isfinite(x), y, x)
 
 
-class _Codes(torch.autograd.Function):
-    """Integer codes and the scale, which the gradient is divided by: a code's value is the code times the scale."""
+def _straight_through(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    return grad, None, None, None
 
-    @staticmethod
-    def forward(x: Tensor, bits: int, channel: int | None, amax: Tensor | None) -> tuple[Tensor, Tensor]:
-        finite, largest = _finite(x, channel, amax)
-        scale = _scale(largest, bits)
-        y = _nearest_codes(finite, bits, scale).float()
-        return (y if finite is x else torch.where(torch.isfinite(x), y, x)), scale
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(output[1])
+def _vmap(
+    call: Operator,
+    info: Any,
+    in_dims: InDims,
+    x: Tensor,
+    format: str,
+    channel: int | None,
+    amax: Tensor | None,
+) -> tuple[Tensor, int]:
+    """Every example, or every channel of one, is a slice with a bias or scale of its own, unless it is given."""
+    x, slices, restore = _as_slices(x, in_dims, channel, amax)
+    if slices is None:
+        return call(x, format, None, amax), 0
+    return restore(call(slices, format, 0, _repeated(amax, x))), 0
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        (scale,) = ctx.saved_tensors
-        return (grads[0].double() / scale).float(), None, None, None
 
-    @staticmethod
-    def vmap(
-        info: Any, in_dims: tuple[int | None, ...], x: Tensor, bits: int, channel: int | None, amax: Tensor | None
-    ) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
-        """As `_StraightThrough`; the scales have the examples in front."""
-        x, slices, restore = _as_slices(x, in_dims, channel, amax)
-        if slices is None:
-            codes, scale = _Codes.apply(x, bits, None, amax)
-            return (codes, scale.expand(x.shape[0])), (0, 0)
-        codes, scale = _Codes.apply(slices, bits, 0, _repeated(amax, x))
-        codes = restore(codes)
-        if channel is None:
-            return (codes, scale.reshape(x.shape[0])), (0, 0)
-        shape = [1] * x.dim()
-        shape[0], at = x.shape[0], channel % (x.dim() - 1) + 1
-        shape[at] = x.shape[at]
-        return (codes, scale.reshape(shape)), (0, 0)
+quantized = operator(
+    "quantize(Tensor x, str format, int? channel, Tensor? amax) -> Tensor",
+    _quantized,
+    lambda x, format, channel=None, amax=None: torch.empty_like(x),
+    lambda ctx, inputs, output: None,
+    _straight_through,
+    _vmap,
+)
+
+
+def _coded(x: Tensor, bits: int, channel: int | None, amax: Tensor | None) -> tuple[Tensor, Tensor]:
+    finite, largest = _finite(x, channel, amax)
+    scale = _scale(largest, bits)
+    y = _nearest_codes(finite, bits, scale).float()
+    return (y if finite is x else torch.where(torch.isfinite(x), y, x)), scale
+
+
+def _like_codes(x: Tensor, bits: int, channel: int | None = None, amax: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    shape = [] if channel is None else [n if d == channel % x.dim() else 1 for d, n in enumerate(x.shape)]
+    return torch.empty_like(x), x.new_empty(shape, dtype=torch.float64)
+
+
+def _keep_scale(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(output[1])
+
+
+def _by_scale(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor, None, None, None]:
+    """A code's value is the code times the scale: the gradient is divided by it."""
+    (scale,) = ctx.saved_tensors
+    return (grad.double() / scale).float(), None, None, None
+
+
+def _vmap_codes(
+    call: Operator,
+    info: Any,
+    in_dims: InDims,
+    x: Tensor,
+    bits: int,
+    channel: int | None,
+    amax: Tensor | None,
+) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+    """As `_vmap`; the scales have the examples in front."""
+    x, slices, restore = _as_slices(x, in_dims, channel, amax)
+    if slices is None:
+        codes, scale = call(x, bits, None, amax)
+        return (codes, scale.expand(x.shape[0])), (0, 0)
+    codes, scale = call(slices, bits, 0, _repeated(amax, x))
+    codes = restore(codes)
+    if channel is None:
+        return (codes, scale.reshape(x.shape[0])), (0, 0)
+    shape = [1] * x.dim()
+    shape[0], at = x.shape[0], channel % (x.dim() - 1) + 1
+    shape[at] = x.shape[at]
+    return (codes, scale.reshape(shape)), (0, 0)
+
+
+coded = operator(
+    "integer_codes(Tensor x, int bits, int? channel, Tensor? amax) -> (Tensor, Tensor)",
+    _coded,
+    _like_codes,
+    _keep_scale,
+    _by_scale,
+    _vmap_codes,
+)
 
 
 def _as_slices(
-    x: Tensor, in_dims: tuple[int | None, ...], channel: int | None, amax: Tensor | None
+    x: Tensor, in_dims: InDims, channel: int | None, amax: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Callable[[Tensor], Tensor]]:
     """Examples in front; as slices that each have a range of their own, and the way back; None: one range is given."""
     assert in_dims[0] is not None
@@ -148,7 +173,6 @@ def parse_tensor_format(name: str | FloatFormat) -> FloatFormat | int:
     return format
 
 
-@uncompiled
 def quantize(x: Tensor, format: str | FloatFormat, channel: int | None = None, amax: AbsoluteMaximum = None) -> Tensor:
     """x on the grid of a float with a flexible bias, or of symmetric integers; the gradient passes straight through.
 
@@ -171,12 +195,27 @@ def quantize(x: Tensor, format: str | FloatFormat, channel: int | None = None, a
         ValueError: `format` names none, is half-unit, or has values above float32's; x has no dimension `channel`;
             or `amax` does not fit, or is given beside a bias.
     """
-    parsed, x = parse_tensor_format(format), widen(x, "x")
+    (name, _, has_bias), x = _checked(format), widen(x, "x")
     _check_channel(x, channel)
-    return x if x.numel() == 0 else _StraightThrough.apply(x, parsed, channel, _given_range(x, parsed, channel, amax))
+    if amax is not None and has_bias:
+        raise ValueError(f"{name} has a bias, which says how large values may be: amax must be None")
+    return x if x.numel() == 0 else quantized(x, name, channel, _given_range(x, channel, amax))
 
 
-@uncompiled
+_parsed = functools.lru_cache(maxsize=4096)(parse_tensor_format)
+
+
+def _checked(format: str | FloatFormat) -> tuple[str, int | None, bool]:
+    """A tensor's format by its name, the bits of an integer, and whether it has a bias; a constant to torch.compile."""
+    parsed = _parsed(format) if isinstance(format, str) else parse_tensor_format(format)
+    if isinstance(parsed, int):
+        return f"int{parsed}", parsed, False
+    return str(parsed), None, parsed.bias is not None
+
+
+_checked._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch.compiler's mark, without its import
+
+
 def integer_codes(
     x: Tensor, format: str, channel: int | None = None, amax: AbsoluteMaximum = None
 ) -> tuple[Tensor, Tensor]:
@@ -195,13 +234,13 @@ def integer_codes(
     Raises:
         TypeError, ValueError: as `quantize`; or the format is no integer.
     """
-    bits, x = parse_tensor_format(format), widen(x, "x")
-    if not isinstance(bits, int):
+    (_, bits, _), x = _checked(format), widen(x, "x")
+    if bits is None:
         raise ValueError(f'codes are integers, and {format!r} is a float; write "int8"')
     _check_channel(x, channel)
     if x.numel() == 0:
         return x, x.new_ones((), dtype=torch.float64)
-    return _Codes.apply(x, bits, channel, _given_range(x, bits, channel, amax))
+    return coded(x, bits, channel, _given_range(x, channel, amax))
 
 
 def _check_channel(x: Tensor, channel: int | None) -> None:
@@ -209,23 +248,19 @@ def _check_channel(x: Tensor, channel: int | None) -> None:
         raise ValueError(f"channel must be a dimension of x {tuple(x.shape)}, got {channel}")
 
 
-def _given_range(x: Tensor, format: FloatFormat | int, channel: int | None, amax: AbsoluteMaximum) -> Tensor | None:
+def _given_range(x: Tensor, channel: int | None, amax: AbsoluteMaximum) -> Tensor | None:
     """`amax` as float32, () or (slices,); None: to be taken from x.
 
     Raises:
-        ValueError: it does not fit x, is no magnitude, or the format has a bias already.
+        ValueError: it does not fit x.
     """
     if amax is None:
         return None
-    if isinstance(format, FloatFormat) and format.bias is not None:
-        raise ValueError(f"{format} has a bias, which says how large values may be: amax must be None")
     given = torch.as_tensor(amax).detach().to(torch.float32)
     shapes = [()] if channel is None else [(), (x.shape[channel],)]
     if tuple(given.shape) not in shapes:
         wanted = "a number" if channel is None else f"a number, or ({x.shape[channel]},), one a slice"
         raise ValueError(f"amax must be {wanted}, got {tuple(given.shape)}")
-    if not bool((torch.isfinite(given) & (given >= 0)).all()):
-        raise ValueError(f"amax must be finite and at least 0, got {amax}")
     return given if channel is None else given.expand(x.shape[channel])
 
 
@@ -236,6 +271,8 @@ def _finite(x: Tensor, channel: int | None, amax: Tensor | None) -> tuple[Tensor
         x = torch.where(torch.isfinite(x), x, 0.0)
         largest = _largest(x, channel)
     if amax is not None:
+        if not bool((torch.isfinite(amax) & (amax >= 0)).all()):
+            raise ValueError(f"amax must be finite and at least 0, got {amax.tolist()}")
         largest = amax.expand(largest.shape) if channel is None else amax.reshape(largest.shape)
     return x, largest
 

@@ -1,4 +1,4 @@
-"""Functions that torch.compile leaves as they are: a break in its graph, as kernels of our own are no torch operators.
+"""Functions that torch.compile leaves as they are: a break in its graph, as what they give are no tensors but counts.
 
 Nothing is imported for it: whoever compiles has imported torch._dynamo already, which takes seconds.
 """
@@ -15,7 +15,7 @@ import torch
 P = ParamSpec("P")
 T = TypeVar("T")
 
-WHY = "fmaq computes its products by kernels of its own: torch.compile breaks the graph here and runs them as they are"
+WHY = "fmaq counts in plain numbers: torch.compile breaks the graph here and counts outside of it"
 
 
 def uncompiled(function: Callable[P, T]) -> Callable[P, T]:

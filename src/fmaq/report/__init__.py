@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from fmaq.recipes.record import Record
 from fmaq.report.tables import rich_table
-from fmaq.training.record import Record
 
 __all__ = ["Written", "rich_table", "write_report"]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib.resources
 from typing import Any
 
+from fmaq.recipes.record import Record, show
 from fmaq.report.tables import cells, headings, lines, name_of, words
-from fmaq.training.record import Record, show
 
 KINDS = {
     "demo": "Demo: digits under ever smaller accumulators",

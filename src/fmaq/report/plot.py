@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fmaq.numerics import Accumulator
+from fmaq.recipes.record import AS_GIVEN, PERCENT, Record, Row
 from fmaq.training.files import write_bytes
-from fmaq.training.record import AS_GIVEN, PERCENT, Record, Row
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

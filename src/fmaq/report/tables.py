@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from fmaq.numerics import Accumulator
-from fmaq.training.record import AS_GIVEN, Record, Row, show
+from fmaq.recipes.record import AS_GIVEN, Record, Row, show
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -21,11 +21,11 @@ from fmaq.bench.costs import peak_memory
 from fmaq.bench.networks import training_step
 from fmaq.bench.timing import compare
 from fmaq.emulation import Policy, attach
+from fmaq.recipes.data import load_data
+from fmaq.recipes.models import build_model
+from fmaq.recipes.values import load_policy
 from fmaq.reproduce.experiment import Cell, CostExperiment, Network
 from fmaq.reproduce.results import CellResult, folder_name
-from fmaq.training.data import load_data
-from fmaq.training.models import build_model
-from fmaq.training.recipe import load_policy
 from fmaq.training.tasks import Metrics
 
 

@@ -7,7 +7,7 @@ An experiment of trainings with every key it may have:
     title: An MLP from scratch on Fashion-MNIST
     question: Which estimator trains best under the narrowest accumulators?
     notes: [What was reduced, and why.]
-    task, model, data: ...                   # as in a recipe, see fmaq.training.recipe
+    task, model, data: ...                   # as in a recipe, see fmaq.recipes.recipe
     policy: {weight: M4E3, activation: M4E3} # of every cell; the grid gives the accumulator and the estimator
     pretrain: {stages: ..., batch_size: 64}  # in float32, once a seed; cells start there, else from random weights
     schedules:                               # by name; each as a recipe's `finetune`, `calibrate` too
@@ -45,18 +45,11 @@ from pydantic import AfterValidator, Field, model_validator
 from fmaq.emulation.policy import FP32
 from fmaq.numerics import Accumulator
 from fmaq.numerics.reference import ESTIMATORS
+from fmaq.recipes.document import Document, Strict
+from fmaq.recipes.explain import RecipeError, read_yaml
+from fmaq.recipes.recipe import DataRecipe, FinetuneRecipe, ModelRecipe
+from fmaq.recipes.values import Accumulators, PolicySource, TaskName
 from fmaq.report.tables import name_of
-from fmaq.training.explain import RecipeError, read_yaml
-from fmaq.training.recipe import (
-    Accumulators,
-    DataRecipe,
-    Document,
-    FinetuneRecipe,
-    ModelRecipe,
-    PolicySource,
-    Strict,
-    TaskName,
-)
 
 EXAMPLES = Path(__file__).resolve().parents[3] / "examples" / "reproduce"
 

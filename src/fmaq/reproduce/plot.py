@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from fmaq.emulation.policy import FP32
 from fmaq.numerics import Accumulator
+from fmaq.recipes.record import PERCENT
 from fmaq.report.plot import INK, MUTED, accumulator_labels, rc_style
 from fmaq.report.tables import name_of
 from fmaq.reproduce.results import Key, Results, Spread
 from fmaq.reproduce.tables import NAMES, series, series_names
-from fmaq.training.record import PERCENT
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -7,14 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
+from fmaq.recipes.provenance import provenance
+from fmaq.recipes.record import show
 from fmaq.reproduce.costs import Costs
 from fmaq.reproduce.experiment import Cell, CostExperiment, TrainingExperiment
 from fmaq.reproduce.results import CellResult, Results
 from fmaq.reproduce.trainings import Trainings
 from fmaq.training.interrupts import Interrupted
 from fmaq.training.progress import Bars
-from fmaq.training.provenance import provenance
-from fmaq.training.record import show
 
 Say = Callable[[str], None]
 

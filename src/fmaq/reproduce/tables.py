@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 
 from fmaq.emulation.policy import FP32
 from fmaq.numerics import Accumulator
+from fmaq.recipes.record import show
 from fmaq.report.tables import name_of, products_of
 from fmaq.reproduce.results import Key, Results, Spread
 from fmaq.training.files import write_text
-from fmaq.training.record import show
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -11,17 +11,18 @@ from safetensors.torch import load_file
 from torch import nn
 
 from fmaq.emulation import Policy
+from fmaq.recipes.callables import load_callable
+from fmaq.recipes.data import load_data
+from fmaq.recipes.explain import RecipeError
+from fmaq.recipes.models import build_model
+from fmaq.recipes.recipe import CalibrateRecipe
+from fmaq.recipes.run import calibrated, check_globs
+from fmaq.recipes.values import load_policy
 from fmaq.reproduce.experiment import Cell, TrainingExperiment
 from fmaq.reproduce.results import CellResult, folder_name
-from fmaq.training.callables import load_callable
-from fmaq.training.data import load_data
 from fmaq.training.examples import digest
-from fmaq.training.explain import RecipeError
 from fmaq.training.loop import finetune
-from fmaq.training.models import build_model
 from fmaq.training.progress import Bars
-from fmaq.training.recipe import CalibrateRecipe, load_policy
-from fmaq.training.run import calibrated, check_globs
 from fmaq.training.schedule import Schedule
 from fmaq.training.tasks import TASKS, Task
 

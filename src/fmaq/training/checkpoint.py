@@ -1,7 +1,7 @@
 """Checkpoints: one safetensors file with every tensor of a run, and the rest of its state as JSON in the file's header.
 
-One file, so that one rename replaces the whole state. It holds the model, the optimizer, the states of the random
-generators, the place in the schedule, and the identity of the run: a checkpoint of another run is refused.
+One file, so that one rename replaces the whole state. It holds the model, the optimizer, the states of each process's
+random generators, the place in the schedule, and the identity of the run: a checkpoint of another run is refused.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from fmaq.training.files import write_bytes
+from fmaq.training.processes import Processes, like, whole
 
-FORMAT = "fmaq checkpoint 1"
+FORMAT = "fmaq checkpoint 2"
 
 
 class CheckpointError(ValueError):
@@ -34,17 +35,27 @@ def model_signature(model: nn.Module) -> str:
     return hashlib.sha256("\n".join([type(model).__qualname__, *parts]).encode()).hexdigest()[:16]
 
 
-def write(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None, state: Mapping[str, Any]) -> None:
-    """Write a checkpoint atomically; `state` is JSON."""
+def write(
+    path: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    state: Mapping[str, Any],
+    processes: Processes,
+) -> None:
+    """Write a checkpoint atomically; `state` is JSON. All processes take part, and the main one writes."""
     tensors = {f"model.{name}": t for name, t in model.state_dict().items()}
     if optimizer is not None:
         for index, values in optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{k}": v for k, v in values.items() if isinstance(v, Tensor)}
-    generators, generator_state = _generators()
-    tensors |= generators
     # A copy each: safetensors refuses tensors that share memory, as tied weights do.
-    plain = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
-    header = {"format": FORMAT, "state": json.dumps({**state, "generators": generator_state})}
+    plain = {name: whole(t.detach()).cpu().contiguous().clone() for name, t in tensors.items()}
+    generators = processes.gathered(_generators())
+    if not processes.is_main:
+        return
+    for rank, (found, _) in enumerate(generators):
+        plain |= {f"{_of_rank(rank)}.{name}": t for name, t in found.items()}
+    states = {_of_rank(rank): rest for rank, (_, rest) in enumerate(generators)}
+    header = {"format": FORMAT, "state": json.dumps({**state, "generators": states})}
     write_bytes(path, save(plain, metadata=header))
 
 
@@ -111,32 +122,44 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Te
         if name.startswith("optimizer."):
             _, index, key = name.split(".", 2)
             values.setdefault(int(index), {})[key] = tensor
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for n, parameter in enumerate(parameters):
+        for key, tensor in values.get(n, {}).items():
+            if tensor.shape == parameter.shape:
+                values[n][key] = like(tensor, parameter)
     state = optimizer.state_dict()
     optimizer.load_state_dict({"state": values, "param_groups": state["param_groups"]})
 
 
+def _of_rank(rank: int) -> str:
+    """What the generators of a process are called."""
+    return f"generator{rank}"
+
+
 def _generators() -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """States of torch's, NumPy's and Python's global generators, as tensors and JSON."""
+    """States of torch's, NumPy's and Python's global generators of this process, as tensors and JSON."""
     name, keys, position, has_gauss, gauss = np.random.get_state()
     version, words, python_gauss = random.getstate()
     tensors = {
-        "generator.torch": torch.get_rng_state(),
-        "generator.numpy": torch.from_numpy(np.asarray(keys).astype(np.int64)),
-        "generator.python": torch.tensor(words, dtype=torch.int64),
+        "torch": torch.get_rng_state(),
+        "numpy": torch.from_numpy(np.asarray(keys).astype(np.int64)),
+        "python": torch.tensor(words, dtype=torch.int64),
     }
     if torch.cuda.is_initialized():
-        tensors |= {f"generator.cuda.{i}": t for i, t in enumerate(torch.cuda.get_rng_state_all())}
+        tensors |= {f"cuda.{i}": t for i, t in enumerate(torch.cuda.get_rng_state_all())}
     rest = {"numpy": [str(name), int(position), int(has_gauss), float(gauss)], "python": [version, python_gauss]}
     return tensors, rest
 
 
-def restore_generators(tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-    """Put the global generators back."""
-    torch.set_rng_state(tensors["generator.torch"])
-    name, position, has_gauss, gauss = state["generators"]["numpy"]
-    np.random.set_state((name, tensors["generator.numpy"].numpy().astype(np.uint32), position, has_gauss, gauss))
-    version, python_gauss = state["generators"]["python"]
-    random.setstate((version, tuple(tensors["generator.python"].tolist()), python_gauss))
+def restore_generators(tensors: Mapping[str, Tensor], state: Mapping[str, Any], rank: int) -> None:
+    """Put the global generators of a process back."""
+    of_rank = _of_rank(rank)
+    rest = state["generators"][of_rank]
+    torch.set_rng_state(tensors[f"{of_rank}.torch"])
+    name, position, has_gauss, gauss = rest["numpy"]
+    np.random.set_state((name, tensors[f"{of_rank}.numpy"].numpy().astype(np.uint32), position, has_gauss, gauss))
+    version, python_gauss = rest["python"]
+    random.setstate((version, tuple(tensors[f"{of_rank}.python"].tolist()), python_gauss))
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
-        if f"generator.cuda.{index}" in tensors:
-            torch.cuda.set_rng_state(tensors[f"generator.cuda.{index}"], index)
+        if f"{of_rank}.cuda.{index}" in tensors:
+            torch.cuda.set_rng_state(tensors[f"{of_rank}.cuda.{index}"], index)

@@ -74,6 +74,10 @@ class Examples:
         """The inputs and targets that a slice or a tensor of indices picks."""
         return _pick(self.inputs, index), self.targets[index]
 
+    def counted(self) -> Tensor:
+        """For each example, how many of its targets count."""
+        return (self.targets != IGNORED).view(len(self), -1).sum(1)
+
     def digest(self) -> str:
         """A hash of the contents."""
         return digest(self.inputs, self.targets)
@@ -96,6 +100,10 @@ class Windows:
     def batch(self, index: Any) -> tuple[Inputs, Tensor]:
         """The windows that a slice or a tensor of indices picks, as inputs and as targets."""
         return {"input_ids": self.tokens[index]}, self.tokens[index]
+
+    def counted(self) -> Tensor:
+        """For each window, how many of its tokens are predicted."""
+        return torch.full((len(self),), self.tokens.shape[1] - 1)
 
     def digest(self) -> str:
         """A hash of the contents."""

@@ -10,7 +10,8 @@ import json
 import math
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,13 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from fmaq.emulation import Policy, attach, call_counts, detach, restart_calls
+from fmaq.emulation import Policy, call_counts, restart_calls
 from fmaq.training import checkpoint
+from fmaq.training.dual_stage import DualStage
 from fmaq.training.examples import Examples, Inputs, Windows, as_examples, to_device
 from fmaq.training.files import write_bytes, write_json
 from fmaq.training.interrupts import Flag, Interrupted, deferred_interrupts
+from fmaq.training.processes import Processes, Trackers, parts_of, whole
 from fmaq.training.progress import Bars
 from fmaq.training.schedule import Schedule, Stage
 from fmaq.training.tasks import Metrics, Task, evaluate, loss
@@ -73,8 +76,13 @@ def finetune(
     device: str = "cpu",
     batch_size: int = 128,
     say: Callable[[str], None] | None = None,
+    trackers: Sequence[str] = (),
+    shard: bool = False,
 ) -> FinetuneResult:
     """Train a model in place under a policy; it stays attached to the policy.
+
+    In a program that torchrun or accelerate launch started in several processes, they train it together, each on its
+    part of every step's examples; the main one writes, and all have to see its folder. `docs/distributed.md` says how.
 
     Args:
         model: its parameters that require gradients are trained. Seeds torch's, NumPy's and Python's global generators.
@@ -89,6 +97,8 @@ def finetune(
         log: file for the JSON lines (one a step, epoch and stage) in place of the folder's.
         task, batch_size: what `evaluate` measures, and how many examples at once.
         say: told one line after each epoch.
+        trackers: `"tensorboard"`, `"wandb"`, which get every step's loss and rate and every epoch's metrics.
+        shard: of several processes, each keeps a share of the model (FSDP), which stays so split; else all of it (DDP).
 
     Returns:
         Each stage's loss and metrics.
@@ -97,31 +107,35 @@ def finetune(
         CheckpointError: the folder's checkpoint is of another model, policy, schedule, data or seed.
         Interrupted: Ctrl-C or SIGTERM came; a checkpoint was written. A kind of KeyboardInterrupt.
         FloatingPointError: the loss is no longer finite.
+        ValueError: accelerate or a tracker's package is missing, or a tracker is unknown.
     """
     train, test = as_examples(train), None if test is None else as_examples(test)
     if not isinstance(train, Examples | Windows):
         raise TypeError(f"finetune trains on Examples or Windows, not {type(train).__name__}")
     if len(train) == 0:
         raise ValueError("there are no training examples")
-    run = _Run(model.to(device), policy, train, test, schedule, seed, task, device, batch_size, say)
-    run.open(None if output is None else Path(output), None if log is None else Path(log), resume)
-    bars = progress if isinstance(progress, Bars) else Bars(progress)
+    processes = Processes(device)
+    model.to(processes.device)
+    run = _Run(model, policy, train, test, schedule, seed, task, processes, batch_size, say)
     try:
+        run.open(None if output is None else Path(output), None if log is None else Path(log), resume, trackers)
+        bars = progress if isinstance(progress, Bars) else Bars(progress)
+        bars = bars if processes.is_main else Bars(False)
         with deferred_interrupts() as flag, bars:
-            run.train_all(bars, flag)
+            run.train_all(bars, flag, shard)
     finally:
         run.close()
     return run.result
 
 
 def identity(
-    model: nn.Module, policy: Policy, train: Examples | Windows, schedule: Schedule, seed: int
+    model: nn.Module, policy: Policy, train: Examples | Windows, schedule: Schedule, seed: int, processes: int = 1
 ) -> dict[str, Any]:
     """What decides a run's result, as JSON: a checkpoint with another identity is of another run."""
     found = {
         "model": checkpoint.model_signature(model),
         "policy": policy.to_mapping(),
-        "schedule": schedule.identity(),
+        "schedule": schedule.identity(processes),
         "data": f"{len(train)} training examples, {train.digest()}",
         "seed": seed,
     }
@@ -141,13 +155,16 @@ class _Run:
         schedule: Schedule,
         seed: int,
         task: Task,
-        device: str,
+        processes: Processes,
         batch_size: int,
         say: Callable[[str], None] | None,
     ) -> None:
         self.model, self.policy, self.train, self.test, self.schedule = model, policy, train, test, schedule
-        self.seed, self.task, self.device, self.batch_size = seed, task, device, batch_size
-        self.say = say or (lambda line: None)
+        self.seed, self.task, self.processes, self.batch_size = seed, task, processes, batch_size
+        self.say = say if say is not None and processes.is_main else (lambda line: None)
+        self.dual = DualStage(model, policy)
+        self.wrapped = model
+        self.counted = train.counted()
         self.stage = self.epoch = self.step = 0
         self.loss_sum = 0.0
         self.result = FinetuneResult()
@@ -157,28 +174,32 @@ class _Run:
         self.restored: dict[str, Tensor] | None = None
         self.path: Path | None = None
         self.log: Any = None
+        self.trackers: Trackers | None = None
         self.saved_at = time.monotonic()
-        self.underflow: bool | None = None
 
     # Files
 
-    def open(self, output: Path | None, log: Path | None, resume: bool) -> None:
-        """Take up a checkpoint or start afresh, and open the log."""
+    def open(self, output: Path | None, log: Path | None, resume: bool, trackers: Sequence[str]) -> None:
+        """Take up a checkpoint or start afresh, and open the log and the trackers."""
         self.output = output
         self.path = None if output is None else output / "checkpoint.safetensors"
-        self.identity = identity(self.model, self.policy, self.train, self.schedule, self.seed)
+        self.identity = identity(self.model, self.policy, self.train, self.schedule, self.seed, self.processes.count)
         offset = 0
         if self.path is not None and self.path.exists() and resume:
             offset = self._restore(self.path)
         else:
-            random.seed(self.seed)
-            np.random.seed(self.seed)
-            torch.manual_seed(self.seed)
+            own = self.seed + self.processes.rank * 0x9E3779B1 & 0xFFFFFFFF
+            random.seed(own)
+            np.random.seed(own)
+            torch.manual_seed(own)
         log = output / "log.jsonl" if log is None and output is not None else log
-        if log is not None:
+        if log is not None and self.processes.is_main:
             log.parent.mkdir(parents=True, exist_ok=True)
             self.log = open(log, "ab")  # noqa: SIM115  (closed by `close`)
             self.log.truncate(min(offset, log.stat().st_size))
+        if self.processes.is_main:
+            config = {name: value if name == "seed" else json.dumps(value) for name, value in self.identity.items()}
+            self.trackers = Trackers(trackers, output.name if output else "fmaq", output, config, self.steps_done)
         if offset:
             self._write_log("resume")
         else:
@@ -187,6 +208,8 @@ class _Run:
     def close(self) -> None:
         if self.log is not None:
             self.log.close()
+        if self.trackers is not None:
+            self.trackers.close()
 
     def _write_log(self, event: str, **values: Any) -> None:
         if self.log is not None:
@@ -198,14 +221,14 @@ class _Run:
         tensors, state = checkpoint.read(path)
         checkpoint.check_identity(path, state["identity"], self.identity)
         checkpoint.restore_model(self.model, tensors)
-        checkpoint.restore_generators(tensors, state)
+        checkpoint.restore_generators(tensors, state, self.processes.rank)
         self.stage, self.epoch, self.step = state["stage"], state["epoch"], state["step"]
         self.loss_sum = state["loss_sum"]
         stages = [StageResult(**(s | {"stage": Stage(**s["stage"])})) for s in state["result"]["stages"]]
         self.result = FinetuneResult(stages, state["result"]["seconds"])
         self.restored = tensors
         if state.get("underflow") is not None:  # attached so, after so many calls: both matter to stochastic rounding
-            self._attach(state["underflow"])
+            self.dual.attach(state["underflow"])
             restart_calls(self.model, state["calls"])
         if self.stage == len(self.schedule.stages):
             self.say(f"{path} holds the end of this run: nothing is left to train")
@@ -220,27 +243,38 @@ class _Run:
         place = {"stage": self.stage, "epoch": self.epoch, "step": self.step, "loss_sum": self.loss_sum}
         state = place | {
             "identity": self.identity,
-            "underflow": self.underflow,
+            "underflow": self.dual.underflow,
             "calls": call_counts(self.model),
             "result": self.result.to_mapping(),
             "log_bytes": self.log.tell() if self.log is not None else 0,
         }
-        checkpoint.write(self.path, self.model, self.optimizer, state)
+        checkpoint.write(self.path, self.model, self.optimizer, state, self.processes)
 
     # Training
 
     @property
     def steps_an_epoch(self) -> int:
-        return math.ceil(len(self.train) / self.schedule.batch_size)
+        return math.ceil(len(self.train) / self.examples_a_step)
 
-    def train_all(self, bars: Bars, flag: Flag) -> None:
+    @property
+    def steps_done(self) -> int:
+        """Of all stages."""
+        before = sum(stage.epochs for stage in self.schedule.stages[: self.stage])
+        return (before + self.epoch) * self.steps_an_epoch + self.step
+
+    @property
+    def examples_a_step(self) -> int:
+        return self.schedule.batch_size * self.schedule.accumulation * self.processes.count
+
+    def train_all(self, bars: Bars, flag: Flag, shard: bool) -> None:
         start, before = time.monotonic(), self.result.seconds
+        self.wrapped = self.processes.wrapped(self.model, shard)
         while self.stage < len(self.schedule.stages):
             stage = self.schedule.stages[self.stage]
             self._begin_stage()
             total = stage.epochs * self.steps_an_epoch
             done = self.epoch * self.steps_an_epoch + self.step
-            self._attach(stage.underflows(done, total))
+            self.dual.attach(stage.underflows(done, total))
             title = (
                 f"Stage {self.stage + 1} of {len(self.schedule.stages)}{'' if stage.underflow else ', no underflow'}"
             )
@@ -250,15 +284,8 @@ class _Run:
             self._end_stage(stage, bars)
             self.result.seconds = before + time.monotonic() - start
             self._save()
-        self._attach(True)
+        self.dual.attach(True)
         self._write_results()
-
-    def _attach(self, underflow: bool) -> None:
-        """Attach the policy, with or without underflow, unless it is attached so already."""
-        if self.underflow != underflow:
-            detach(self.model)
-            attach(self.model, self.policy if underflow else self.policy.replace(underflow=False))
-            self.underflow = underflow
 
     def _begin_stage(self) -> None:
         decayed = [p for p in self.model.parameters() if p.requires_grad and p.dim() > 1]
@@ -278,57 +305,78 @@ class _Run:
         order = torch.randperm(len(self.train), generator=self._generator())
         self.model.train()
         while self.step < self.steps_an_epoch:
-            if flag.raised:
+            if self.processes.any(flag.raised):
                 self._stop()
-            size = self.schedule.batch_size
+            size = self.examples_a_step
             value = self._train_step(stage, order[self.step * size : (self.step + 1) * size])
             advance(1, f"loss {value:.3f}")
-            if time.monotonic() - self.saved_at >= self.schedule.checkpoint_seconds:
+            is_due = time.monotonic() - self.saved_at >= self.schedule.checkpoint_seconds
+            if self.processes.any(is_due and self.processes.is_main):
                 self._save()
         mean = self.loss_sum / len(self.train)
         self.own_metrics = self._measure(bars)
         self._write_log("epoch", loss=mean, metrics=self.own_metrics)
+        self._track(**{f"test {name}": value for name, value in self.own_metrics.items()})
         shown = ", ".join(f"{name} {value:.4f}" for name, value in self.own_metrics.items() if name != "loss")
         self.say(f"stage {self.stage + 1}, epoch {self.epoch + 1} of {stage.epochs}: training loss {mean:.4f}, {shown}")
         self.mean_loss = mean
         self.epoch, self.step, self.loss_sum = self.epoch + 1, 0, 0.0
         if self.epoch < stage.epochs:
             self._save()
-            if flag.raised:
+            if self.processes.any(flag.raised):
                 self._stop()
 
     def _train_step(self, stage: Stage, index: Tensor) -> float:
         assert self.optimizer is not None
         steps = stage.epochs * self.steps_an_epoch
         done = self.epoch * self.steps_an_epoch + self.step
-        self._attach(stage.underflows(done, steps))
+        self.dual.attach(stage.underflows(done, steps))
         rate = stage.rate(done, steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        inputs, targets = self.train.batch(index)
-        inputs = augment(inputs, self.schedule, self._generator(self.step + 1))
         self.optimizer.zero_grad(set_to_none=True)
-        value = loss(self.model, self.train, to_device(inputs, self.device), targets.to(self.device))
-        number = float(value.detach())
+        number = self._gradient(index)
         if not math.isfinite(number):
             raise FloatingPointError(
                 f"the loss became {number} in stage {self.stage + 1}, epoch {self.epoch + 1}, step {self.step}; "
                 f"lower the stage's learning_rate (now {stage.learning_rate:g}) or set clip_norm"
             )
-        value.backward()
         if self.schedule.clip_norm is not None:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.schedule.clip_norm)
         self.optimizer.step()
         self.loss_sum += number * len(index)
         self._write_log("step", loss=number, learning_rate=rate)
         self.step += 1
+        self._track(loss=number, learning_rate=rate)
         return number
+
+    def _gradient(self, index: Tensor) -> float:
+        """Put the gradient of the mean loss of a step's examples into the parameters, and give that loss.
+
+        Each process takes its own batches of them. What wraps the model takes the mean of the processes' gradients, so
+        that each multiplies by their number.
+        """
+        count, accumulation = self.processes.count, self.schedule.accumulation
+        parts = parts_of(self.counted[index], count * accumulation)[self.processes.rank * accumulation :][:accumulation]
+        number = 0.0
+        for n, (at, share) in enumerate(parts):
+            if not share and count == 1 and len(parts) > 1:
+                continue
+            inputs, targets = self.train.batch(index[at])
+            inputs = augment(inputs, self.schedule, self._generator(self.step + 1), at, len(index))
+            more = n + 1 < len(parts)
+            with self.processes.not_yet(self.wrapped) if more else nullcontext():
+                inputs, targets = to_device(inputs, self.processes.device), targets.to(self.processes.device)
+                value = loss(self.wrapped, self.train, inputs, targets)
+                number += share * float(value.detach())
+                (value * (share * count)).backward()
+        return self.processes.sum(number)
 
     def _end_stage(self, stage: Stage, bars: Bars) -> None:
         own = self.own_metrics if stage.epochs else self._measure(bars)
         metrics = own
-        if not self.underflow:
-            self._attach(True)
+        if not self.dual.underflow:
+            self.dual.attach(True)
             metrics = self._measure(bars)
         self.result.stages.append(StageResult(stage, self.mean_loss, metrics, own))
         self._write_log("stage", metrics=metrics)
@@ -338,15 +386,20 @@ class _Run:
     def _measure(self, bars: Bars) -> Metrics:
         if self.test is None:
             return {}
-        return evaluate(
+        found = evaluate(
             self.model,
             self.test,
             self.task,
-            device=self.device,
+            device=str(self.processes.device),
             batch_size=self.batch_size,
             progress=bars,
             label="  testing",
         )
+        return self.processes.shared(found)
+
+    def _track(self, **values: float) -> None:
+        if self.trackers is not None:
+            self.trackers.log(self.steps_done, **values)
 
     def _generator(self, step: int = 0) -> torch.Generator:
         """A generator for one epoch's order (step 0) or one step's augmentation: it depends on the place alone."""
@@ -365,24 +418,34 @@ class _Run:
     def _write_results(self) -> None:
         if self.output is None:
             return
-        tensors = {name: t.detach().cpu().contiguous().clone() for name, t in self.model.state_dict().items()}
-        write_bytes(self.output / "model.safetensors", save(tensors))
-        write_json(self.output / "result.json", self.identity | self.result.to_mapping())
+        state = self.model.state_dict()
+        tensors = {name: whole(t.detach()).cpu().contiguous().clone() for name, t in state.items()}
+        if self.processes.is_main:
+            write_bytes(self.output / "model.safetensors", save(tensors))
+            write_json(self.output / "result.json", self.identity | self.result.to_mapping())
+        self.processes.wait()
 
 
-def augment(inputs: Inputs, schedule: Schedule, generator: torch.Generator) -> Inputs:
-    """Mirror and shift images (N, C, H, W) as the schedule says; other inputs come back as they are."""
+def augment(
+    inputs: Inputs, schedule: Schedule, generator: torch.Generator, at: Tensor | None = None, of: int | None = None
+) -> Inputs:
+    """Mirror and shift images (N, C, H, W) as the schedule says; other inputs come back as they are.
+
+    Args:
+        at: positions of these images among the `of` that are drawn for; by default they are all.
+    """
     if not isinstance(inputs, Tensor) or not (schedule.flip or schedule.crop):
         return inputs
     if inputs.dim() != 4:
         raise ValueError(f"augmentation is for images (N, C, H, W); the inputs have shape {tuple(inputs.shape)}")
     n, _, height, width = inputs.shape
+    at, of = (torch.arange(n), n) if at is None or of is None else (at, of)
     if schedule.flip:
-        mirrored = torch.rand(n, generator=generator) < 0.5
+        mirrored = torch.rand(of, generator=generator)[at] < 0.5
         inputs = torch.where(mirrored[:, None, None, None], inputs.flip(3), inputs)
     if schedule.crop:
         padded = nn.functional.pad(inputs, [schedule.crop] * 4)
-        top, left = torch.randint(0, 2 * schedule.crop + 1, (2, n), generator=generator)
+        top, left = torch.randint(0, 2 * schedule.crop + 1, (2, of), generator=generator)[:, at]
         rows = (top[:, None] + torch.arange(height))[:, None, :, None]
         columns = (left[:, None] + torch.arange(width))[:, None, None, :]
         image, channel = torch.arange(n)[:, None, None, None], torch.arange(inputs.shape[1])[None, :, None, None]

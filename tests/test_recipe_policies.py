@@ -3,15 +3,15 @@
 import pytest
 
 from fmaq import Policy
-from fmaq.training.explain import RecipeError
-from fmaq.training.policies import all_policies, emulates, emulating_policy, is_template, one_policy, with_accumulators
-from fmaq.training.recipe import Recipe
+from fmaq.recipes.explain import RecipeError
+from fmaq.recipes.policies import all_policies, emulates, emulating_policy, is_template, one_policy, with_accumulators
+from fmaq.recipes.recipe import Recipe
 
 EIGHT, TEN, TWELVE = "M4E3b5 product=M4E3b7", "M5E4b10 product=M5E4b12", "paper12"
 
 
 def recipe(**keys: object) -> Recipe:
-    model = {"callable": "fmaq.training.residual_cnn:residual_cnn"}
+    model = {"callable": "fmaq.recipes.residual_cnn:residual_cnn"}
     return Recipe.parse({"name": "r", "model": model, "data": {"kind": "digits"}, **keys})
 
 

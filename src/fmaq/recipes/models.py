@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import nn
 
-from fmaq.training.callables import made_by
-from fmaq.training.explain import RecipeError
-from fmaq.training.recipe import ModelRecipe
+from fmaq.recipes.callables import made_by
+from fmaq.recipes.explain import RecipeError
+from fmaq.recipes.recipe import ModelRecipe
 
 HEADS = {
     "classification": "AutoModelForSequenceClassification",

@@ -19,8 +19,8 @@ from typing import Any
 from fmaq.emulation import Policy
 from fmaq.emulation.policy import FP32
 from fmaq.numerics import Accumulator
-from fmaq.training.explain import RecipeError
-from fmaq.training.recipe import Recipe
+from fmaq.recipes.explain import RecipeError
+from fmaq.recipes.recipe import Recipe
 
 
 def accumulators_of(policy: Policy) -> list[Accumulator]:

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fmaq.training.callables import load_callable, made_by
+from fmaq.recipes.callables import load_callable, made_by
+from fmaq.recipes.explain import RecipeError
+from fmaq.recipes.recipe import CallableData, DigitsData, HuggingFaceData, ImageFolderData, NpzData
 from fmaq.training.examples import Examples, Pairs, Windows, as_examples
-from fmaq.training.explain import RecipeError
-from fmaq.training.recipe import CallableData, DigitsData, HuggingFaceData, ImageFolderData, NpzData
 
 IMAGES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 
@@ -24,7 +24,7 @@ def load_data(recipe: Any, task: str = "classification", tokenizer: Any = None) 
     """Training and test data of a recipe's `data`; training data are None where the recipe names none.
 
     Args:
-        recipe: one of the data classes of `fmaq.training.recipe`.
+        recipe: one of the data classes of `fmaq.recipes.recipe`.
         task: decides the form: classes, windows of tokens, or pairs.
         tokenizer: the model's, for texts.
     Raises:

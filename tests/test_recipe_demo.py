@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from fmaq.training import Schedule, Stage, demo
-from fmaq.training.record import Record, Row
+from fmaq.recipes import demo
+from fmaq.recipes.record import Record, Row
+from fmaq.training import Schedule, Stage
 
 
 def test_the_ladder_goes_from_16_bits_to_5_by_the_papers_rule() -> None:

@@ -10,12 +10,12 @@ from typing import Any
 
 from fmaq.analysis.calibration import Per, calibrate, check_choices
 from fmaq.emulation import Policy, detach
-from fmaq.training.explain import RecipeError
-from fmaq.training.policies import all_policies, emulates, is_template, nothing_emulated, operands_of, quantizes
+from fmaq.recipes.explain import RecipeError
+from fmaq.recipes.policies import all_policies, emulates, is_template, nothing_emulated, operands_of, quantizes
+from fmaq.recipes.recipe import Recipe
+from fmaq.recipes.record import Record, Row
+from fmaq.recipes.run import Prepared, Say, batches_of, line, prepare
 from fmaq.training.progress import Bars
-from fmaq.training.recipe import Recipe
-from fmaq.training.record import Record, Row
-from fmaq.training.run import Prepared, Say, batches_of, line, prepare
 
 
 def run_calibrate(

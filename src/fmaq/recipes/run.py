@@ -14,15 +14,12 @@ from torch import nn
 
 from fmaq.analysis.calibration import calibrate
 from fmaq.emulation import Policy, attach, detach
-from fmaq.training import checkpoint
-from fmaq.training.callables import load_callable
-from fmaq.training.checkpoint import CheckpointError
-from fmaq.training.data import load_data
-from fmaq.training.examples import Examples, Pairs, Windows, as_examples, digest
-from fmaq.training.explain import RecipeError
-from fmaq.training.loop import finetune, identity
-from fmaq.training.models import build_model
-from fmaq.training.policies import (
+from fmaq.emulation.layer_names import layer_names
+from fmaq.recipes.callables import load_callable
+from fmaq.recipes.data import load_data
+from fmaq.recipes.explain import RecipeError
+from fmaq.recipes.models import build_model
+from fmaq.recipes.policies import (
     accumulators_of,
     all_policies,
     emulates,
@@ -31,10 +28,15 @@ from fmaq.training.policies import (
     operands_of,
     quantizes,
 )
+from fmaq.recipes.provenance import provenance
+from fmaq.recipes.recipe import CalibrateRecipe, Recipe
+from fmaq.recipes.record import Record, Row, show
+from fmaq.training import checkpoint
+from fmaq.training.checkpoint import CheckpointError
+from fmaq.training.examples import Examples, Pairs, Windows, as_examples, digest
+from fmaq.training.loop import finetune, identity
+from fmaq.training.processes import Processes
 from fmaq.training.progress import Bars
-from fmaq.training.provenance import provenance
-from fmaq.training.recipe import CalibrateRecipe, Recipe
-from fmaq.training.record import Record, Row, show
 from fmaq.training.tasks import TASKS, Metrics, Task, evaluate
 
 Say = Callable[[str], None]
@@ -102,7 +104,7 @@ def check_globs(policy: Policy, model: nn.Module) -> None:
     Raises:
         RecipeError: naming the glob and some of the model's modules.
     """
-    names = [name for name, _ in model.named_modules(remove_duplicate=False)]
+    names = [name for names in layer_names(model).values() for name in names]
     for glob in policy.layers:
         if not any(glob == name or fnmatchcase(name, glob) for name in names):
             some = ", ".join(name for name, module in model.named_modules() if name and not list(module.children()))[
@@ -152,6 +154,8 @@ def run_finetune(
 ) -> Record:
     """Fine-tune the model under the recipe's policy, from the folder's checkpoint if there is one.
 
+    Of several processes that a launcher started, all train, and the main one writes and says.
+
     Args:
         output: folder for the checkpoint, the log, the model, its policy, `finetune.json` and `finetune.csv`.
         resume: False starts over.
@@ -160,18 +164,24 @@ def run_finetune(
     """
     if recipe.finetune is None:
         raise RecipeError("this recipe cannot be fine-tuned: give it the key finetune, with its stages")
-    ready = prepare(recipe, device, bars)
+    _check_device(device)
+    processes = Processes(device)
+    if not processes.is_main:
+        bars, say = None, _silent
+    ready = prepare(recipe, str(processes.device), bars)
     if ready.train is None:
         raise RecipeError("this recipe cannot be fine-tuned: its data have no training examples; give data.train")
     asked = ready.policy
-    ready.policy = _start(ready, output, resume, say)
+    ready.policy = processes.shared(_start(ready, output, resume, say))
     with ready.bars:
-        record = _before(ready, asked, output, resume)
-        _keep_policy(ready.policy, output / POLICY)
+        record = _before(ready, asked, output, resume, processes.count)
+        processes.wait()  # until all have read what the main one now writes over
         row = record.rows[0]
         for shown in (record.baseline, row):
             say(line(record, shown))
-        record.save(output / RECORD)
+        if processes.is_main:
+            _keep_policy(ready.policy, output / POLICY)
+            record.save(output / RECORD)
         detach(ready.model)
         result = finetune(
             ready.model,
@@ -187,11 +197,18 @@ def run_finetune(
             device=device,
             batch_size=recipe.data.batch_size,
             say=say,
+            trackers=recipe.finetune.trackers,
+            shard=recipe.finetune.shard,
         )
     row.tuned = result.to_mapping()
-    record.save(output / RECORD)
-    record.save_csv(output / "finetune.csv")
+    if processes.is_main:
+        record.save(output / RECORD)
+        record.save_csv(output / "finetune.csv")
     return record
+
+
+def _silent(line: str) -> None:
+    pass
 
 
 def batches_of(data: Any, size: int, count: int) -> list[Any]:
@@ -246,7 +263,7 @@ def _is_of(recipe: Recipe, record: Record) -> bool:
     return record.recipe == recipe.model_dump(mode="json", exclude_defaults=True)
 
 
-def _before(ready: Prepared, asked: Policy, output: Path, resume: bool) -> Record:
+def _before(ready: Prepared, asked: Policy, output: Path, resume: bool, processes: int) -> Record:
     """The measurements before fine-tuning; taken from the folder if this same run made them already.
 
     Args:
@@ -255,7 +272,7 @@ def _before(ready: Prepared, asked: Policy, output: Path, resume: bool) -> Recor
     path, state = output / RECORD, output / STATE
     digests = _digests(ready)
     if resume and path.exists() and state.exists():
-        _refuse_another_run(ready, state)  # before the record, which is that run's, is written over
+        _refuse_another_run(ready, state, processes)  # before the record, which is that run's, is written over
         record = Record.load(path)
         for what, found in record.provenance.get("digests", {}).items():
             if found != digests.get(what):
@@ -275,10 +292,10 @@ def _before(ready: Prepared, asked: Policy, output: Path, resume: bool) -> Recor
     return record
 
 
-def _refuse_another_run(ready: Prepared, path: Path) -> None:
+def _refuse_another_run(ready: Prepared, path: Path, processes: int) -> None:
     assert ready.recipe.finetune is not None and ready.train is not None  # run_finetune has seen to it
     schedule, train = ready.recipe.finetune.schedule(), as_examples(ready.train)
-    ours = identity(ready.model, ready.policy, train, schedule, ready.recipe.seed)
+    ours = identity(ready.model, ready.policy, train, schedule, ready.recipe.seed, processes)
     checkpoint.check_identity(path, checkpoint.read(path)[1]["identity"], ours)
 
 

@@ -7,15 +7,15 @@ import torch
 from fmaq.analysis.calibration import call
 from fmaq.analysis.observation import STEPS, Observed, observe
 from fmaq.emulation import attach, detach
-from fmaq.training.explain import RecipeError
-from fmaq.training.policies import emulating_policy
-from fmaq.training.recipe import Recipe
-from fmaq.training.run import batches_of, prepare
+from fmaq.recipes.explain import RecipeError
+from fmaq.recipes.policies import emulating_policy
+from fmaq.recipes.recipe import Recipe
+from fmaq.recipes.run import batches_of, prepare
 from fmaq.training.tasks import telling_of_the_batch
 
 
 def run_observe(recipe: Recipe, batches: int = 1, steps: int | None = STEPS) -> Observed:
-    """Run the network on its first test batches, under the recipe's policy (see `fmaq.training.policies`).
+    """Run the network on its first test batches, under the recipe's policy (see `fmaq.recipes.policies`).
 
     Args:
         steps: see `fmaq.observe`.

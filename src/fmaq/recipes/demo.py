@@ -19,14 +19,14 @@ from safetensors.torch import save
 
 from fmaq.emulation import Policy, attach, detach
 from fmaq.numerics import Accumulator, paper_bias
-from fmaq.training.data import digits
+from fmaq.recipes.data import digits
+from fmaq.recipes.provenance import provenance
+from fmaq.recipes.record import Record, Row, show
+from fmaq.recipes.residual_cnn import ResidualCNN, residual_cnn
 from fmaq.training.examples import Examples
 from fmaq.training.files import write_bytes
 from fmaq.training.loop import finetune
 from fmaq.training.progress import Bars
-from fmaq.training.provenance import provenance
-from fmaq.training.record import Record, Row, show
-from fmaq.training.residual_cnn import ResidualCNN, residual_cnn
 from fmaq.training.schedule import Schedule, Stage
 from fmaq.training.tasks import Metrics, evaluate
 
