@@ -178,6 +178,31 @@ def test_a_part_is_attached_after_the_whole_was_compiled() -> None:
     assert torch.equal(call(x), plain)
 
 
+def test_a_compiled_model_is_attached_by_its_own_names() -> None:
+    model, x = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(3, 6)
+    call = torch.compile(model, backend="aot_eager")
+    policy = fmaq.Policy(accumulator="M2E4b8", layers={"2": None})
+    fmaq.attach(call, policy)
+    found = call(x)
+    fmaq.detach(call)
+    assert torch.equal(found, fmaq.attach(model, policy)(x))
+    assert not torch.equal(found, fmaq.detach(model)(x))
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+def test_what_is_left_alone_is_torchs_own_in_compiled_code_too(backend) -> None:
+    if backend == "inductor" and shutil.which("g++") is None:
+        pytest.skip("inductor compiles C++")
+    model, x = nn.Sequential(nn.Linear(6, 8), nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2))), torch.randn(3, 6)
+    fmaq.attach(model, fmaq.Policy(accumulator="M2E4b8", layers={"1.0": None, "0": {"accumulator": "fp32"}}))
+    with torch.no_grad():
+        expected = model(x)
+        assert torch.equal(torch.compile(model, backend=backend)(x), expected)
+        torch.compiler.reset()
+        model[1].compile(backend=backend)
+        assert torch.equal(model(x), expected)
+
+
 def test_a_compiled_part_of_an_attached_model() -> None:
     model = nn.Sequential(nn.Linear(6, 8), nn.Sequential(nn.Linear(8, 8), nn.ReLU()), nn.Linear(8, 2))
     fmaq.attach(model, NARROW)

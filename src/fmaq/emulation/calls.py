@@ -15,6 +15,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from types import FrameType
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -29,6 +30,11 @@ from fmaq.emulation.policy import Policy, Rule
 
 STATE = "_fmaq"
 CALL_IMPL = ("_call_impl", nn.Module._call_impl.__code__.co_filename)
+TORCH = str(Path(torch.__file__).parent)
+COMPILED = (f"{TORCH}/_functorch/_aot_autograd/", f"{TORCH}/_inductor/")
+"""How the names of files begin whose functions run code that torch.compile made."""
+GRAPH, OF_DYNAMO = "<eval_with_key>", "compile_subgraph_reason"
+"""The file of a graph's own code, and what dynamo notes on its graphs, and nobody else on theirs."""
 GRADIENT = torch.autograd.function.BackwardCFunction.apply.__code__
 MERGING = ("merge", "unmerge")
 """What PEFT's layers call methods that add products of weights to weights; some do so while they are called."""
@@ -163,7 +169,8 @@ def forget_interrupted() -> None:
 def current_call() -> Call | None:
     """The innermost attached module whose forward calls this, or None where torch's own product is meant.
 
-    That is in the gradient of something, where an adapter is merged into weights, or after an interrupted forward.
+    That is in code that torch.compile made, in the gradient of something, where an adapter is merged into weights, or
+    after an interrupted forward.
 
     Raises:
         RuntimeError: a checkpointed function that is no attached module is running: its recomputation could not be told
@@ -173,6 +180,8 @@ def current_call() -> Call | None:
     frames = {id(call.frame) for call in _running.calls}
     is_checkpointed, late = False, None
     while frame is not None and id(frame) not in frames:
+        if _is_compiled(frame):
+            return None
         if frame.f_code is GRADIENT or (frame.f_code.co_name in MERGING and _is_of_peft(frame)):
             return None
         is_checkpointed |= frame.f_code.co_filename == CHECKPOINT_FILE
@@ -194,6 +203,21 @@ def current_call() -> Call | None:
             "again), or leave the layer alone in the policy"
         )
     return call
+
+
+def is_compiled_code() -> bool:
+    """The function that calls this is called from code that torch.compile made, and by no attached module in it."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and not _is_compiled(frame):
+        if (frame.f_code.co_name, frame.f_code.co_filename) == CALL_IMPL and STATE in frame.f_locals["self"].__dict__:
+            return False
+        frame = frame.f_back
+    return frame is not None
+
+
+def _is_compiled(frame: FrameType) -> bool:
+    file = frame.f_code.co_filename
+    return file.startswith(COMPILED) or (file.startswith(GRAPH) and OF_DYNAMO in frame.f_locals["self"].__dict__)
 
 
 def _is_of_peft(frame: FrameType) -> bool:

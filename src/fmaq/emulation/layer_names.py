@@ -1,4 +1,6 @@
-"""What the layers of a model are called: as its modules are, but for what PEFT puts around them and around the model.
+"""What the layers of a model are called: as its modules are, but for what others put around them and around the model.
+
+What torch.compile and DistributedDataParallel make of a module has it inside, and its layers keep their names.
 
 LoRA, say, puts a layer `fc` into a module that takes its place and keeps it as `fc.base_layer`, and the model into one
 that keeps it as `base_model.model`. The layer itself stays `fc`, so that one policy fits the model with adapters,
@@ -9,7 +11,6 @@ the layer.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 
 from torch import nn
@@ -17,7 +18,12 @@ from torch import nn
 OWN = "adapter"
 """The part of the name that tells a module around a layer from the layer."""
 
-AROUND_MODEL = {"peft.peft_model.PeftModel": ("base_model",), "peft.tuners.tuners_utils.BaseTuner": ("model",)}
+AROUND_MODEL = {
+    "torch._dynamo.eval_frame.OptimizedModule": ("_orig_mod",),
+    "torch.nn.parallel.distributed.DistributedDataParallel": ("module",),
+    "peft.peft_model.PeftModel": ("base_model",),
+    "peft.tuners.tuners_utils.BaseTuner": ("model",),
+}
 AROUND_LAYER = {
     "peft.tuners.tuners_utils.BaseTunerLayer": ("base_layer",),
     "peft.utils.other.AuxiliaryTrainingWrapper": ("original_module", "modules_to_save"),
@@ -29,10 +35,8 @@ def layer_names(model: nn.Module) -> dict[nn.Module, list[str]]:
     """All names of each module of a model: the layer's first, then the full ones, of a model around it, too."""
     names: dict[nn.Module, list[str]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
-        own = [path]
-        if "peft" in sys.modules:
-            is_around = bool(_inside(module, AROUND_LAYER))
-            own = [_name(model, path), _name(model, path, keep_prefix=True), *([] if is_around else [path])]
+        is_around = bool(_inside(module, AROUND_LAYER))
+        own = [_name(model, path), _name(model, path, keep_prefix=True), *([] if is_around else [path])]
         known = names.setdefault(module, [])
         known += [name for name in dict.fromkeys(own) if name not in known]
     return names

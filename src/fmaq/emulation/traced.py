@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from fmaq.emulation.calls import STATE, Attachment
+from fmaq.emulation.calls import STATE, Attachment, is_compiled_code
 from fmaq.emulation.handlers import HANDLERS, Met
 from fmaq.emulation.products import is_heard
 from fmaq.emulation.roles import FROM_DATA, SHAPED_LIKE, Role, tensors_in
@@ -99,6 +99,8 @@ class TracedMode(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         handler = HANDLERS.get(func)
+        if not torch.compiler.is_dynamo_compiling() and handler is not None and is_compiled_code():
+            return func(*args, **kwargs)  # it was asked for while the code was made
         if handler is None or not TRACE.calls:
             result = func(*args, **kwargs)
             TRACE.learn(func, result, args, kwargs)
