@@ -119,6 +119,23 @@ def test_every_kind_of_rule(policy) -> None:
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
+@pytest.mark.parametrize("needs_weights", [False, True])
+def test_multi_head_attention(needs_weights) -> None:
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.MultiheadAttention(8, 2, batch_first=True)
+            self.layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(self.inner(x, x, x, need_weights=needs_weights)[0])
+
+    scores = {"products": {"attention_scores": {"accumulator": "M2E4b8"}, "attention_values": {"gain": 1.25}}}
+    model = fmaq.attach(Attention().eval(), fmaq.Policy(accumulator="M4E4b9", layers={"inner": scores}, **FORMATS))
+    x = torch.randn(2, 5, 8)
+    assert torch.equal(compiled(model)(x), model(x))
+
+
 def test_a_calibrated_model() -> None:
     model, x = Net(), torch.randn(3, 6)
     template = fmaq.Policy(accumulator="M4E3 product=M4E3", **FORMATS)

@@ -7,10 +7,13 @@ stack of calls, and lists of tensors that are compared by identity; they live as
 
 from __future__ import annotations
 
+import functools
+import types
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -22,11 +25,20 @@ from fmaq.emulation.roles import FROM_DATA, SHAPED_LIKE, Role, tensors_in
 CONSTANT, WEIGHT, ACTIVATION = (int(role) for role in (Role.CONSTANT, Role.WEIGHT, Role.ACTIVATION))
 
 
+MULTI_HEAD_ATTENTION = types.FunctionType(
+    F.multi_head_attention_forward.__code__,
+    F.multi_head_attention_forward.__globals__,
+    argdefs=F.multi_head_attention_forward.__defaults__,
+)
+"""The same under another name, which dynamo does not hand to the mode once more."""
+
+
 class TracedCall:
     """A call of an attached module; see `calls.Call`.
 
     Attributes:
         constants: tensors that it made without being given a tensor.
+        kinds: of the batched products that it asks for next.
     """
 
     def __init__(self, module: nn.Module, attachment: Attachment) -> None:
@@ -35,6 +47,7 @@ class TracedCall:
         self.number = 0
         self.products = 0
         self.constants: list[Tensor] = []
+        self.kinds: list[str] = []
 
 
 class Trace:
@@ -101,7 +114,11 @@ class TracedMode(TorchFunctionMode):
         handler = HANDLERS.get(func)
         if not torch.compiler.is_dynamo_compiling() and handler is not None and is_compiled_code():
             return func(*args, **kwargs)  # it was asked for while the code was made
+        if func is F.multi_head_attention_forward and TRACE.calls:
+            return self._opened(args, kwargs)
         if handler is None or not TRACE.calls:
+            if getattr(func, "__name__", "") == "unflatten":  # it calls super(), which dynamo cannot trace here
+                func = torch.unflatten
             result = func(*args, **kwargs)
             TRACE.learn(func, result, args, kwargs)
             return result
@@ -110,10 +127,22 @@ class TracedMode(TorchFunctionMode):
                 "what observes an attached model (observe, coverage, calibrate) runs the model itself: give it the "
                 "model that torch.compile was given, not what it made"
             )
-        met = Met(TRACE.calls[-1], func, args, kwargs, _is_weight, _is_activation, self)  # type: ignore[arg-type]
+        call = TRACE.calls[-1]
+        if call.kinds and func in (torch.bmm, torch.baddbmm):
+            handler = functools.partial(handler, kind=call.kinds.pop(0))  # type: ignore[call-arg]
+        met = Met(call, func, args, kwargs, _is_weight, _is_activation, self)  # type: ignore[arg-type]
         result = handler(met)
         if met.of_weights:
             TRACE.learn(func, result, args, kwargs)
+        return result
+
+    def _opened(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """`nn.MultiheadAttention`'s function, with every product in it met in its turn; see `handlers`."""
+        call = TRACE.calls[-1]
+        call.kinds = ["attention_scores", "attention_values"]
+        with self:
+            result = MULTI_HEAD_ATTENTION(*args, **kwargs)
+        call.kinds = []
         return result
 
 
