@@ -54,7 +54,7 @@ def hugging_face(name: str, attention: str) -> tuple[Callable[[], nn.Module], di
     """What makes a tiny model, and what it takes."""
     import transformers as hf
 
-    size = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+    size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
     how = {"attn_implementation": attention}
     words = {"vocab_size": 50}
     ends = {"bos_token_id": 0, "eos_token_id": 0}
@@ -64,12 +64,12 @@ def hugging_face(name: str, attention: str) -> tuple[Callable[[], nn.Module], di
         config = hf.LlamaConfig(**size | {"num_attention_heads": 4}, num_key_value_heads=2, **how, **words)
         return lambda: hf.LlamaForCausalLM(config), {"input_ids": IDS, "use_cache": False}
     if name == "gpt2":
-        config = hf.GPT2Config(n_embd=16, n_layer=2, n_head=2, n_positions=8, **how, **words, **ends)
+        config = hf.GPT2Config(n_embd=16, n_layer=1, n_head=2, n_positions=8, **how, **words, **ends)
         return lambda: hf.GPT2LMHeadModel(config), {"input_ids": IDS, "use_cache": False}
     if name == "vit":
         return lambda: hf.ViTModel(hf.ViTConfig(**size, **how, image_size=16, patch_size=8)), {"pixel_values": IMAGES}
     if name == "t5":
-        config = hf.T5Config(d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, dropout_rate=0.0, **words)
+        config = hf.T5Config(d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2, dropout_rate=0.0, **words)
         return lambda: hf.T5Model(config), {"input_ids": IDS, "decoder_input_ids": IDS, "use_cache": False}
     config = hf.ResNetConfig(embedding_size=4, hidden_sizes=[4, 8], depths=[1, 1])
     return lambda: hf.ResNetModel(config), {"pixel_values": IMAGES}
@@ -173,7 +173,7 @@ def test_the_whole_step_in_one_function() -> None:
 def test_other_shapes_and_autocast() -> None:
     model = fmaq.attach(Net(), NARROW)
     call = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=True)
-    for rows in (3, 4, 7):
+    for rows in (3, 7):
         x = torch.randn(rows, 6)
         assert torch.equal(call(x), model(x))
     with torch.autocast("cpu", torch.bfloat16):
