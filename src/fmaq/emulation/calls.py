@@ -10,6 +10,7 @@ be told apart.
 
 from __future__ import annotations
 
+import functools
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -216,8 +217,14 @@ def is_compiled_code() -> bool:
 
 
 def _is_compiled(frame: FrameType) -> bool:
-    file = frame.f_code.co_filename
-    return file.startswith(COMPILED) or (file.startswith(GRAPH) and OF_DYNAMO in frame.f_locals["self"].__dict__)
+    kind = _kind_of_file(frame.f_code.co_filename)
+    return kind == COMPILED or (kind == GRAPH and OF_DYNAMO in frame.f_locals["self"].__dict__)
+
+
+@functools.lru_cache(maxsize=4096)
+def _kind_of_file(name: str) -> Any:
+    """COMPILED, GRAPH or None; asked of every frame between a product and its module."""
+    return next((kind for kind in (COMPILED, GRAPH) if name.startswith(kind)), None)
 
 
 def _is_of_peft(frame: FrameType) -> bool:

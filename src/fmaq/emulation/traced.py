@@ -114,9 +114,9 @@ class TracedMode(TorchFunctionMode):
         handler = HANDLERS.get(func)
         if not torch.compiler.is_dynamo_compiling() and handler is not None and is_compiled_code():
             return func(*args, **kwargs)  # it was asked for while the code was made
-        if func is F.multi_head_attention_forward and TRACE.calls:
+        if func is F.multi_head_attention_forward:
             return self._opened(args, kwargs)
-        if handler is None or not TRACE.calls:
+        if handler is None:
             if getattr(func, "__name__", "") == "unflatten":  # it calls super(), which dynamo cannot trace here
                 func = torch.unflatten
             result = func(*args, **kwargs)

@@ -46,6 +46,7 @@ class Operator:
         inputs, outputs: types by name.
         attributes: kinds by name.
         compute: of torch tensors and the attributes; what `torch` gives.
+        translate: what torch's exporter is told to write for `torch`, of its arguments.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Operator:
     outputs: dict[str, str]
     attributes: dict[str, Any]
     compute: Callable[..., Any]
+    translate: Callable[..., Any]
 
     @property
     def schema(self) -> OpSchema:
@@ -93,74 +95,7 @@ def _ranged(function: Any) -> Callable[..., Any]:
     return compute
 
 
-OPERATORS = (
-    Operator(
-        "MatMul",
-        torch.ops.fmaq.matmul.default,
-        {"a": FLOAT, "b": FLOAT},
-        {"y": FLOAT},
-        {"accumulator": TEXT, "seed": NUMBER},
-        torch.ops.fmaq.matmul,
-    ),
-    Operator(
-        "Conv",
-        torch.ops.fmaq.convolution.default,
-        {"x": FLOAT, "w": FLOAT},
-        {"y": FLOAT},
-        {"accumulator": TEXT, "seed": NUMBER, "geometry": TEXT},
-        _conv,
-    ),
-    Operator(
-        "Quantize",
-        torch.ops.fmaq.quantize.default,
-        {"x": FLOAT, "amax": FLOAT},
-        {"y": FLOAT},
-        {"format": TEXT, "channel": NUMBER},
-        _ranged(torch.ops.fmaq.quantize),
-    ),
-    Operator(
-        "IntegerCodes",
-        torch.ops.fmaq.integer_codes.default,
-        {"x": FLOAT, "amax": FLOAT},
-        {"codes": FLOAT, "scale": DOUBLE},
-        {"bits": NUMBER, "channel": NUMBER},
-        _ranged(torch.ops.fmaq.integer_codes),
-    ),
-    Operator(
-        "PowersOfTwo",
-        torch.ops.fmaq.powers_of_two.default,
-        {"offset": INT},
-        {"y": FLOAT},
-        {"sign": NUMBER},
-        torch.ops.fmaq.powers_of_two,
-    ),
-    Operator(
-        "TokenPowers",
-        torch.ops.fmaq.token_powers.default,
-        {"a": FLOAT},
-        {"y": FLOAT},
-        {"dims": TEXT},
-        lambda a, dims: torch.ops.fmaq.token_powers(a, list(map(int, dims.split(",")))),
-    ),
-    Operator(
-        "TimesPowers",
-        torch.ops.fmaq.times_powers.default,
-        {"b": FLOAT, "powers": FLOAT},
-        {"y": FLOAT},
-        {},
-        torch.ops.fmaq.times_powers,
-    ),
-)
-
-
-def _register() -> Opset:
-    for operator in OPERATORS:
-        if not onnx.defs.has(operator.name, VERSION, DOMAIN):
-            onnx.defs.register_schema(operator.schema)
-    return Opset(DOMAIN, VERSION)
-
-
-_OURS = _register()
+_OURS = Opset(DOMAIN, VERSION)
 
 
 def _matmul(a: Any, b: Any, accumulator: str, seed: int, *_: Any, **__: Any) -> Any:
@@ -202,11 +137,74 @@ def _times_powers(b: Any, powers: Any) -> Any:
     return _OURS.TimesPowers(b, powers)
 
 
-TRANSLATIONS = dict(
-    zip(
-        (operator.torch for operator in OPERATORS),
-        (_matmul, _convolution, _quantize, _integer_codes, _powers_of_two, _token_powers, _times_powers),
-        strict=True,
-    )
+OPERATORS = (
+    Operator(
+        "MatMul",
+        torch.ops.fmaq.matmul.default,
+        {"a": FLOAT, "b": FLOAT},
+        {"y": FLOAT},
+        {"accumulator": TEXT, "seed": NUMBER},
+        torch.ops.fmaq.matmul,
+        _matmul,
+    ),
+    Operator(
+        "Conv",
+        torch.ops.fmaq.convolution.default,
+        {"x": FLOAT, "w": FLOAT},
+        {"y": FLOAT},
+        {"accumulator": TEXT, "seed": NUMBER, "geometry": TEXT},
+        _conv,
+        _convolution,
+    ),
+    Operator(
+        "Quantize",
+        torch.ops.fmaq.quantize.default,
+        {"x": FLOAT, "amax": FLOAT},
+        {"y": FLOAT},
+        {"format": TEXT, "channel": NUMBER},
+        _ranged(torch.ops.fmaq.quantize),
+        _quantize,
+    ),
+    Operator(
+        "IntegerCodes",
+        torch.ops.fmaq.integer_codes.default,
+        {"x": FLOAT, "amax": FLOAT},
+        {"codes": FLOAT, "scale": DOUBLE},
+        {"bits": NUMBER, "channel": NUMBER},
+        _ranged(torch.ops.fmaq.integer_codes),
+        _integer_codes,
+    ),
+    Operator(
+        "PowersOfTwo",
+        torch.ops.fmaq.powers_of_two.default,
+        {"offset": INT},
+        {"y": FLOAT},
+        {"sign": NUMBER},
+        torch.ops.fmaq.powers_of_two,
+        _powers_of_two,
+    ),
+    Operator(
+        "TokenPowers",
+        torch.ops.fmaq.token_powers.default,
+        {"a": FLOAT},
+        {"y": FLOAT},
+        {"dims": TEXT},
+        lambda a, dims: torch.ops.fmaq.token_powers(a, list(map(int, dims.split(",")))),
+        _token_powers,
+    ),
+    Operator(
+        "TimesPowers",
+        torch.ops.fmaq.times_powers.default,
+        {"b": FLOAT, "powers": FLOAT},
+        {"y": FLOAT},
+        {},
+        torch.ops.fmaq.times_powers,
+        _times_powers,
+    ),
 )
-"""What torch's exporter is told to write for an operator of `torch.ops.fmaq`."""
+
+TRANSLATIONS = {operator.torch: operator.translate for operator in OPERATORS}
+
+for operator in OPERATORS:
+    if not onnx.defs.has(operator.name, VERSION, DOMAIN):
+        onnx.defs.register_schema(operator.schema)

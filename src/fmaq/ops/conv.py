@@ -24,16 +24,8 @@ from fmaq.ops.operators import SCHEMA, InDims, Operator, Summation, described, e
 Size = int | Sequence[int]
 
 
-def _image_empty(
-    x: Tensor,
-    weight: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    *summation: Any,
-) -> Tensor:
-    out = _geometry(stride, padding, dilation, groups).out(x.shape[2:], weight.shape[2:])
+def _image_empty(x: Tensor, weight: Tensor, *options: Any) -> Tensor:
+    out = _geometry(*options[:4]).out(x.shape[2:], weight.shape[2:])
     return x.new_empty(x.shape[0], weight.shape[0], *out, dtype=torch.float32)
 
 
@@ -46,18 +38,9 @@ def _where(geometry: Geometry) -> tuple[Any, ...]:
     return list(geometry.stride), list(geometry.padding), list(geometry.dilation), geometry.groups
 
 
-def _convolved(
-    x: Tensor,
-    weight: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    accumulator: str,
-    seed: int,
-    *_: Any,
-) -> Tensor:
-    return kernels.conv(x, weight, described(accumulator, seed), _geometry(stride, padding, dilation, groups))
+def _convolved(x: Tensor, weight: Tensor, *options: Any) -> Tensor:
+    accumulator, seed, *_ = options[4:]
+    return kernels.conv(x, weight, described(accumulator, seed), _geometry(*options[:4]))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

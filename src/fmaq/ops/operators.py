@@ -2,7 +2,7 @@
 
 Every product, and whatever else is computed outside of torch, is an operator of the library `fmaq` (`torch.ops.fmaq`),
 with an implementation on "fake" tensors, gradients, and rules for vmap and autocast. So torch.compile and torch.export
-keep it as one node, and an exported program runs wherever `import fmaq` was. Its arguments are tensors and plain
+keep it as one node, and an exported program runs wherever `import fmaq.ops` was. Its arguments are tensors and plain
 values; an accumulator is its description, as `str(accumulator)` gives it, and its seed.
 """
 

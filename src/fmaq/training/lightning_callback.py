@@ -6,10 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from fmaq.emulation import Policy
-from fmaq.ops.operands import AccumulatorLike
-from fmaq.training.dual_stage import DualStage
-from fmaq.training.schedule import Switch
+from fmaq.training.dual_stage import Staged
 
 try:
     from lightning.pytorch.callbacks import Callback
@@ -17,7 +14,7 @@ except ImportError:
     raise ImportError("the callback needs the package lightning: pip install 'fmaq[trainers]'") from None
 
 
-class DualStageCallback(Callback):
+class DualStageCallback(Staged, Callback):
     """Trains the Trainer's module without underflow, then, from some step on, with it.
 
     The stage is that of the Trainer's global step, so a run that is resumed from a checkpoint is in the right one.
@@ -37,41 +34,22 @@ class DualStageCallback(Callback):
             endless run.
     """
 
-    def __init__(
-        self,
-        policy: Policy | AccumulatorLike,
-        *,
-        share: float | None = None,
-        step: int | None = None,
-        epoch: float | None = None,
-        module: str = "",
-    ) -> None:
-        self._policy, self._switch, self._module = Policy.parse(policy), Switch(share, step, epoch), module
-        self._stage: DualStage | None = None
-
     def setup(self, trainer: Any, pl_module: nn.Module, stage: str) -> None:
         """Attach the module, before strategies wrap it."""
-        module = pl_module.get_submodule(self._module)
-        self._stage = DualStage(module, self._policy, self._switch)
-        if stage == "fit":
-            self._stage.attach(False)
-        else:
-            self._stage.attach(True)
+        self._begin(pl_module).attach(underflow=stage != "fit")
 
     def on_train_start(self, trainer: Any, pl_module: nn.Module) -> None:
         """Attach the stage of the step that the run begins with."""
-        self._place(trainer, 0)
+        self._place_at(trainer, 0)
 
     def on_train_batch_start(self, trainer: Any, pl_module: nn.Module, batch: Any, batch_idx: int) -> None:
         """Attach the stage of the step that begins."""
-        self._place(trainer, batch_idx)
+        self._place_at(trainer, batch_idx)
 
     def on_train_end(self, trainer: Any, pl_module: nn.Module) -> None:
         """Attach the policy itself, whatever stage the last step was in."""
-        if self._stage is not None:
-            self._stage.attach(True)
+        self._end()
 
-    def _place(self, trainer: Any, batch: int) -> None:
-        if self._stage is not None:
-            epochs = trainer.current_epoch + batch / max(trainer.num_training_batches, 1)
-            self._stage.place(trainer.global_step, trainer.estimated_stepping_batches, epochs)
+    def _place_at(self, trainer: Any, batch: int) -> None:
+        epochs = trainer.current_epoch + batch / max(trainer.num_training_batches, 1)
+        self._place(trainer.global_step, trainer.estimated_stepping_batches, epochs)

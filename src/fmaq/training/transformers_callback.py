@@ -6,10 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from fmaq.emulation import Policy
-from fmaq.ops.operands import AccumulatorLike
-from fmaq.training.dual_stage import DualStage
-from fmaq.training.schedule import Switch
+from fmaq.training.dual_stage import Staged
 
 try:
     from transformers import TrainerCallback
@@ -17,7 +14,7 @@ except ImportError:
     raise ImportError("the callback needs the package transformers: pip install 'fmaq[trainers]'") from None
 
 
-class DualStageCallback(TrainerCallback):
+class DualStageCallback(Staged, TrainerCallback):
     """Trains the Trainer's model without underflow, then, from some step on, with it.
 
     The stage is that of the Trainer's global step, so a run that is resumed from one of its checkpoints is in the right
@@ -33,35 +30,18 @@ class DualStageCallback(TrainerCallback):
         ValueError: not exactly one of share, step and epoch is given, or it is out of range.
     """
 
-    def __init__(
-        self,
-        policy: Policy | AccumulatorLike,
-        *,
-        share: float | None = None,
-        step: int | None = None,
-        epoch: float | None = None,
-        module: str = "",
-    ) -> None:
-        self._policy, self._switch, self._module = Policy.parse(policy), Switch(share, step, epoch), module
-        self._stage: DualStage | None = None
-
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Attach the stage of the step that the run begins with."""
-        self._stage = DualStage(_unwrapped(kwargs["model"]).get_submodule(self._module), self._policy, self._switch)
-        self._place(state)
+        self._begin(_unwrapped(kwargs["model"]))
+        self._place(state.global_step, state.max_steps, state.epoch or 0.0)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Attach the stage of the step that begins."""
-        self._place(state)
+        self._place(state.global_step, state.max_steps, state.epoch or 0.0)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Attach the policy itself, whatever stage the last step was in."""
-        if self._stage is not None:
-            self._stage.attach(True)
-
-    def _place(self, state: Any) -> None:
-        if self._stage is not None:
-            self._stage.place(state.global_step, state.max_steps, state.epoch or 0.0)
+        self._end()
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
