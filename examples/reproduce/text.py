@@ -1,4 +1,8 @@
-"""Texts with some word pieces masked, for a network to fill in: masked language modelling (arXiv 1810.04805)."""
+"""Texts with some word pieces or characters masked, for a network to fill in: masked language modelling.
+
+Devlin et al. 2018 (arXiv 1810.04805). `python text.py` prints the entropy of the masked characters alone, which is the loss of a network
+that knows nothing of what is around them.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +16,7 @@ from torch import Tensor
 from fmaq.training.examples import IGNORED, Examples
 
 BROWN = Path(__file__).resolve().parents[2] / ".cache" / "examples" / "brown"
+ALPHABET = " etaoinsrhldcumfpgwybvkxjqz0.,'`-;?!:()"
 MASK, UNKNOWN = "[MASK]", "[UNK]"
 
 
@@ -30,13 +35,33 @@ def brown(
     Raises:
         FileNotFoundError: the corpus has not been fetched.
     """
+    return masked_windows(*brown_texts(), vocabulary, length, train, test, share, copies)
+
+
+def brown_texts() -> tuple[list[str], list[str]]:
+    """The corpus' texts, of which every tenth is in the second list.
+
+    Raises:
+        FileNotFoundError: the corpus has not been fetched.
+    """
     files = sorted(BROWN.glob("c[a-r][0-9][0-9]"))
     if not files:
         raise FileNotFoundError(f"{BROWN} has no texts; run `make fetch`, which downloads what the examples need")
     texts = [untagged(path.read_text(encoding="latin-1")) for path in files]
-    held_out = [text for index, text in enumerate(texts) if index % 10 == 9]
-    rest = [text for index, text in enumerate(texts) if index % 10 != 9]
-    return masked_windows(rest, held_out, vocabulary, length, train, test, share, copies)
+    return [text for i, text in enumerate(texts) if i % 10 != 9], [text for i, text in enumerate(texts) if i % 10 == 9]
+
+
+def characters(length: int = 128, train: int = 8000, test: int = 500, share: float = 0.15) -> tuple[Examples, Examples]:
+    """The Brown corpus in lower case as masked windows of characters: letters, digits as one, and punctuation."""
+    generator = torch.Generator().manual_seed(0)
+    windows = []
+    for texts, count in zip(brown_texts(), (train, test), strict=True):
+        text = re.sub(r"[0-9]+", "0", " ".join(texts).lower())
+        codes = torch.tensor([ALPHABET.find(character) + 1 for character in text])  # 0: any other character
+        rows = codes[: len(codes) // length * length].view(-1, length)
+        windows.append(rows[torch.randperm(len(rows), generator=generator)[:count]])
+    mask = len(ALPHABET) + 1
+    return masked(windows[0], mask, share, generator), masked(windows[1], mask, share, generator)
 
 
 def descriptions(vocabulary: int = 512, length: int = 16, train: int = 64, test: int = 32) -> tuple[Examples, Examples]:

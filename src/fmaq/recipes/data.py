@@ -6,7 +6,7 @@ import inspect
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -14,8 +14,10 @@ from torch import Tensor
 
 from fmaq.recipes.callables import load_callable, made_by
 from fmaq.recipes.explain import RecipeError
-from fmaq.recipes.recipe import CallableData, DigitsData, HuggingFaceData, ImageFolderData, NpzData
+from fmaq.recipes.recipe import CallableData, DigitsData, HuggingFaceData, ImageFolderData, NpzData, Role, SquadData
+from fmaq.recipes.squad import encode, from_columns, read_squad
 from fmaq.training.examples import Examples, Pairs, Windows, as_examples
+from fmaq.training.spans import Spans
 
 IMAGES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 
@@ -35,6 +37,8 @@ def load_data(recipe: Any, task: str = "classification", tokenizer: Any = None) 
     elif isinstance(recipe, HuggingFaceData):
         train = None if recipe.train is None else _huggingface(recipe, recipe.train, task, tokenizer)
         test = _huggingface(recipe, recipe.test, task, tokenizer)
+    elif isinstance(recipe, SquadData):
+        train, test = (path and _squad(recipe, path, tokenizer) for path in (recipe.train, recipe.test))
     elif isinstance(recipe, DigitsData):
         train, test = digits(recipe.test_fraction, recipe.split_seed)
     else:
@@ -57,10 +61,7 @@ def _where(recipe: Any, split: str) -> str:
 
 
 def _first(data: Any, limit: int | None) -> Any:
-    if limit is None or not isinstance(data, Examples | Windows):
-        return data
-    inputs, targets = data.batch(slice(0, limit))
-    return Examples(inputs, targets) if isinstance(data, Examples) else Windows(targets)
+    return data if limit is None or not isinstance(data, Examples | Windows) else data.first(limit)
 
 
 def digits(test_fraction: float = 0.2, split_seed: int = 0) -> tuple[Examples, Examples]:
@@ -109,6 +110,11 @@ def _npz(recipe: NpzData, path: Path) -> Examples:
         return Examples(_normalised(x, recipe.scale, recipe.mean, recipe.std), y)
     except ValueError as error:
         raise RecipeError(f"{path}: {error}") from None
+
+
+def _squad(recipe: SquadData, path: Path, tokenizer: Any) -> Spans:
+    _need_tokenizer(tokenizer)
+    return encode(read_squad(path)[: recipe.limit], tokenizer, recipe.max_length, recipe.stride)
 
 
 def _numbers(array: np.ndarray, what: str) -> Tensor:
@@ -189,7 +195,7 @@ def _huggingface(recipe: HuggingFaceData, split: str, task: str, tokenizer: Any)
         raise RecipeError(f"data.id: cannot load {recipe.id} ({split}): {error}") from error
     if recipe.limit is not None and task != "perplexity":
         table = table.select(range(min(recipe.limit, len(table))))
-    columns = {role: recipe.columns.get(role, role) for role in ("text", "second", "image", "label", "score")}
+    columns = {role: recipe.columns.get(role, role) for role in get_args(Role)}
     for role, name in recipe.columns.items():
         if name not in table.column_names:
             raise RecipeError(
@@ -203,6 +209,10 @@ def _huggingface(recipe: HuggingFaceData, split: str, task: str, tokenizer: Any)
         index = torch.arange(len(table))
         scores = torch.tensor([float(score) for score in _column(table, columns, has, "score")], dtype=torch.float64)
         return Pairs(_tokenised(texts, None, recipe, tokenizer), index, index + len(table), scores)
+    if task == "span_extraction":
+        _need_tokenizer(tokenizer)
+        parts = [_column(table, columns, has, role) for role in ("question", "context", "answers")]
+        return encode(from_columns(*parts), tokenizer, recipe.max_length, recipe.stride)
     labels = _labels(recipe, _column(table, columns, has, "label"))
     if "image" in has:
         images = [image_tensor(i, recipe.resize, recipe.crop) for i in table[columns["image"]]]

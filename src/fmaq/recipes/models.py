@@ -13,6 +13,7 @@ from fmaq.recipes.recipe import ModelRecipe
 
 HEADS = {
     "classification": "AutoModelForSequenceClassification",
+    "span_extraction": "AutoModelForQuestionAnswering",
     "similarity": "AutoModel",
     "perplexity": "AutoModelForCausalLM",
 }

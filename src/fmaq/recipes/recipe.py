@@ -118,6 +118,10 @@ class ImageFolderData(_Data):
     std: list[float] | None = None
 
 
+Role = Literal["text", "second", "image", "label", "score", "question", "context", "answers"]
+"""What a column of a table is to a task."""
+
+
 class HuggingFaceData(_Data):
     """A data set through `datasets`: a hub id, or a builder (csv, json, parquet, text, imagefolder) with local `files`.
 
@@ -131,8 +135,9 @@ class HuggingFaceData(_Data):
     files: dict[str, ExistingPath] | None = None
     train: str | None = None
     test: str = "test"
-    columns: dict[Literal["text", "second", "image", "label", "score"], str] = Field({})
+    columns: dict[Role, str] = Field({})
     max_length: int = Field(128, ge=1)
+    stride: int = Field(0, ge=0)
     window: int = Field(512, ge=2)
     windows: int | None = Field(None, ge=1)
     resize: int | None = Field(None, ge=1)
@@ -142,11 +147,23 @@ class HuggingFaceData(_Data):
     std: list[float] | None = None
 
 
+class SquadData(_Data):
+    """SQuAD's own files, of version 1.1 or 2.0, for span extraction; `limit` counts questions."""
+
+    kind: Literal["squad"]
+    test: ExistingPath
+    train: ExistingPath | None = None
+    max_length: int = Field(384, ge=8)
+    """Tokens of a window: the question and a part of the passage."""
+    stride: int = Field(128, ge=0)
+    """Tokens that the next window of the passage repeats."""
+
+
 class CallableData(_Data):
     """A function that returns `(train, test)`; train may be None.
 
-    Each is `Examples`, `Pairs`, `Windows`, a pair of tensors (inputs, classes), or, for a task of your own, anything.
-    The function is also given `tokenizer`, the model's, if it has such a parameter.
+    Each is `Examples`, `Spans`, `Pairs`, `Windows`, a pair of tensors (inputs, classes), or, for a task of your own,
+    anything. The function is also given `tokenizer`, the model's, if it has such a parameter.
     """
 
     kind: Literal["callable"]
@@ -160,7 +177,7 @@ class CallableData(_Data):
 
 
 DataRecipe = Annotated[
-    DigitsData | NpzData | ImageFolderData | HuggingFaceData | CallableData, Field(discriminator="kind")
+    DigitsData | NpzData | ImageFolderData | HuggingFaceData | SquadData | CallableData, Field(discriminator="kind")
 ]
 
 

@@ -13,7 +13,7 @@ from fmaq.numerics import Accumulator
 from fmaq.training.files import write_json, write_text
 from fmaq.training.tasks import Metrics
 
-PERCENT = {"accuracy"}
+PERCENT = {"accuracy", "f1", "exact_match"}
 LOWER_IS_BETTER = {"perplexity", "loss"}
 AS_GIVEN = "as given"
 """How a table calls ranges that calibration did not choose."""

@@ -3,6 +3,7 @@
 from fmaq.training.examples import Examples, Pairs, Windows
 from fmaq.training.loop import FinetuneResult, StageResult, finetune
 from fmaq.training.schedule import Schedule, Stage
+from fmaq.training.spans import Spans
 from fmaq.training.tasks import evaluate
 
 __all__ = [
@@ -10,6 +11,7 @@ __all__ = [
     "FinetuneResult",
     "Pairs",
     "Schedule",
+    "Spans",
     "Stage",
     "StageResult",
     "Windows",

@@ -74,6 +74,10 @@ class Examples:
         """The inputs and targets that a slice or a tensor of indices picks."""
         return _pick(self.inputs, index), self.targets[index]
 
+    def first(self, count: int) -> Examples:
+        """The first `count`."""
+        return Examples(*self.batch(slice(0, count)))
+
     def counted(self) -> Tensor:
         """For each example, how many of its targets count."""
         return (self.targets != IGNORED).view(len(self), -1).sum(1)
@@ -100,6 +104,10 @@ class Windows:
     def batch(self, index: Any) -> tuple[Inputs, Tensor]:
         """The windows that a slice or a tensor of indices picks, as inputs and as targets."""
         return {"input_ids": self.tokens[index]}, self.tokens[index]
+
+    def first(self, count: int) -> Windows:
+        """The first `count`."""
+        return Windows(self.tokens[:count])
 
     def counted(self) -> Tensor:
         """For each window, how many of its tokens are predicted."""

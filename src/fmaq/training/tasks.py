@@ -1,4 +1,4 @@
-"""What is measured: accuracy of a classifier, correlation of similarities, perplexity of a language model."""
+"""What is measured: accuracy of a classifier, exact match of spans, correlation of similarities, perplexity."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fmaq.training.examples import IGNORED, Examples, Inputs, Pairs, Windows, as_examples, to_device
 from fmaq.training.progress import Advance, Bars
+from fmaq.training.spans import Finder, Spans, marks
 
 Metrics = dict[str, float]
 
@@ -23,12 +24,17 @@ class BatchError(ValueError):
 def forward(model: nn.Module, inputs: Inputs) -> Tensor:
     """The model's logits or embeddings: its output, or that output's `logits` or `last_hidden_state`.
 
+    Scores of the ends of spans, `start_logits` and `end_logits`, come as one tensor (windows, 2, tokens): to each end,
+    tokens are what classes are elsewhere.
+
     Raises:
         BatchError: the model failed on these inputs.
         TypeError: it returned neither a tensor nor such an output.
     """
     with telling_of_the_batch(model, inputs):
         output = model(**inputs) if isinstance(inputs, dict) else model(inputs)
+    if getattr(output, "start_logits", None) is not None:
+        output = torch.stack([output.start_logits, output.end_logits], 1)
     for name in ("logits", "last_hidden_state"):
         if getattr(output, name, None) is not None:
             output = getattr(output, name)
@@ -164,6 +170,26 @@ def perplexity(model: nn.Module, data: Any, device: str, batch_size: int, advanc
     return {"perplexity": math.exp(mean) if mean < 700 else math.inf, "loss": mean}
 
 
+def span_extraction(model: nn.Module, data: Any, device: str, batch_size: int, advance: Advance) -> Metrics:
+    """`f1` and `exact_match` of the spans found, as SQuAD counts them; the mean cross-entropy `loss` of their ends."""
+    data = _form(data, Spans, "span_extraction")
+    finder, total = Finder(data), 0.0
+    for start in range(0, len(data), batch_size):
+        inputs, targets = data.batch(slice(start, start + batch_size))
+        scores = forward(model, to_device(inputs, device)).float()
+        if scores.shape[:2] != targets.shape or scores.dim() != 3:
+            raise ValueError(
+                f"span extraction needs a model with start_logits and end_logits, such as one of "
+                f"AutoModelForQuestionAnswering; the output of this has the shape {tuple(scores.shape)}"
+            )
+        check_classes(targets.flatten(), logits := scores.flatten(0, 1))
+        total += float(nn.functional.cross_entropy(logits, targets.flatten().to(device), reduction="sum"))
+        finder.add(start, scores)
+        advance(len(targets))
+    exact, overlap = marks(finder.texts(), data.answers)
+    return {"f1": overlap, "exact_match": exact, "loss": _finite(total / data.targets.numel())}
+
+
 def similarity(model: nn.Module, data: Any, device: str, batch_size: int, advance: Advance) -> Metrics:
     """`pearson` and `spearman` correlation of the cosines of mean-pooled embeddings with the scores."""
     data = _form(data, Pairs, "similarity")
@@ -199,6 +225,7 @@ def _ranks(values: Tensor) -> Tensor:
 
 TASKS: dict[str, Callable[[nn.Module, Any, str, int, Advance], Metrics]] = {
     "classification": classification,
+    "span_extraction": span_extraction,
     "similarity": similarity,
     "perplexity": perplexity,
 }
@@ -220,8 +247,10 @@ def evaluate(
 
     Args:
         model: takes a batch of the data's inputs.
-        data: `Examples`, `Windows` or `Pairs`; a pair (inputs, classes) of tensors; a torch data set of such pairs.
-        task: `"classification"`, `"similarity"`, `"perplexity"`, or a function (model, data, device) → metrics.
+        data: `Examples`, `Spans`, `Windows` or `Pairs`; a pair (inputs, classes) of tensors; a torch data set of such
+            pairs.
+        task: `"classification"`, `"span_extraction"`, `"similarity"`, `"perplexity"`, or a function
+            (model, data, device) → metrics.
         progress: draw a bar when standard error is a terminal.
 
     Returns:
