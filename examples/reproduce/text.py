@@ -1,7 +1,6 @@
 """Texts with some word pieces or characters masked, for a network to fill in: masked language modelling.
 
-Devlin et al. 2018 (arXiv 1810.04805). `python text.py` prints the entropy of the masked characters alone, which is the loss of a network
-that knows nothing of what is around them.
+Devlin et al. 2018 (arXiv 1810.04805).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct with adapters to train: LoRA (Hu et al. 2021, arXiv 2106.09685) on every linear layer but the head."""
+"""SmolLM2-135M-Instruct with adapters to train: LoRA (Hu et al. 2021, arXiv 2106.09685) on every layer but the head."""
 
 from __future__ import annotations
 
