@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from text import described
 from torch import nn
 
 
@@ -35,3 +36,60 @@ def bert(vocabulary: int = 4096, layers: int = 4, hidden: int = 256, heads: int 
             attention_probs_dropout_prob=0.0,
         )
     )
+
+
+def modern_bert(symbols: int = 42, layers: int = 2, hidden: int = 128, length: int = 64) -> Any:
+    """ModernBERT (arXiv 2412.13663) from random weights: normalised before each layer, positions by rotation.
+
+    Where BERT's positions are learnt apart from one another, a small network stays at the unigram loss for long.
+    """
+    from transformers import ModernBertConfig, ModernBertForMaskedLM
+
+    return ModernBertForMaskedLM(
+        ModernBertConfig(
+            vocab_size=symbols,
+            hidden_size=hidden,
+            intermediate_size=2 * hidden,
+            num_hidden_layers=layers,
+            num_attention_heads=max(1, hidden // 32),
+            max_position_embeddings=length,
+            local_attention=16,
+            global_attn_every_n_layers=1,
+            **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"), 0),
+        )
+    )
+
+
+def tiny_bert(head: str = "BertForQuestionAnswering") -> tuple[Any, Any]:
+    """BERT with one layer of width 32 from random weights, and a tokenizer of scikit-learn's descriptions of its data.
+
+    Args:
+        head: a class of transformers.
+    """
+    import transformers
+    from tokenizers import BertWordPieceTokenizer
+
+    trained = BertWordPieceTokenizer()
+    trained.train_from_iterator(described(), vocab_size=512, show_progress=False)
+    tokenizer = transformers.BertTokenizerFast(tokenizer_object=trained._tokenizer)
+    config = transformers.BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=128,
+    )
+    return getattr(transformers, head)(config), tokenizer
+
+
+def tiny_llama_with_adapters() -> Any:
+    """Llama with two layers of width 32 from random weights, of which LoRA adapters alone are trained."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2
+    )
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    return get_peft_model(LlamaForCausalLM(config), LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM"))

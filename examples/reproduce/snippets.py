@@ -35,3 +35,15 @@ def movie_snippets(
     parts = order[:train], order[len(rows) - test :]
     first, last = (Examples({name: tensor[part] for name, tensor in inputs.items()}, targets[part]) for part in parts)
     return first, last
+
+
+def described_topics(tokenizer: Any, train: int = 64, test: int = 32) -> tuple[Examples, Examples]:
+    """In place of them, lines of scikit-learn's descriptions of its data: do they tell of flowers, or of wine?"""
+    from sklearn.datasets import load_iris, load_wine
+
+    lines = [(line, topic) for topic, load in enumerate((load_iris, load_wine)) for line in load().DESCR.split("\n")]
+    rows = [(line.strip(), topic) for line, topic in lines if len(line.split()) > 2]
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[: train + test].tolist()
+    inputs = tokenizer([rows[i][0] for i in order], padding=True, truncation=True, max_length=16, return_tensors="pt")
+    data = Examples(dict(inputs), torch.tensor([rows[i][1] for i in order]))
+    return Examples(*data.batch(slice(0, train))), Examples(*data.batch(slice(train, None)))

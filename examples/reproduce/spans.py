@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
-from text import BROWN, untagged
+from text import BROWN, described, untagged
 
 from fmaq.recipes.squad import Question, encode
 from fmaq.training.spans import Spans
@@ -43,6 +43,19 @@ def recurring(
         )
     texts = [tidy(untagged(path.read_text(encoding="latin-1"))) for path in files]
     texts += LEE.read_text(encoding="latin-1").splitlines()
+    return of_texts(texts, tokenizer, train, test, words, max_length, seed)
+
+
+def described_recurring(tokenizer: Any, train: int = 16, test: int = 8) -> tuple[Spans, Spans]:
+    """The same of the paragraphs of scikit-learn's descriptions of its data sets."""
+    texts = [" ".join(part.split()) for text in described() for part in text.split("\n\n")]
+    return of_texts(texts, tokenizer, train, test, words=24, max_length=96, seed=0)
+
+
+def of_texts(
+    texts: list[str], tokenizer: Any, train: int, test: int, words: int, max_length: int, seed: int
+) -> tuple[Spans, Spans]:
+    """Training and test passages of texts; see `recurring` for the arguments."""
     generator = torch.Generator().manual_seed(seed)
     parts = []
     for is_held_out, count in ((False, train), (True, test)):

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from fmaq.training.examples import IGNORED, Examples
+from fmaq.training import evaluate
+from fmaq.training.examples import IGNORED, Examples, Windows
 
 BROWN = Path(__file__).resolve().parents[2] / ".cache" / "examples" / "brown"
 ALPHABET = " etaoinsrhldcumfpgwybvkxjqz0.,'`-;?!:()"
@@ -50,26 +52,79 @@ def brown_texts() -> tuple[list[str], list[str]]:
     return [text for i, text in enumerate(texts) if i % 10 != 9], [text for i, text in enumerate(texts) if i % 10 == 9]
 
 
-def characters(length: int = 128, train: int = 8000, test: int = 500, share: float = 0.15) -> tuple[Examples, Examples]:
-    """The Brown corpus in lower case as masked windows of characters: letters, digits as one, and punctuation."""
+@dataclass
+class Masked(Examples):
+    """Examples, and the loss in nats of always guessing by how often each class is masked in the training examples."""
+
+    unigram: float
+
+
+def characters(length: int = 64, train: int = 6000, test: int = 500, share: float = 0.15) -> tuple[Examples, Masked]:
+    """The Brown corpus as masked windows of characters: small letters, punctuation, and 0 for any number.
+
+    Args:
+        length: of a window, in characters.
+        train, test: the most windows to use, of a seeded shuffle.
+        share: of the characters that are masked.
+
+    Raises:
+        FileNotFoundError: the corpus has not been fetched.
+    """
+    return masked_characters(*brown_texts(), length, train, test, share)
+
+
+def described_characters(length: int = 16, train: int = 64, test: int = 32) -> tuple[Examples, Masked]:
+    """The same of scikit-learn's descriptions of its data sets."""
+    *rest, held_out = described()
+    return masked_characters(rest, [held_out], length, train, test, 0.15)
+
+
+def described_windows(length: int = 16, train: int = 8, test: int = 4) -> tuple[Windows, Windows]:
+    """Characters of the first of them, none masked, for a causal model."""
+    rows = coded(described()[0], length)
+    return Windows(rows[:train]), Windows(rows[train : train + test])
+
+
+def coded(text: str, length: int) -> Tensor:
+    """Windows (N, length) of a text's characters as numbers from 1; 0 is any character that has none."""
+    text = re.sub(r"[0-9]+", "0", text.lower())
+    codes = torch.tensor([ALPHABET.find(character) + 1 for character in text])
+    return codes[: len(codes) // length * length].view(-1, length)
+
+
+def masked_characters(
+    rest: list[str], held_out: list[str], length: int, train: int, test: int, share: float
+) -> tuple[Examples, Masked]:
+    """Masked windows of both kinds of texts; see `characters` for the arguments."""
     generator = torch.Generator().manual_seed(0)
     windows = []
-    for texts, count in zip(brown_texts(), (train, test), strict=True):
-        text = re.sub(r"[0-9]+", "0", " ".join(texts).lower())
-        codes = torch.tensor([ALPHABET.find(character) + 1 for character in text])  # 0: any other character
-        rows = codes[: len(codes) // length * length].view(-1, length)
+    for texts, count in ((rest, train), (held_out, test)):
+        rows = coded(" ".join(texts), length)
         windows.append(rows[torch.randperm(len(rows), generator=generator)[:count]])
     mask = len(ALPHABET) + 1
-    return masked(windows[0], mask, share, generator), masked(windows[1], mask, share, generator)
+    first, last = masked(windows[0], mask, share, generator), masked(windows[1], mask, share, generator)
+    known, asked = (part.targets[part.targets != IGNORED] for part in (first, last))
+    often = torch.bincount(known, minlength=mask).double() + 1
+    return first, Masked(last.inputs, last.targets, float(-(often / often.sum()).log()[asked].mean()))
+
+
+def filling_in(model: nn.Module, data: Masked, device: str) -> dict[str, float]:
+    """A task of one's own: `loss` in nats and `accuracy` of masked characters, and `unigram`, the loss to be below."""
+    found = evaluate(model, Examples(data.inputs, data.targets), device=device, progress=False)
+    return {"loss": found["loss"], "accuracy": found["accuracy"], "unigram": data.unigram}
 
 
 def descriptions(vocabulary: int = 512, length: int = 16, train: int = 64, test: int = 32) -> tuple[Examples, Examples]:
     """scikit-learn's descriptions of its data sets, some 3,000 words, in place of a corpus where there is none."""
+    *rest, held_out = described()
+    return masked_windows(rest, [held_out], vocabulary, length, train, test)
+
+
+def described() -> list[str]:
+    """Five descriptions of data sets inside scikit-learn."""
     from sklearn.datasets import load_breast_cancer, load_diabetes, load_digits, load_iris, load_wine
 
-    loaders = (load_breast_cancer, load_diabetes, load_digits, load_iris, load_wine)
-    *rest, held_out = [load().DESCR for load in loaders]
-    return masked_windows(rest, [held_out], vocabulary, length, train, test)
+    return [load().DESCR for load in (load_breast_cancer, load_diabetes, load_digits, load_iris, load_wine)]
 
 
 def untagged(text: str) -> str:
