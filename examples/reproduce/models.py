@@ -38,7 +38,7 @@ def bert(vocabulary: int = 4096, layers: int = 4, hidden: int = 256, heads: int 
     )
 
 
-def modern_bert(symbols: int = 42, layers: int = 2, hidden: int = 128, length: int = 64) -> Any:
+def modern_bert(symbols: int = 41, layers: int = 2, hidden: int = 128, length: int = 64) -> Any:
     """ModernBERT (arXiv 2412.13663) from random weights: normalised before each layer, positions by rotation.
 
     Where BERT's positions are learnt apart from one another, a small network stays at the unigram loss for long.

@@ -96,12 +96,15 @@ def spans(passage: str) -> list[list[tuple[int, int]]]:
     for size in range(1, LONGEST + 1):
         for i in range(len(words) - size + 1):
             places[tuple(word for word, _, _ in words[i : i + size])].append(i)
-    often = {key: at for key, at in places.items() if len(at) > 1 and all(b - a >= len(key) for a, b in pairwise(at))}
-    whole = {
+    often = {
         key: at
-        for key, at in often.items()
-        if _says_something(key[0]) and _says_something(key[-1]) and not _is_part(key, at, often)
+        for key, at in places.items()
+        if len(at) > 1
+        and all(b - a >= len(key) for a, b in pairwise(at))
+        and _says_something(key[0])
+        and _says_something(key[-1])
     }
+    whole = {key: at for key, at in often.items() if not _is_part(key, at, often)}
     return [[(words[i][1], words[i + len(key) - 1][2]) for i in at] for key, at in whole.items()]
 
 
