@@ -9,7 +9,8 @@ An experiment of trainings with every key it may have:
     notes: [What was reduced, and why.]
     task, model, data: ...                   # as in a recipe, see fmaq.recipes.recipe
     policy: {weight: M4E3, activation: M4E3} # of every cell; the grid gives the accumulator and the estimator
-    pretrain: {stages: ..., batch_size: 64}  # in float32, once a seed; cells start there, else from random weights
+    pretrain: {stages: ..., batch_size: 64}  # in float32, once a seed; cells start there, else from random weights;
+                                             # with `seed` once for all seeds, with `data` on other data
     schedules:                               # by name; each as a recipe's `finetune`, `calibrate` too
       from scratch: {stages: [{epochs: 3, learning_rate: 1e-3}]}
     grid:                                    # blocks, each the product of its lists
@@ -158,6 +159,15 @@ class Experiment(Document):
         return self
 
 
+class Pretrain(FinetuneRecipe):
+    """What cells start from: training in float32, once for each of their seeds."""
+
+    seed: int | None = Field(None, ge=0, lt=2**32)
+    """One for all cells, whose own seeds then decide their order of examples alone."""
+    data: DataRecipe | None = None
+    """In place of the experiment's training data."""
+
+
 class TrainingExperiment(Experiment):
     """A grid of trainings over one model and its data."""
 
@@ -167,7 +177,7 @@ class TrainingExperiment(Experiment):
     task: TaskName = "classification"
     model: ModelRecipe
     data: DataRecipe
-    pretrain: FinetuneRecipe | None = None
+    pretrain: Pretrain | None = None
     schedules: dict[str, FinetuneRecipe] = Field(min_length=1)
 
     @property

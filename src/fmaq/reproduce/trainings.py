@@ -18,7 +18,7 @@ from fmaq.recipes.models import build_model
 from fmaq.recipes.recipe import CalibrateRecipe
 from fmaq.recipes.run import calibrated, check_globs
 from fmaq.recipes.values import load_policy
-from fmaq.reproduce.experiment import Cell, TrainingExperiment
+from fmaq.reproduce.experiment import Cell, Pretrain, TrainingExperiment
 from fmaq.reproduce.results import CellResult, folder_name
 from fmaq.training.examples import digest
 from fmaq.training.loop import finetune
@@ -48,7 +48,10 @@ class Trainings:
         model, tokenizer = build_model(experiment.model, experiment.task)
         check_globs(self.policy, model)
         self.train, self.test = load_data(experiment.data, experiment.task, tokenizer)
-        if self.train is None:
+        self.before = self.train
+        if experiment.pretrain is not None and experiment.pretrain.data is not None:
+            self.before, _ = load_data(experiment.pretrain.data, experiment.task, tokenizer)
+        if self.train is None or self.before is None:
             raise RecipeError(f"{experiment.name} has no training examples; give data.train")
         self.task: Task = experiment.task if experiment.task in TASKS else load_callable(experiment.task)
         self.digests = [self.train.digest(), self.test.digest() if hasattr(self.test, "digest") else ""]
@@ -65,13 +68,15 @@ class Trainings:
         policy = self.policy.replace(accumulator=cell.accumulator, estimator=cell.estimator)
         plan = self.experiment.schedules[cell.variant]
         schedule = plan.schedule()
-        model, start = self._start(cell.seed)
+        before = self.experiment.pretrain
+        first = cell.seed if before is None or before.seed is None else before.seed
+        model, start = self._start(first)
         folder = (
             self.folder / "cells" / folder_name(cell.label, self._identity(start, policy, schedule, plan.calibrate))
         )
         if (kept := CellResult.kept(folder)) is not None:
             return kept, True
-        self._pretrain(model, cell.seed, start)
+        self._pretrain(model, first, start)
         policy = calibrated(model, policy, self.train, self.experiment.data.batch_size, plan.calibrate)
         result = CellResult(cell, {}, commit=commit)
         try:
@@ -99,12 +104,17 @@ class Trainings:
         chosen = {} if plan is None else {"calibrate": plan.model_dump()}
         return chosen | {
             "start": start,
-            "pretrain": None if before is None else before.schedule().identity(),
+            "pretrain": None if before is None else before.schedule().identity() | self._apart(before),
             "task": self.experiment.task,
             "data": self.digests,
             "policy": policy.to_mapping(),
             "schedule": schedule.identity(),
         }
+
+    def _apart(self, before: Pretrain) -> dict[str, Any]:
+        """What a pretraining of its own seed or data has beside its schedule."""
+        given = {} if before.seed is None else {"seed": before.seed}
+        return given if before.data is None else given | {"data": self.before.digest()}
 
     def _pretrain(self, model: nn.Module, seed: int, start: str) -> None:
         """Bring the model to where the cells of its seed start, training it in float32 unless that has been done."""
@@ -115,16 +125,18 @@ class Trainings:
         folder = self.folder / "pretrained" / name
         if not (folder / "result.json").exists():
             self.say(f"pretraining in float32, seed {seed}")
-            found = self._finetune(model, Policy(), schedule, seed, folder)
+            found = self._finetune(model, Policy(), schedule, seed, folder, self.before)
             self.say(f"pretrained: {', '.join(f'{name} {value:.4f}' for name, value in found.metrics.items())}")
             (folder / "checkpoint.safetensors").unlink()
         model.load_state_dict(load_file(folder / "model.safetensors"))
 
-    def _finetune(self, model: nn.Module, policy: Policy, schedule: Schedule, seed: int, folder: Path) -> Any:
+    def _finetune(
+        self, model: nn.Module, policy: Policy, schedule: Schedule, seed: int, folder: Path, train: Any = None
+    ) -> Any:
         return finetune(
             model,
             policy,
-            self.train,
+            self.train if train is None else train,
             self.test,
             schedule,
             output=folder,
