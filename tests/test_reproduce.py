@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,11 @@ from typer.testing import CliRunner
 from fmaq.cli.app import app
 from fmaq.numerics.reference import ESTIMATORS
 from fmaq.recipes.explain import RecipeError
-from fmaq.reproduce.experiment import available, find, load
+from fmaq.reproduce.experiment import Cell, TrainingExperiment, available, find, load
 from fmaq.reproduce.run import run_experiment
 from fmaq.reproduce.tables import markdown
 from fmaq.reproduce.trainings import Trainings
+from fmaq.training.progress import Bars
 
 
 @pytest.fixture(autouse=True)
@@ -167,3 +169,18 @@ def test_going_on_gives_the_same_table(tmp_path: Path, monkeypatch: pytest.Monke
     parts = run_experiment(experiment, tmp_path / "parts", say=said.append)
     assert [line.endswith("(from before)") for line in said] == [True] * 3 + [False] * (len(said) - 3)
     assert markdown(parts) == markdown(whole)
+
+
+def test_one_pretraining_on_data_of_its_own_serves_all_seeds(tmp_path: Path) -> None:
+    old = "schedules:\n"
+    new = "pretrain: {seed: 5, data: {kind: digits, limit: 64}, stages: [{epochs: 1, learning_rate: 1.0e-3}]}\n" + old
+    experiment = load(changed(tmp_path, old, new), quick=True)
+    assert isinstance(experiment, TrainingExperiment)
+    trainings = Trainings(experiment, tmp_path / "out", Bars(False), lambda line: None)
+    cells = [Cell("fp32", "identity", "from scratch", seed) for seed in (0, 1)]
+    results = [trainings.run(cell, None)[0] for cell in cells]
+    (folder,) = (tmp_path / "out" / "pretrained").iterdir()
+    kept = json.loads((folder / "result.json").read_text())
+    assert kept["seed"] == 5
+    assert kept["data"].startswith("64 training examples")
+    assert results[0].metrics != results[1].metrics  # of another order of the examples

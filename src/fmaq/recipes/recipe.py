@@ -13,6 +13,7 @@ recipe is in `fmaq.recipes.policies`. Paths are relative to the recipe's own fol
 from __future__ import annotations
 
 import os
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -259,8 +260,8 @@ class FinetuneRecipe(Strict):
         else:
             pair = ((self.without_underflow, False), (self.with_underflow, True))
             parts = [stage.model_dump() | {"underflow": underflow} for stage, underflow in pair if stage is not None]
-        apart = {"calibrate", "stages", "without_underflow", "with_underflow", "augmentation", "trackers", "shard"}
-        rest = self.model_dump(exclude=apart)
+        shared = {field.name for field in fields(Schedule)} - {"stages"}
+        rest = self.model_dump(include=shared)
         return Schedule(
             stages=tuple(Stage(**part) for part in parts),
             flip=self.augmentation.flip,
