@@ -172,8 +172,8 @@ def test_going_on_gives_the_same_table(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_one_pretraining_on_data_of_its_own_serves_all_seeds(tmp_path: Path) -> None:
-    old = "schedules:\n"
-    new = "pretrain: {seed: 5, data: {kind: digits, limit: 64}, stages: [{epochs: 1, learning_rate: 1.0e-3}]}\n" + old
+    old = "\nschedules:\n"
+    new = "\npretrain: {seed: 5, data: {kind: digits, limit: 64}, stages: [{epochs: 1, learning_rate: 1.0e-3}]}" + old
     experiment = load(changed(tmp_path, old, new), quick=True)
     assert isinstance(experiment, TrainingExperiment)
     trainings = Trainings(experiment, tmp_path / "out", Bars(False), lambda line: None)
