@@ -237,26 +237,6 @@ def test_broken_npz(folder: Path) -> None:
         load_data(recipe.data)
 
 
-def test_image_folder(folder: Path) -> None:
-    from PIL import Image
-
-    for name, value in (("b", 255), ("a", 0)):
-        (folder / "images" / name).mkdir(parents=True)
-        Image.new("RGB", (6, 4), (value, 0, 0)).save(folder / "images" / name / "1.png")
-    text = BASE.replace("kind: digits", "kind: image_folder\n  test: images\n  resize: 8\n  crop: 6")
-    _, test = load_data(parse(folder, text).data)
-    assert test.inputs.shape == (2, 3, 6, 6)
-    assert test.inputs[:, 0, 0, 0].tolist() == [0.0, 1.0]
-    assert test.targets.tolist() == [0, 1]
-
-
-def test_empty_image_folder(folder: Path) -> None:
-    (folder / "empty").mkdir()
-    recipe = parse(folder, BASE.replace("kind: digits", "kind: image_folder\n  test: empty"))
-    with pytest.raises(RecipeError, match="has no images; it should have a folder of images for each class"):
-        load_data(recipe.data)
-
-
 def test_digits_are_split_the_same_way_each_time(folder: Path) -> None:
     recipe = parse(folder, BASE)
     (train, test), (again, _) = load_data(recipe.data), load_data(recipe.data)

@@ -12,7 +12,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 from torch import Tensor, nn
 
-from fmaq.recipes.data import image_tensor
+from fmaq.recipes.images import image_tensor
 from fmaq.training.examples import Examples
 
 CACHE = Path(__file__).resolve().parents[2] / ".cache" / "examples"

@@ -1,10 +1,9 @@
-"""From a recipe's `data` to training and test examples in memory."""
+"""From a recipe's `data` to training and test examples."""
 
 from __future__ import annotations
 
 import inspect
 import zipfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -14,12 +13,11 @@ from torch import Tensor
 
 from fmaq.recipes.callables import load_callable, made_by
 from fmaq.recipes.explain import RecipeError
-from fmaq.recipes.recipe import CallableData, DigitsData, HuggingFaceData, ImageFolderData, NpzData, Role, SquadData
+from fmaq.recipes.images import image_folder, normalised, table_of_images
+from fmaq.recipes.recipe import CallableData, DigitsData, HuggingFaceData, NpzData, Role, SquadData
 from fmaq.recipes.squad import encode, from_columns, read_squad
 from fmaq.training.examples import Examples, Pairs, Windows, as_examples
 from fmaq.training.spans import Spans
-
-IMAGES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 
 
 def load_data(recipe: Any, task: str = "classification", tokenizer: Any = None) -> tuple[Any, Any]:
@@ -42,7 +40,7 @@ def load_data(recipe: Any, task: str = "classification", tokenizer: Any = None) 
     elif isinstance(recipe, DigitsData):
         train, test = digits(recipe.test_fraction, recipe.split_seed)
     else:
-        read = _npz if isinstance(recipe, NpzData) else _image_folder
+        read = _npz if isinstance(recipe, NpzData) else image_folder
         train = None if recipe.train is None else read(recipe, recipe.train)
         test = read(recipe, recipe.test)
     for split, data in (("training", train), ("test", test)):
@@ -77,20 +75,6 @@ def digits(test_fraction: float = 0.2, split_seed: int = 0) -> tuple[Examples, E
     return Examples(x[train], y[train]), Examples(x[test], y[test])
 
 
-def _normalised(x: Tensor, scale: float, mean: list[float] | None, std: list[float] | None) -> Tensor:
-    """x / scale, then (x − mean) / std along dimension 1."""
-    x = x.float() / scale
-    shape = (1, -1, *[1] * (x.dim() - 2))
-    for name, values in (("mean", mean), ("std", std)):
-        if values is not None and len(values) not in (1, x.shape[1]):
-            raise RecipeError(f"data.{name} has {len(values)} values, but the data have {x.shape[1]} channels")
-    if mean is not None:
-        x = x - torch.tensor(mean).view(shape)
-    if std is not None:
-        x = x / torch.tensor(std).view(shape)
-    return x.contiguous()
-
-
 def _npz(recipe: NpzData, path: Path) -> Examples:
     try:
         with np.load(path) as arrays:
@@ -107,7 +91,7 @@ def _npz(recipe: NpzData, path: Path) -> Examples:
     if recipe.layout == "NHWC":
         x = x.permute(0, 3, 1, 2)
     try:
-        return Examples(_normalised(x, recipe.scale, recipe.mean, recipe.std), y)
+        return Examples(normalised(x, recipe.scale, recipe.mean, recipe.std), y)
     except ValueError as error:
         raise RecipeError(f"{path}: {error}") from None
 
@@ -121,53 +105,6 @@ def _numbers(array: np.ndarray, what: str) -> Tensor:
     if array.dtype.kind not in "biuf":
         raise RecipeError(f"{what} is an array of {array.dtype}; numbers are needed")
     return torch.from_numpy(array.astype(array.dtype.newbyteorder("=")))
-
-
-def image_tensor(image: Any, resize: int | None = None, crop: int | None = None) -> Tensor:
-    """A PIL image as (3, H, W), 0 to 255: the shorter side resized, then the centre cropped."""
-    from PIL import Image
-
-    image = image.convert("RGB")
-    if resize is not None:
-        ratio = resize / min(image.size)
-        size = (round(image.width * ratio), round(image.height * ratio))
-        image = image.resize(size, Image.Resampling.BILINEAR)
-    if crop is not None:
-        left, top = (image.width - crop) // 2, (image.height - crop) // 2
-        image = image.crop((left, top, left + crop, top + crop))
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float()
-
-
-def _stack(images: Sequence[Tensor], where: str) -> Tensor:
-    shapes = {tuple(image.shape[1:]) for image in images}
-    if len(shapes) > 1:
-        raise RecipeError(
-            f"the images of {where} differ in size, {sorted(shapes)[:3]} ...; give data.resize and data.crop"
-        )
-    return torch.stack(list(images))
-
-
-def _image_folder(recipe: ImageFolderData, folder: Path) -> Examples:
-    from PIL import Image
-
-    classes = sorted(p.name for p in folder.iterdir() if p.is_dir())
-    files = [
-        (p, i)
-        for i, name in enumerate(classes)
-        for p in sorted((folder / name).iterdir())
-        if p.suffix.lower() in IMAGES
-    ]
-    if not files:
-        raise RecipeError(f"{folder} has no images; it should have a folder of images for each class")
-    images = []
-    for path, _ in files:
-        try:
-            with Image.open(path) as image:
-                images.append(image_tensor(image, recipe.resize, recipe.crop))
-        except OSError as error:
-            raise RecipeError(f"cannot read the image {path}: {error}") from None
-    x = _normalised(_stack(images, str(folder)), recipe.scale, recipe.mean, recipe.std)
-    return Examples(x, torch.tensor([label for _, label in files]))
 
 
 def _from_callable(recipe: CallableData, tokenizer: Any) -> tuple[Any, Any]:
@@ -215,8 +152,7 @@ def _huggingface(recipe: HuggingFaceData, split: str, task: str, tokenizer: Any)
         return encode(from_columns(*parts), tokenizer, recipe.max_length, recipe.stride)
     labels = _labels(recipe, _column(table, columns, has, "label"))
     if "image" in has:
-        images = [image_tensor(i, recipe.resize, recipe.crop) for i in table[columns["image"]]]
-        return Examples(_normalised(_stack(images, recipe.id), recipe.scale, recipe.mean, recipe.std), labels)
+        return table_of_images(recipe, table, columns["image"], labels)
     second = _column(table, columns, has, "second") if "second" in has else None
     return Examples(_tokenised(_column(table, columns, has, "text"), second, recipe, tokenizer), labels)
 

@@ -10,7 +10,7 @@ import yaml
 
 from fmaq.emulation.yaml_text import load_yaml
 
-DATA_KINDS = ("digits", "npz", "image_folder", "huggingface", "callable")
+DATA_KINDS = ("digits", "npz", "image_folder", "huggingface", "squad", "callable")
 
 
 class RecipeError(ValueError):
