@@ -243,7 +243,7 @@ def _before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 
 def _after(module: nn.Module, args: Any, output: Any) -> Any:
     """Torch's hook: what it returns, unless that is None, takes the output's place."""
-    if traced.is_near():
+    if traced.is_near() or traced.is_innermost(module):  # or nobody traces any more: an error ended that
         traced.leave()
         return None
     call = calls.call_of_hook()

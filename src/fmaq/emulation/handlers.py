@@ -465,12 +465,14 @@ def _table() -> tuple[dict[Callable[..., Any], Handler], dict[str, Handler]]:
         "bilinear": _bilinear,
         "embedding_bag": _embedding_bag,
         "cosine_similarity": _cosine_similarity,
-        **{name: functools.partial(recurrent.layer, kind=name) for name in recurrent.STEPS},
-        **{f"{name}_cell": functools.partial(recurrent.cell, kind=f"{name}_cell") for name in recurrent.STEPS},
-        **{f"quantized_{name}_cell": functools.partial(recurrent.quantized_cell, kind=f"quantized_{name}_cell") for name in recurrent.STEPS},
         "grouped_mm": _grouped,
         "_grouped_mm": _grouped,
     }
+    for name in recurrent.STEPS:
+        cell, quantized = f"{name}_cell", f"quantized_{name}_cell"
+        named[name] = functools.partial(recurrent.layer, kind=name)
+        named[cell] = functools.partial(recurrent.cell, kind=cell)
+        named[quantized] = functools.partial(recurrent.quantized_cell, kind=quantized)
     for reason, names in NOT_COVERED.items():
         named |= {name: functools.partial(_not_covered, kind=name, reason=reason) for name in names}
     by_function: dict[Callable[..., Any], Handler] = {torch.Tensor.__rmatmul__: _reversed_product}

@@ -266,10 +266,10 @@ def _how(call: Call, rule: Rule, repeat: int) -> dict[str, Any]:
     return how
 
 
-def rule_of(call: Call, kind: str, index: int | None = None) -> Rule | None:
-    """The rule of the product that a module asks for next, or of that index; None leaves it alone."""
+def rule_of(call: Call, kind: str) -> Rule | None:
+    """The rule of the product that a module asks for next; None leaves it alone."""
     rule = call.attachment.rule
-    return None if rule is None else rule.for_product(kind, call.products if index is None else index)
+    return None if rule is None else rule.for_product(kind, call.products)
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fmaq import ops
 from fmaq.emulation.policy import RECURRENT_KINDS as KINDS
-from fmaq.emulation.products import IN_FP32, Request, autocast_dtype, compute, is_chosen, rule_of, why_untouched
+from fmaq.emulation.products import Request, autocast_dtype, compute, is_chosen, why_untouched
 from fmaq.emulation.sizes import macs_of_recurrence
 from fmaq.ops.operands import full_precision
 
@@ -67,6 +67,11 @@ STEPS: dict[str, Step] = {"lstm": _lstm, "gru": _gru, "rnn_tanh": _rnn_tanh, "rn
 """By torch's function for a whole layer."""
 
 
+def _rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """In float32, after rounding to a narrower type perhaps."""
+    return x if x.dtype == dtype == torch.float32 else x.to(dtype).float()
+
+
 class _OfWeight:
     """The products of one matrix of weights in a call, of one input after another; all but the input is alike.
 
@@ -79,7 +84,7 @@ class _OfWeight:
         self, call: Call, kind: str, index: int, weight: Tensor, bias: Tensor | None, dtype: torch.dtype
     ) -> None:
         self.call, self.index, self.dtype, self.times = call, index, dtype, 0
-        self.weight = weight.to(dtype).float()
+        self.weight = _rounded(weight, dtype)
         self.request = Request(
             kind,
             (self.weight, self.weight),
@@ -91,7 +96,7 @@ class _OfWeight:
         )
 
     def __call__(self, x: Tensor) -> Tensor:
-        self.request.operands = (x.to(self.dtype).float(), self.weight)
+        self.request.operands = (_rounded(x, self.dtype), self.weight)
         self.request.repeat = self.times
         self.times += 1
         self.call.products = self.index
@@ -110,7 +115,7 @@ class _Direction:
     def next(self, x: Tensor, state: State) -> State:
         """From a step's product of inputs and a state to the next."""
         h, *c = self.step(x, state, self.hidden, self.projection)
-        return h.to(self.hidden.dtype).float(), *c
+        return _rounded(h, self.hidden.dtype), *c
 
     def unrolled(self, xs: Sequence[Tensor], first: State, is_reverse: bool) -> tuple[list[Tensor], State]:
         """h of every step, and the last state of every sequence.
@@ -142,22 +147,11 @@ def _several(states: Tensor | Sequence[Tensor]) -> State:
 
 
 def _named(weights: Sequence[Tensor], has_biases: bool) -> Group:
-    """Of one direction, by kind, from how torch keeps them: w_ih, w_hh, then b_ih, b_hh and w_hr where there are any."""
+    """Those of one direction, from w_ih, w_hh and, where there are any, b_ih, b_hh and w_hr in this order."""
     of_input, of_hidden, *others = weights
     biases = [others.pop(0), others.pop(0)] if has_biases else [None, None]
     projections = [(others[0], None)] if others else []
     return dict(zip(KINDS, [(of_input, biases[0]), (of_hidden, biases[1]), *projections], strict=False))
-
-
-def _why_untouched(met: Met, tensors: Sequence[Tensor], groups: Sequence[Group]) -> str | None:
-    """The reason why torch computes the whole; None where anything in it is emulated or quantized."""
-    call, weights = met.call, [weight for group in groups for weight, _ in group.values()]
-    reason = why_untouched(call.attachment.rule, (*tensors, *weights))
-    if reason is not None:
-        return reason
-    kinds = [kind for group in groups for kind in group]
-    rules = [rule_of(call, kind, call.products + i) for i, kind in enumerate(kinds)]
-    return None if any(rule is not None and not rule.is_plain for rule in rules) else IN_FP32
 
 
 def _directions(call: Call, kind: str, groups: Sequence[Group], dtype: torch.dtype) -> Iterator[_Direction]:
@@ -165,7 +159,8 @@ def _directions(call: Call, kind: str, groups: Sequence[Group], dtype: torch.dty
     indices = itertools.count(call.products)
     for group in groups:
         products = {name: _OfWeight(call, name, next(indices), *one, dtype) for name, one in group.items()}
-        yield _Direction(STEPS[kind], *(products.get(name) for name in KINDS))
+        projection = products.get("linear_projection")
+        yield _Direction(STEPS[kind], products["linear_input"], products["linear_hidden"], projection)
 
 
 def layer(met: Met, kind: str) -> Any:
@@ -179,7 +174,7 @@ def layer(met: Met, kind: str) -> Any:
     count, directions = bound["num_layers"], 2 if bound["bidirectional"] else 1
     dtype, size = autocast_dtype(x) or x.dtype, len(weights) // (count * directions)
     groups = [_named(weights[i : i + size], bound["has_biases"]) for i in range(0, len(weights), size)]
-    reason = _why_untouched(met, (x, *states), groups)
+    reason = why_untouched(met.call.attachment.rule, (x, *states, *weights))
     if reason is not None:
         return met.not_covered(kind, reason, macs_of_recurrence(x, weights))
     if not x.shape[1 if bound["batch_first"] else 0]:
@@ -211,7 +206,7 @@ def cell(met: Met, kind: str) -> Any:
     bound, _ = met.bind("input", "hx", "w_ih", "w_hh", b_ih=None, b_hh=None)
     x, states, weights = bound["input"], _several(bound["hx"]), (bound["w_ih"], bound["w_hh"])
     groups = [{"linear_input": (weights[0], bound["b_ih"]), "linear_hidden": (weights[1], bound["b_hh"])}]
-    reason = _why_untouched(met, (x, *states), groups)
+    reason = why_untouched(met.call.attachment.rule, (x, *states, *weights))
     if reason is not None:
         return met.not_covered(kind, reason, macs_of_recurrence(x, weights))
     with full_precision(x.device.type):
