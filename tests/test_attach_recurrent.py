@@ -265,7 +265,9 @@ def test_other_dtypes() -> None:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             under_autocast = module(x)[0]
         assert under_autocast.dtype == torch.bfloat16
-        output, last = module.bfloat16()(x.bfloat16())
+        mixed = attach(module.bfloat16(), Policy(accumulator=ACC, products={"linear_hidden": {"accumulator": "fp32"}}))
+        assert mixed(x.bfloat16())[0].dtype == torch.bfloat16
+        output, last = attach(module, POLICY)(x.bfloat16())
         assert torch.equal(output[-1, :, :HIDDEN], flat(last)[0][0])
         assert all(y.dtype == torch.bfloat16 for y in flat(last))
         for found in (output, under_autocast):
@@ -311,7 +313,7 @@ def test_calibration_gathers_over_steps() -> None:
     largest = model.rnn(x)[0].abs().max().item()
     assert 0 < float(policy.layers["rnn"]["products"][1]["a_max"].tensor) < 1.3 * largest
     attach(model, policy)
-    assert float((model(x) - own).square().mean() / own.square().mean()) < 0.02
+    assert ((model(x) - own).square().mean() / own.square().mean()).item() < 0.02
     with observe(model) as events:
         model(x)
     assert list(events) == ["rnn:linear_input", "rnn:linear_hidden", "cell:linear_input", "cell:linear_hidden"]

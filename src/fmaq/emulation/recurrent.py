@@ -85,6 +85,7 @@ class _OfWeight:
     ) -> None:
         self.call, self.index, self.dtype, self.times = call, index, dtype, 0
         self.weight = _rounded(weight, dtype)
+        bias = None if bias is None else _rounded(bias, torch.float32)
         self.request = Request(
             kind,
             (self.weight, self.weight),
