@@ -1,4 +1,4 @@
-"""How much of a model is emulated, beside what is not: recurrent layers, fused kernels, what is no product."""
+"""How much of a model is emulated, beside what is not: layers left alone, fused kernels, what is no product."""
 
 import warnings
 
@@ -51,7 +51,12 @@ PACKED = nn.utils.rnn.pack_padded_sequence(torch.randn(2, 5, 8), torch.tensor([5
 )
 @pytest.mark.parametrize("training", [True, False])
 def test_recurrent_layers_count(layer, given, width, macs, training) -> None:
-    table = coverage(attach(Recurrent(layer, width), POLICY).train(training), given)
+    model = Recurrent(layer, width).train(training)
+    table = coverage(attach(model, POLICY), given)
+    *own, rest = table.rows
+    assert {(row.layer, row.covered) for row in own} == {("layer", True)} and table.share == 1
+    assert sum(row.macs for row in own) == macs
+    table = coverage(attach(model, Policy(accumulator=ACC, layers={"layer": None})), given)
     own, rest = table.rows
     assert (own.layer, own.macs, own.covered) == ("layer", macs, False)
     assert table.share == rest.macs / (rest.macs + macs) < 1

@@ -10,7 +10,8 @@ import torch
 
 from fmaq.emulation import Policy, Rule
 from fmaq.emulation.handlers import ATEN, NOT_COVERED
-from fmaq.emulation.policy import KINDS
+from fmaq.emulation.policy import KINDS, RECURRENT_KINDS
+from fmaq.emulation.recurrent import STEPS
 from fmaq.numerics import Accumulator
 
 PAPER = Accumulator.paper12
@@ -161,9 +162,10 @@ def test_kinds_are_those_that_are_emulated() -> None:
         *("mm", "bmm", "mv", "dot", "vdot", "linalg_vecdot", "_grouped_mm", "scaled_dot_product_attention"),
         *(f"{name}{ending}" for name in ("addmm", "addmv", "baddbmm", "addbmm") for ending in ("", "_")),
         *("multi_head_attention_forward", "convolution", "embedding_bag", "cosine_similarity"),
+        *(recurrent for name in STEPS for recurrent in (name, f"{name}_cell", f"quantized_{name}_cell")),
     }
     uncovered = {name for names in NOT_COVERED.values() for name in names}
-    kinds = set(ATEN) - uncovered - by_another_name | {"attention_scores", "attention_values"}
+    kinds = set(ATEN) - uncovered - by_another_name | {"attention_scores", "attention_values", *RECURRENT_KINDS}
     assert kinds == set(KINDS)
 
 

@@ -274,7 +274,7 @@ def _streams(product: Product) -> Streams | None:
 
 def _rows(product: Product) -> tuple[Tensor, Tensor] | None:
     x, w = product.operands[:2]
-    if product.kind == "linear":
+    if product.kind.startswith("linear"):
         return _spread(x.reshape(-1, x.shape[-1])), w.reshape(-1, w.shape[-1])
     if product.kind == "conv2d" and product.options.get("groups", 1) == 1 and x.dim() == 4:
         options = product.options

@@ -301,7 +301,7 @@ def sample(
     columns = Columns(per_token=per_token)
     if kind.startswith("conv"):
         return _conv_sample(kind, first, second, options, rows, most, columns)
-    if kind == "linear":
+    if kind.startswith("linear"):
         second = second.t() if second.dim() > 1 else second[:, None]
     elif steps != first.shape[-1]:  # addbmm sums over its batch as well
         first, second = first.transpose(0, 1).flatten(1), second.flatten(0, 1)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fmaq.emulation import Policy, Product, coverage, listening, policy_of
 from fmaq.emulation.attach import attached
 from fmaq.emulation.operands import is_integer
-from fmaq.emulation.policy import Rule
+from fmaq.emulation.policy import RECURRENT_KINDS, Rule
 from fmaq.numerics import Accumulator
 from fmaq.ops.operands import AccumulatorLike
 
@@ -131,7 +131,7 @@ def _rows(weight: Tensor, options: dict[str, Any]) -> Tensor:
 
 
 _ROWS: dict[str, Callable[[Tensor, dict[str, Any]], Tensor]] = {
-    "linear": _rows,
+    **dict.fromkeys(("linear", *RECURRENT_KINDS), _rows),
     **{f"conv{d}d": _rows for d in (1, 2, 3)},
     **{f"conv_transpose{d}d": _transposed_rows for d in (1, 2, 3)},
 }

@@ -13,11 +13,11 @@ from fmaq.analysis.fitted import is_template
 from fmaq.analysis.met import Met, own_weights
 from fmaq.emulation.layer_names import layer_names
 from fmaq.emulation.policy import FP32, Policy, speaks_for
-from fmaq.emulation.products import RECURRENT, Place
+from fmaq.emulation.products import Place
 from fmaq.emulation.unmet import names_of, unmet_products
 
 SHOWN = 12
-WITHOUT_PRODUCTS = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.RMSNorm, *RECURRENT)
+WITHOUT_PRODUCTS = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.RMSNorm)
 """Modules whose weights, of two dimensions perhaps, are in no product that could be emulated."""
 STAYS = "what the policy says of them stays as written, and a bias that is missing is the one usual among the others"
 

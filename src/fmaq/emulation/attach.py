@@ -25,7 +25,7 @@ from fmaq.emulation.mode import EmulationMode
 from fmaq.emulation.noise import COUNT
 from fmaq.emulation.operands import sums_codes
 from fmaq.emulation.policy import Policy
-from fmaq.emulation.products import RECURRENT, FmaqCoverageWarning
+from fmaq.emulation.products import FmaqCoverageWarning
 from fmaq.emulation.saving import save_policies_with
 from fmaq.numerics import Accumulator, FixedFormat
 from fmaq.ops.operands import AccumulatorLike
@@ -55,7 +55,7 @@ def attach(model: nn.Module, policy: Policy | AccumulatorLike) -> nn.Module:
     What others' forward hooks compute is emulated as well. A hook that wants torch's own product, to measure an error
     against it, say, asks for it inside `with torch._C.DisableTorchFunction():`.
 
-    What cannot be emulated (a recurrent layer, TorchScript, quantized modules) is named in one `FmaqCoverageWarning`.
+    What cannot be emulated (TorchScript, quantized modules) is named in one `FmaqCoverageWarning`.
 
     Args:
         model: any module.
@@ -243,7 +243,7 @@ def _before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 
 def _after(module: nn.Module, args: Any, output: Any) -> Any:
     """Torch's hook: what it returns, unless that is None, takes the output's place."""
-    if traced.is_near():
+    if traced.is_near() or traced.is_innermost(module):  # or nobody traces any more: an error ended that
         traced.leave()
         return None
     call = calls.call_of_hook()
@@ -312,8 +312,6 @@ def _warn_of_values(attachments: dict[nn.Module, Attachment]) -> None:
 
 def _not_coverable(module: nn.Module) -> str | None:
     """What a module is whose products are out of reach, or None."""
-    if isinstance(module, RECURRENT):
-        return f"{type(module).__name__}, a recurrent layer"
     if isinstance(module, torch.jit.ScriptModule):
         return "TorchScript"
     if type(module).__module__.startswith(QUANTIZED_MODULES) and _multiplies(module):

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode, handle_torch_function
 
 from fmaq import ops
-from fmaq.emulation import contractions
+from fmaq.emulation import contractions, recurrent
 from fmaq.emulation.calls import Call
 from fmaq.emulation.contractions import BatchedProduct, CannotContract
 from fmaq.emulation.policy import CHOSEN_FIELDS
@@ -32,7 +32,7 @@ from fmaq.emulation.products import (
     why_not,
     why_untouched,
 )
-from fmaq.emulation.sizes import CountingMacs, macs_of_recurrence
+from fmaq.emulation.sizes import CountingMacs
 from fmaq.numerics import Accumulator
 from fmaq.ops.attention import attend
 from fmaq.ops.operands import full_precision
@@ -408,13 +408,6 @@ def _not_covered(met: Met, kind: str, reason: str) -> Any:
     return met.not_covered(kind, reason)
 
 
-def _recurrent(met: Met, kind: str, reason: str) -> Any:
-    """lstm(x, (batch sizes,) states, weights, ...), or lstm_cell(x, state, weights ...)."""
-    lists = [arg for arg in met.args[1:] if isinstance(arg, (tuple, list)) and not isinstance(arg, torch.Size)]
-    weights = met.args[2:4] if kind.endswith("_cell") else lists[-1] if lists else ()
-    return met.not_covered(kind, reason, macs_of_recurrence(met.args[0], weights))
-
-
 def _embedding_bag(met: Met) -> Any:
     """Rows times weights of their own, summed by bag; without such weights nothing is multiplied."""
     weights = next((x for x in (met.kwargs.get("per_sample_weights"), *met.args[6:]) if isinstance(x, Tensor)), None)
@@ -475,9 +468,13 @@ def _table() -> tuple[dict[Callable[..., Any], Handler], dict[str, Handler]]:
         "grouped_mm": _grouped,
         "_grouped_mm": _grouped,
     }
+    for name in recurrent.STEPS:
+        cell, quantized = f"{name}_cell", f"quantized_{name}_cell"
+        named[name] = functools.partial(recurrent.layer, kind=name)
+        named[cell] = functools.partial(recurrent.cell, kind=cell)
+        named[quantized] = functools.partial(recurrent.quantized_cell, kind=quantized)
     for reason, names in NOT_COVERED.items():
-        left = _recurrent if reason == RECURRENT_LAYER else _not_covered
-        named |= {name: functools.partial(left, kind=name, reason=reason) for name in names}
+        named |= {name: functools.partial(_not_covered, kind=name, reason=reason) for name in names}
     by_function: dict[Callable[..., Any], Handler] = {torch.Tensor.__rmatmul__: _reversed_product}
     by_function |= dict.fromkeys((operator.matmul, torch.Tensor.__matmul__), named["matmul"])  # @ in an export
     for name, handler in named.items():
@@ -490,12 +487,7 @@ def _table() -> tuple[dict[Callable[..., Any], Handler], dict[str, Handler]]:
 
 LETTERS = string.ascii_letters[:25] + string.ascii_letters[26:]
 
-RECURRENT_LAYER = "a recurrent layer is computed as a whole"
 NOT_COVERED = {
-    RECURRENT_LAYER: (
-        *("lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"),
-        *("quantized_lstm_cell", "quantized_gru_cell", "quantized_rnn_tanh_cell", "quantized_rnn_relu_cell"),
-    ),
     "a fused kernel computes it as a whole": (
         *(
             "_native_multi_head_attention",

@@ -58,8 +58,13 @@ def restart_calls(model: nn.Module, counts: Mapping[str, int] | None = None) -> 
         modules[name].__dict__[COUNT] = count
 
 
-def keyed(accumulator: Accumulator, layer: str, call: int, index: int, purpose: str = "") -> Accumulator:
+def keyed(
+    accumulator: Accumulator, layer: str, call: int, index: int, purpose: str = "", repeat: int = 0
+) -> Accumulator:
     """The accumulator with the seed of one product; as it is where its rounding is not stochastic.
+
+    Args:
+        repeat: how many products of that index the call had before: the time step of a recurrent layer.
 
     Raises:
         RuntimeError: the number of the call is not known, -1.
@@ -73,7 +78,8 @@ def keyed(accumulator: Accumulator, layer: str, call: int, index: int, purpose: 
         )
     distributed = torch.distributed
     rank = distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
-    return replace(accumulator, seed=random.derived_seed(accumulator.seed, layer, call, index, rank, purpose))
+    again = (repeat,) if repeat else ()
+    return replace(accumulator, seed=random.derived_seed(accumulator.seed, layer, call, index, rank, purpose, *again))
 
 
 def note_number(module: nn.Module, number: int) -> None:

@@ -7,6 +7,7 @@ accumulator, values are summed: codes times their scale.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,12 +64,17 @@ def needs_range(format: str) -> bool:
 
 
 def multiplied(
-    rule: Rule, kind: str, operands: tuple[Tensor, Tensor], is_weight: tuple[bool, bool], options: dict[str, Any] | None
+    rule: Rule,
+    kind: str,
+    operands: tuple[Tensor, Tensor],
+    is_weight: tuple[bool, bool],
+    options: dict[str, Any] | None,
+    kept: list[Any] | None = None,
 ) -> Operands:
     """The operands as a rule wants them multiplied.
 
     Args:
-        kind, operands, is_weight, options: of the product, see `products.Request`.
+        kind, operands, is_weight, options, kept: of the product, see `products.Request`.
 
     Raises:
         ValueError: a range of the rule does not fit its operand.
@@ -77,21 +83,36 @@ def multiplied(
     a, b = operands
     is_by_channel = by_channel(rule, is_weight, b)
     if sums_codes(rule.accumulator, formats):
-        (a, a_scale), (b, b_scale) = (
-            _codes(a, formats[0], rule.a_max),
-            _codes(b, formats[1], rule.b_max, kind if is_by_channel else None, options),
-        )
+        b_kind = kind if is_by_channel else None
+        a, a_scale = _codes(a, formats[0], rule.a_max)
+        b, b_scale = _once(kept, lambda: _codes(b, formats[1], rule.b_max, b_kind, options))
         return Operands((a, b), formats, a_scale * b_scale)
     if formats[0] is not None:
         a = ops.quantize(a, formats[0], amax=_tensor(rule.a_max))
     if formats[1] is not None:
-        if is_by_channel:
-            b, channel = _channels_apart(kind, b, options)
-            b = ops.quantize(b, formats[1], channel, _tensor(rule.b_max))
-            b = _together(kind, b, options)
-        else:
-            b = ops.quantize(b, formats[1], amax=_tensor(rule.b_max))
+        b_kind = kind if is_by_channel else None
+        b = _once(kept, lambda: _quantized(b, formats[1], rule.b_max, b_kind, options))
     return Operands((a, b), formats)
+
+
+def _once(kept: list[Any] | None, make: Callable[[], Any]) -> Any:
+    """What is kept, made at first; without a list to keep it in, made each time."""
+    if kept is None:
+        return make()
+    if not kept:
+        kept.append(make())
+    return kept[0]
+
+
+def _quantized(
+    x: Tensor, format: str | None, amax: Vector | None, kind: str | None, options: dict[str, Any] | None
+) -> Tensor:
+    """In its format; of a weight by channel, of a product of that kind."""
+    assert format is not None
+    if kind is None:
+        return ops.quantize(x, format, amax=_tensor(amax))
+    x, channel = _channels_apart(kind, x, options)
+    return _together(kind, ops.quantize(x, format, channel, _tensor(amax)), options)
 
 
 def _codes(

@@ -53,9 +53,13 @@ PRODUCT_FIELDS = (
 )
 RULE_FIELDS = (*PRODUCT_FIELDS, "products")
 
+RECURRENT_KINDS = ("linear_input", "linear_hidden", "linear_projection")
+"""Products of a recurrent layer or cell: weight_ih, weight_hh and weight_hr are their weights."""
+
 KINDS = (
     *("linear", "matmul", "attention_scores", "attention_values", "einsum", "tensordot", "inner", "vecdot", "bilinear"),
     *(f"conv{transposed}{d}d" for transposed in ("", "_transpose") for d in (1, 2, 3)),
+    *RECURRENT_KINDS,
     "grouped_mm",
 )
 """Kinds of products that can be emulated, as `fmaq.coverage` names them."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fmaq.emulation.calls import Call
 from fmaq.emulation.noise import REPEATED, keyed, note_number
@@ -26,8 +26,6 @@ ONE_STEP = "one step (K = 1): nothing is summed"
 SUMMING = ("linear", "conv", "attention")
 """Kinds that are emulated however short; another one of a single step is an outer product, as of position angles,
 unless it may be attention over one key."""
-RECURRENT = (nn.RNNBase, nn.RNNCellBase)
-"""Modules that `attach` has already warned of."""
 
 
 class FmaqCoverageWarning(UserWarning):
@@ -105,6 +103,11 @@ class Chooser(Protocol):
         """The product's result, which is what the module gets."""
 
 
+def is_chosen() -> bool:
+    """Somebody is asked for rules in this thread, and may change them from product to product."""
+    return _choosers.current is not None
+
+
 def is_heard() -> bool:
     """Somebody listens in this thread."""
     return bool(_listeners.all)
@@ -151,6 +154,9 @@ class Request:
         emulated_product: ours, of the same two and an accumulator, with `Rule.how` as keywords.
         options: see `Product`.
         is_attention: the product may be one of attention's two, so that it is a sum also where it has one step.
+        kept: of several products with the same second operand in one call: what that is multiplied as, once it is
+            known; None makes it anew.
+        repeat: how many products of that index the call had before.
     """
 
     kind: str
@@ -162,6 +168,8 @@ class Request:
     macs: int | None = None
     options: dict[str, Any] | None = None
     is_attention: bool = False
+    kept: list[Any] | None = None
+    repeat: int = 0
 
 
 def compute(call: Call, request: Request) -> Tensor:
@@ -216,7 +224,7 @@ def _computed(call: Call, request: Request, rule: Rule) -> tuple[Tensor, Operand
         if chooser is not None:
             a, b = operands.tensors
             rule = chooser.choose(place, replace(request, operands=(a, b)), rule)
-        accumulator, how = keyed_for(call, rule), _how(call, rule)
+        accumulator, how = keyed_for(call, rule, request.repeat), _how(call, rule, request.repeat)
         if operands.scale is not None:
             how["gain"] = (operands.scale * how.get("gain", 1)).float()
         with _named(place):
@@ -226,7 +234,7 @@ def _computed(call: Call, request: Request, rule: Rule) -> tuple[Tensor, Operand
 
 def _multiplied(place: Place, request: Request, operands: tuple[Tensor, Tensor], rule: Rule) -> Operands:
     with _named(place):
-        return multiplied(rule, request.kind, operands, request.is_weight, request.options)
+        return multiplied(rule, request.kind, operands, request.is_weight, request.options, request.kept)
 
 
 @contextmanager
@@ -238,19 +246,23 @@ def _named(place: Place) -> Iterator[None]:
         raise ValueError(f"{place.kind} in {place.layer or 'the model itself'}: {error}") from error
 
 
-def keyed_for(call: Call, rule: Rule) -> Accumulator:
-    """A rule's accumulator, with the seed of the product that a module asks for next."""
+def keyed_for(call: Call, rule: Rule, repeat: int = 0) -> Accumulator:
+    """A rule's accumulator, with the seed of the product that a module asks for next.
+
+    Args:
+        repeat: how many products of that index the call had before.
+    """
     accumulator = Accumulator.parse(rule.accumulator)
     if rule.noise == REPEATED or not accumulator.is_stochastic:
         return accumulator
     note_number(call.module, call.number)
-    return keyed(accumulator, call.attachment.name, call.number, call.products)
+    return keyed(accumulator, call.attachment.name, call.number, call.products, repeat=repeat)
 
 
-def _how(call: Call, rule: Rule) -> dict[str, Any]:
+def _how(call: Call, rule: Rule, repeat: int) -> dict[str, Any]:
     how = rule.how
     if rule.backward is not None and rule.noise != REPEATED and rule.backward.is_stochastic:
-        how["backward"] = keyed(rule.backward, call.attachment.name, call.number, call.products, "backward")
+        how["backward"] = keyed(rule.backward, call.attachment.name, call.number, call.products, "backward", repeat)
     return how
 
 
@@ -315,7 +327,7 @@ def announce(
     about = found.tensors, options or {}, steps, macs, rule, reason, found.formats, found.scale
     for listener in list(_listeners.all):
         listener(Product(kind, name, index, *about))
-    if reason not in (None, LEFT_ALONE, IN_FP32, ONE_STEP) and not isinstance(call.module, RECURRENT):
+    if reason not in (None, LEFT_ALONE, IN_FP32, ONE_STEP):
         warnings.warn(
             f"{kind} in {name or 'the model itself'} is not emulated: {reason}", FmaqCoverageWarning, stacklevel=2
         )

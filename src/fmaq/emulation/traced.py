@@ -203,6 +203,11 @@ def leave() -> None:
         TRACE.weights = []
 
 
+def is_innermost(module: nn.Module) -> bool:
+    """The module was entered last, and not left."""
+    return bool(TRACE.calls) and TRACE.calls[-1].module is module
+
+
 def is_near() -> bool:
     """Dynamo traces this, or would trace a function that is called next."""
     return torch.compiler.is_dynamo_compiling() or callable(torch._C._dynamo.eval_frame.get_eval_frame_callback())
@@ -220,6 +225,6 @@ def run_as_it_is(function: Callable[..., Any], recursively: bool = False) -> Non
     frames.set_code_exec_strategy(function.__code__, strategy)
 
 
-for function in (enter, leave, is_near, TracedCall.__init__):
+for function in (enter, leave, is_innermost, is_near, TracedCall.__init__):
     run_as_it_is(function)
 run_as_it_is(TracedMode.__torch_function__, recursively=True)
