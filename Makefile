@@ -35,8 +35,8 @@ demo: setup ## Train, quantize and fine-tune a small CNN on scikit-learn's digit
 fetch: setup ## Download the pretrained networks and data that examples/ needs (200 MB)
 	@$(BIN)/python examples/fetch.py
 
-test: setup ## Run the tests, a file at a time in each of JOBS=2 processes (PYTEST_ARGS="-k formats" picks some)
-	@$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile $(PYTEST_ARGS)
+test: setup ## Run the tests in JOBS=2 processes, of which one that is done takes over from another (PYTEST_ARGS="-k formats" picks some)
+	@$(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal $(PYTEST_ARGS)
 
 readme: setup ## Run README's commands one after the other, in quick form, in a copy as a fresh clone has it
 	@$(BIN)/python .ci/readme.py

@@ -6,6 +6,7 @@ With `FMAQ_HYPOTHESIS=thorough` in the environment the tests of kernels draw man
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
@@ -15,9 +16,16 @@ settings.register_profile("thorough", deadline=None, database=None, print_blob=T
 settings.load_profile(os.environ.get("FMAQ_HYPOTHESIS", "deterministic"))
 
 
+@pytest.fixture(scope="session")
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The temporary folder of this run of the tests, which is that of all its processes."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if os.environ.get("PYTEST_XDIST_WORKER") else own
+
+
 @pytest.fixture(scope="module")
-def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A module's tests keep what they synthesize in a folder of their own, which is empty at first."""
+def own_cache(run_folder: Path) -> Iterator[None]:
+    """Tests keep what they synthesize in a folder of this run's, which is empty at first, and share it."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FMAQ_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("FMAQ_CACHE", str(run_folder / "cache"))
         yield

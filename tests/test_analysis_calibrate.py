@@ -282,12 +282,12 @@ def test_the_first_batch_is_not_the_last_word(per):
 def test_rows_one_by_one_are_as_good_as_in_one_batch(per):
     torch.manual_seed(1)
     model = nn.Sequential(nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 10))
-    x, other = torch.randn(64, 64), torch.randn(256, 64)
+    x, other = torch.randn(20, 64), torch.randn(256, 64)
     together, one_by_one = (fmaq.calibrate(model, "M7E4 product=M7E4", b, per=per) for b in ([x], list(x.split(1))))
     paper = error_after(model, fmaq.Policy("paper12"), other)
     assert error_after(model, one_by_one, other) < 1.5 * error_after(model, together, other) < 0.3 * paper
     image = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 6))
-    pictures, others = torch.randn(48, 3, 6, 6), torch.randn(48, 3, 6, 6)
+    pictures, others = torch.randn(16, 3, 6, 6), torch.randn(48, 3, 6, 6)
     policy = fmaq.calibrate(image, "M7E4 product=M7E4", list(pictures.split(1)), per=per)
     assert error_after(image, policy, others) < 0.01
 
@@ -421,7 +421,7 @@ def test_resnet20_lives_with_10_bits():
     from fmaq.recipes.recipe import Recipe
 
     recipe = Path(__file__).resolve().parents[1] / "examples" / "resnet20" / "calibrate.yaml"
-    changes = {"accumulators": [PAPER], "operands": ["M4E3"], "data.limit": 256}
+    changes = {"accumulators": [PAPER], "operands": ["M4E3"], "data.limit": 128}
     import tempfile
 
     with tempfile.TemporaryDirectory() as folder:

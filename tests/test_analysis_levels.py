@@ -98,8 +98,10 @@ def test_templates_at_any_level_are_completed(spec, per, tmp_path):
     assert relative_error(model, loaded, images(3)) < (0.1 if has_one_scale else 0.03)
 
 
-@pytest.mark.parametrize("rounding", [r for r in ROUNDINGS if r != "floor"])
-@pytest.mark.parametrize("outer", ["", "outer=M10E5"])
+@pytest.mark.parametrize(
+    ("rounding", "outer"),
+    [*((r, "outer=M10E5") for r in ROUNDINGS if r != "floor"), ("nearest_even", ""), ("stochastic", "")],
+)
 def test_every_rounding(rounding, outer):
     assert error_of(f"M5E4 product=M5E4 rounding={rounding} {outer}") < 0.02
 
@@ -119,7 +121,7 @@ def test_two_levels_are_as_good_as_exhaustive_search(chunk):
     """Every bias of the sums, the products and the outer level, each channel's best sums: nearly as good."""
     generator = torch.Generator().manual_seed(4)
     a = torch.randn(60, 96, generator=generator) + 0.3
-    b = torch.randn(96, 5, generator=generator) * 2.0 ** torch.tensor([-6, -2, 0, 3, 7])
+    b = torch.randn(96, 4, generator=generator) * 2.0 ** torch.tensor([-3, -1, 0, 3])
     sample = MatrixSample(a, b, 1.0)
     template = Accumulator(f"M3E3h product=M3E3h chunk={chunk} outer=M6E3")
     fit = Trial.searched(template, sample, by_channel=True, is_shared=False).fit()
@@ -132,7 +134,7 @@ def test_two_levels_are_as_good_as_exhaustive_search(chunk):
 
     every = [
         left(f"M3E3b{s}h product=M3E3b{s + d}h chunk={chunk} outer=M6E3b{s - o}")
-        for s, d, o in itertools.product(range(-14, 14), range(-1, 5), range(-1, 7))
+        for s, d, o in itertools.product(range(-8, 8), range(5), range(6))
     ]
     best = float(torch.stack(every).amin(0).sum() / y.square().sum())
     assert best <= fit.error * (1 + 1e-9)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 import fmaq
-from test_attach_compile import NARROW, Net, hugging_face
+from test_attach_compile import NARROW, ONE_PROCESS, Net, hugging_face
 
 X = torch.randn(3, 6, generator=torch.Generator().manual_seed(2))
 DOCS = Path(__file__).parents[1] / "docs" / "pytorch.md"
@@ -65,5 +66,6 @@ def test_known_classes(name) -> None:
 def test_the_documents_code_runs(tmp_path) -> None:
     code = "\n".join(re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.DOTALL))
     assert code.count("fmaq.") > 5
-    subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=tmp_path, check=True)
+    environment = os.environ | ONE_PROCESS
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=tmp_path, env=environment, check=True)
     assert {path.suffix for path in tmp_path.iterdir()} == {".pt2", ".onnx"}

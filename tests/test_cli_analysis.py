@@ -16,7 +16,7 @@ from fmaq.cli import app as cli
 RECIPE = """
 name: small
 model: {callable: fmaq.recipes.residual_cnn:residual_cnn, arguments: {width: 4}}
-data: {kind: digits, limit: 64, batch_size: 32}
+data: {kind: digits, limit: 32, batch_size: 16}
 accumulators: [M4E3b5 product=M4E3b7]
 operands: [M4E3]
 """

@@ -30,7 +30,7 @@ ACCUMULATORS = (
 
 @given(
     st.sampled_from(ACCUMULATORS),
-    st.tuples(st.integers(1, 9), st.integers(1, 40), st.integers(1, 40)),
+    st.tuples(st.integers(1, 4), st.integers(1, 40), st.integers(1, 25)),
     st.sampled_from([0.01, 1.0, 30.0, 1e25]),
     st.integers(0, 2**31),
 )

@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 
 from fmaq.recipes import demo
+from fmaq.recipes.data import digits
 from fmaq.recipes.record import Record, Row
+from fmaq.recipes.residual_cnn import residual_cnn
 from fmaq.training import Schedule, Stage
 
 
@@ -49,11 +51,14 @@ def test_of_each_kind_the_one_that_suffers_but_is_above_chance(accuracies: tuple
 
 @pytest.mark.slow
 def test_a_short_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo, "FLOAT32", Schedule((Stage(3, 3e-3),)))
+    train, test = digits()
+    monkeypatch.setattr(demo, "digits", lambda: (train.first(400), test.first(150)))
+    monkeypatch.setattr(demo, "residual_cnn", lambda: residual_cnn(width=8))
+    monkeypatch.setattr(demo, "FLOAT32", Schedule((Stage(12, 1e-2),)))
     monkeypatch.setattr(demo, "LADDER", ("M7E4", "M4E3"))
     lines: list[str] = []
     made = demo.run_demo(tmp_path, say=lines.append, schedule=Schedule.dual((1, 1), (2e-3, 5e-4)))
-    assert made.baseline.metrics["accuracy"] > 0.9
+    assert made.baseline.metrics["accuracy"] > 0.8
     assert [row.bits for row in made.rows] == [32, 12, 12, 12, 8, 8, 8]
     assert made.series == list(demo.KINDS) and made.rows[0].series is None
     assert abs(made.rows[0].metrics["accuracy"] - made.baseline.metrics["accuracy"]) < 0.05

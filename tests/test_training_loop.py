@@ -23,14 +23,11 @@ POLICY = Policy(accumulator="M5E4b10 product=M5E4b12", weight="M4E3", activation
 SCHEDULE = Schedule.dual((2, 1), (1e-2, 1e-3), batch_size=8, weight_decay=1e-2, checkpoint_seconds=0)
 
 SCRIPT = """
-import sys, time
-import torch
+import sys
 from test_training_loop import POLICY, SCHEDULE, data, network
 from fmaq.training import finetune
-torch.set_num_threads(1)
-pause = float(sys.argv[2])
 train, test = data()
-finetune(network(pause), POLICY, train, test, SCHEDULE, output=sys.argv[1], seed=3, progress=False)
+finetune(network(pause=0.3), POLICY, train, test, SCHEDULE, output=sys.argv[1], seed=3, progress=False)
 """
 
 
@@ -182,12 +179,13 @@ def test_resume_after_an_interruption_is_exact(tmp_path: Path, after: int, polic
 
 @pytest.mark.slow
 def test_resume_after_a_kill_is_exact(tmp_path: Path) -> None:
-    def start(folder: str, pause: float) -> subprocess.Popen[bytes]:
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
-        return subprocess.Popen([sys.executable, "-c", SCRIPT, str(tmp_path / folder), str(pause)], env=environment)
+    def run(folder: str) -> None:
+        finetune(network(), POLICY, *data(), SCHEDULE, output=tmp_path / folder, seed=3, progress=False)
 
-    assert start("whole", 0).wait(120) == 0
-    victim = start("killed", 0.3)
+    run("whole")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    environment["OMP_NUM_THREADS"] = str(torch.get_num_threads())
+    victim = subprocess.Popen([sys.executable, "-c", SCRIPT, str(tmp_path / "killed")], env=environment)
     log = tmp_path / "killed" / "log.jsonl"
     deadline = time.monotonic() + 120
     while not (log.exists() and log.read_text().count('"step", ') >= 6):
@@ -197,7 +195,7 @@ def test_resume_after_a_kill_is_exact(tmp_path: Path) -> None:
     victim.kill()
     assert victim.wait() == -signal.SIGKILL
     assert not (tmp_path / "killed" / "model.safetensors").exists()
-    assert start("killed", 0).wait(120) == 0
+    run("killed")
     finals = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "killed")]
     assert finals[0] == finals[1]
     assert any(line["event"] == "resume" for line in lines(log))
