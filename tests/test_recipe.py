@@ -12,10 +12,10 @@ import yaml
 from pydantic import BaseModel
 
 from fmaq.recipes.data import load_data
-from fmaq.recipes.explain import RecipeError
+from fmaq.recipes.explain import DATA_KINDS, RecipeError
 from fmaq.recipes.models import build_model
 from fmaq.recipes.policies import all_policies
-from fmaq.recipes.recipe import DigitsData, Recipe
+from fmaq.recipes.recipe import DataRecipe, DigitsData, Recipe
 from fmaq.recipes.run import prepare
 from fmaq.recipes.values import expand
 from fmaq.training.examples import Examples, Windows
@@ -474,3 +474,8 @@ def test_the_experiments_text_shows_every_key() -> None:
     for cls in own:
         for name in cls.model_fields:
             assert re.search(rf"\b{name}\b(:|,)", text), name
+
+
+def test_every_kind_of_data_is_known_to_the_errors() -> None:
+    union, _ = get_args(DataRecipe)
+    assert sorted(DATA_KINDS) == sorted(get_args(kind.model_fields["kind"].annotation)[0] for kind in get_args(union))

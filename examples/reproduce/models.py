@@ -91,5 +91,4 @@ def tiny_llama_with_adapters() -> Any:
     config = LlamaConfig(
         vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2
     )
-    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    return get_peft_model(LlamaForCausalLM(config), LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM"))
+    return get_peft_model(LlamaForCausalLM(config), LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))

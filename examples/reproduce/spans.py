@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
 import torch
 from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
-from text import BROWN, described, untagged
+from text import BROWN, brown_texts, described, tenth_apart
 
 from fmaq.recipes.squad import Question, encode
 from fmaq.training.spans import Spans
@@ -36,35 +37,27 @@ def recurring(
     Raises:
         FileNotFoundError: the corpora have not been fetched.
     """
-    files = sorted(BROWN.glob("c[a-r][0-9][0-9]"))
-    if not files or not LEE.exists():
-        raise FileNotFoundError(
-            f"{BROWN} or {LEE} is missing; run `make fetch`, which downloads what the examples need"
-        )
-    texts = [tidy(untagged(path.read_text(encoding="latin-1"))) for path in files]
-    texts += LEE.read_text(encoding="latin-1").splitlines()
+    if not LEE.exists():
+        raise FileNotFoundError(f"{LEE} is missing; run `make fetch`, which downloads what the examples need")
+    news = tenth_apart(LEE.read_text(encoding="latin-1").splitlines())
+    texts = [[*map(tidy, brown), *lee] for brown, lee in zip(brown_texts(), news, strict=True)]
     return of_texts(texts, tokenizer, train, test, words, max_length, seed)
 
 
 def described_recurring(tokenizer: Any, train: int = 16, test: int = 8) -> tuple[Spans, Spans]:
     """The same of the paragraphs of scikit-learn's descriptions of its data sets."""
     texts = [" ".join(part.split()) for text in described() for part in text.split("\n\n")]
-    return of_texts(texts, tokenizer, train, test, words=24, max_length=96, seed=0)
+    return of_texts(tenth_apart(texts), tokenizer, train, test, words=24, max_length=96, seed=0)
 
 
 def of_texts(
-    texts: list[str], tokenizer: Any, train: int, test: int, words: int, max_length: int, seed: int
+    texts: Sequence[list[str]], tokenizer: Any, train: int, test: int, words: int, max_length: int, seed: int
 ) -> tuple[Spans, Spans]:
-    """Training and test passages of texts; see `recurring` for the arguments."""
+    """Passages of training and of test texts; see `recurring` for the other arguments."""
     generator = torch.Generator().manual_seed(seed)
     parts = []
-    for is_held_out, count in ((False, train), (True, test)):
-        passages = [
-            passage
-            for index, text in enumerate(texts)
-            if (index % 10 == 9) == is_held_out
-            for passage in cut(text, words)
-        ]
+    for part, count in zip(texts, (train, test), strict=True):
+        passages = [passage for text in part for passage in cut(text, words)]
         order = torch.randperm(len(passages), generator=generator).tolist()
         found: list[Question] = []
         for index in order:

@@ -49,7 +49,12 @@ def brown_texts() -> tuple[list[str], list[str]]:
     if not files:
         raise FileNotFoundError(f"{BROWN} has no texts; run `make fetch`, which downloads what the examples need")
     texts = [untagged(path.read_text(encoding="latin-1")) for path in files]
-    return [text for i, text in enumerate(texts) if i % 10 != 9], [text for i, text in enumerate(texts) if i % 10 == 9]
+    return tenth_apart(texts)
+
+
+def tenth_apart(texts: list[str]) -> tuple[list[str], list[str]]:
+    """Texts to train on, and every tenth to test on."""
+    return [text for i, text in enumerate(texts) if i % 10 != 9], texts[9::10]
 
 
 @dataclass

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 FOLDER = Path(__file__).resolve().parents[2] / ".cache" / "examples" / "smollm2"
-LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 def with_adapters(rank: int = 8, alpha: int = 16) -> tuple[Any, Any]:
@@ -24,5 +23,5 @@ def with_adapters(rank: int = 8, alpha: int = 16) -> tuple[Any, Any]:
     file = next(FOLDER.glob("*.gguf")).name
     model = AutoModelForCausalLM.from_pretrained(FOLDER, gguf_file=file, dtype="float32")
     tokenizer = AutoTokenizer.from_pretrained(FOLDER, gguf_file=file)
-    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=LAYERS, task_type="CAUSAL_LM")
+    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
     return get_peft_model(model, config), tokenizer
