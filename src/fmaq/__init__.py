@@ -13,7 +13,7 @@ from fmaq.numerics import Accumulator, FixedFormat, FloatFormat
 if TYPE_CHECKING:
     from fmaq import analysis, emulation, hardware, ops
     from fmaq.analysis import calibrate, observe
-    from fmaq.emulation import Policy, attach, coverage, detach, emulating, from_pretrained  # type: ignore[no-redef]
+    from fmaq.emulation import Policy, attach, coverage, detach, emulating, from_pretrained, frozen  # type: ignore[no-redef]
     from fmaq.ops import (  # type: ignore[no-redef]
         conv1d,
         conv2d,
@@ -50,6 +50,7 @@ __all__ = [
     "emulating",
     "emulation",
     "from_pretrained",
+    "frozen",
     "hardware",
     "linear",
     "matmul",
@@ -61,7 +62,9 @@ __all__ = [
 
 _PACKAGES = ("analysis", "emulation", "hardware", "ops")
 _HOME = {
-    **dict.fromkeys(("Policy", "attach", "coverage", "detach", "emulating", "from_pretrained"), "fmaq.emulation"),
+    **dict.fromkeys(
+        ("Policy", "attach", "coverage", "detach", "emulating", "from_pretrained", "frozen"), "fmaq.emulation"
+    ),
     **dict.fromkeys(("calibrate", "observe"), "fmaq.analysis"),
 }
 

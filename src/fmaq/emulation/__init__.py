@@ -2,6 +2,7 @@
 
 from fmaq.emulation.attach import attach, detach, emulating, policy_of
 from fmaq.emulation.coverage import Coverage, CoverageRow, coverage
+from fmaq.emulation.frozen import frozen
 from fmaq.emulation.noise import call_counts, restart_calls
 from fmaq.emulation.policy import Policy, Rule
 from fmaq.emulation.pretrained import from_pretrained
@@ -20,6 +21,7 @@ __all__ = [
     "detach",
     "emulating",
     "from_pretrained",
+    "frozen",
     "listening",
     "policy_of",
     "restart_calls",

@@ -13,8 +13,7 @@ from __future__ import annotations
 import functools
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
@@ -264,14 +263,17 @@ def running() -> tuple[Call, ...]:
     return tuple(_running.calls)
 
 
-@contextmanager
-def handling() -> Iterator[None]:
-    """A handler computes a product inside this `with` block."""
-    _running.handlers += 1
-    try:
-        yield
-    finally:
+class Handling:
+    """A handler computes a product inside a `with` block."""
+
+    def __enter__(self) -> None:
+        _running.handlers += 1
+
+    def __exit__(self, *_: object) -> None:
         _running.handlers -= 1
+
+
+handling = Handling()
 
 
 def is_handling() -> bool:

@@ -7,7 +7,7 @@ but are taken by torch functions (brevitas' QuantTensor, a named tuple). One tha
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,8 +16,13 @@ from torch import Tensor
 OWN_DISPATCH = (torch._C._disabled_torch_dispatch_impl, Tensor.__torch_dispatch__)
 
 
+ORDINARY = {Tensor, torch.nn.Parameter, int, float, bool, str, type(None), torch.dtype, torch.device, torch.Size}
+
+
 def is_foreign(x: Any) -> bool:
     """x computes by itself what torch functions make of it."""
+    if type(x) in ORDINARY:
+        return False
     if isinstance(x, Tensor):
         if type(x).__module__.startswith("torch._subclasses"):  # torch.export's own, without values
             return False
@@ -37,15 +42,13 @@ def ordinary(x: Any) -> Tensor | None:
     return None
 
 
-def found(given: Any) -> Iterator[Any]:
+def found(given: Any) -> list[Any]:
     """The foreign operands in arguments, however deep in tuples, lists and mappings."""
     if is_foreign(given):
-        yield given
-    elif isinstance(given, (tuple, list)):
-        for part in given:
-            yield from found(part)
-    elif isinstance(given, Mapping):
-        yield from found(list(given.values()))
+        return [given]
+    if isinstance(given, (tuple, list)):
+        return [x for part in given if type(part) not in ORDINARY for x in found(part)]
+    return found(list(given.values())) if isinstance(given, Mapping) else []
 
 
 def replaced(given: Any, values: Mapping[int, Tensor]) -> Any:

@@ -21,13 +21,12 @@ from fmaq import ops
 from fmaq.emulation import contractions, recurrent
 from fmaq.emulation.calls import Call
 from fmaq.emulation.contractions import BatchedProduct, CannotContract
-from fmaq.emulation.policy import CHOSEN_FIELDS
+from fmaq.emulation.policy import CHOSEN_FIELDS, heads_of
 from fmaq.emulation.products import (
     Request,
     announce,
     autocast_dtype,
     compute,
-    heads_of,
     is_heard,
     why_not,
     why_untouched,

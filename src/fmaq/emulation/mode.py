@@ -59,7 +59,7 @@ class EmulationMode(ModelMode):
         call = current_call() if handler is not None else None
         is_activation = False
         if handler is not None and call is not None:
-            with handling():
+            with handling:
                 handler, met = self._met(handler, call, func, args, kwargs)
                 result = handler(met)
             is_activation = not met.of_weights
@@ -77,7 +77,7 @@ class EmulationMode(ModelMode):
         kwargs: Mapping[str, Any],
     ) -> tuple[Handler, Met]:
         """What is met, with the values of foreign operands in their place, and what handles it."""
-        operands = list(foreign.found((args, kwargs)))
+        operands = foreign.found((args, kwargs))
         if operands:
             told = {} if call.attachment.is_plain else {id(x): foreign.ordinary(x) for x in operands}
             values = {key: value for key, value in told.items() if value is not None}

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
 
@@ -79,7 +79,7 @@ def keyed(
     distributed = torch.distributed
     rank = distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
     again = (repeat,) if repeat else ()
-    return replace(accumulator, seed=random.derived_seed(accumulator.seed, layer, call, index, rank, purpose, *again))
+    return accumulator.with_seed(random.derived_seed(accumulator.seed, layer, call, index, rank, purpose, *again))
 
 
 def note_number(module: nn.Module, number: int) -> None:

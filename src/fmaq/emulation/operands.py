@@ -8,8 +8,7 @@ accumulator, values are summed: codes times their scale.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -19,8 +18,7 @@ from fmaq.emulation.vectors import Vector
 from fmaq.numerics import Accumulator, FixedFormat
 
 
-@dataclass(frozen=True, eq=False)
-class Operands:
+class Operands(NamedTuple):
     """What is multiplied.
 
     Attributes:

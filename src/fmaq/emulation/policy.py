@@ -18,6 +18,7 @@ import re
 from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
 from fnmatch import fnmatchcase
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -99,7 +100,7 @@ class Rule:
     b_max: Vector | None = None
     products: Mapping[int | str, Mapping[str, Any]] = field(default_factory=dict, hash=False)
 
-    @property
+    @cached_property
     def is_plain(self) -> bool:
         """Nothing is emulated and nothing quantized in any product: torch's own products."""
         is_plain = self.accumulator == FP32 and self.weight is None and self.activation is None
@@ -108,16 +109,44 @@ class Rule:
     @property
     def how(self) -> dict[str, Any]:
         """What a product is told beside its accumulator: keywords of `fmaq.matmul`, `linear` and convolutions."""
+        return dict(self._how)
+
+    @cached_property
+    def _how(self) -> dict[str, Any]:
         chosen = {name: getattr(self, name) for name in CHOSEN_FIELDS}
         how = {"estimator": self.estimator, "backward": self.backward, "per_token": self.per_token}
         return how | {k: v.tensor for k, v in chosen.items() if v is not None}
+
+    @cached_property
+    def _derived(self) -> dict[tuple[str, int | str | None], Rule]:
+        """Rules that were made of this one: for a key of `products`, or for a number of heads."""
+        return {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The fields, without what is kept of them."""
+        return {field.name: self.__dict__[field.name] for field in fields(self)}
 
     def for_product(self, kind: str, index: int) -> Rule:
         """The rule of one product of the layer: what `products` says of its index, else of its kind, laid over this."""
         if not self.products:
             return self
-        entry = self.products.get(index, self.products.get(kind, {}))
-        return replace(self, **{"products": {}, **entry})
+        key = index if index in self.products else kind if kind in self.products else None
+        if ("product", key) not in self._derived:
+            entry = {} if key is None else self.products[key]
+            self._derived["product", key] = replace(self, **{"products": {}, **entry})
+        return self._derived["product", key]
+
+    def for_heads(self, heads: int) -> Rule:
+        """The rule of one product for so many heads: numbers by head are repeated for the heads of a group."""
+        if ("heads", heads) not in self._derived:
+            repeated: dict[str, Any] = {}
+            for name in CHOSEN_FIELDS:
+                vector = getattr(self, name)
+                times = 1 if vector is None else heads // (heads_of(vector) or heads)
+                if times > 1 and times * heads_of(vector) == heads:
+                    repeated[name] = vector.repeated(times)
+            self._derived["heads", heads] = replace(self, **repeated) if repeated else self
+        return self._derived["heads", heads]
 
     def handed_down(self) -> Rule:
         """What is inherited by modules inside: all but what was chosen for the layer's own sums."""
@@ -140,6 +169,11 @@ class Rule:
 
     def __repr__(self) -> str:
         return in_short(self)
+
+
+def heads_of(vector: Vector | None) -> int:
+    """How many heads have a number of their own; 0 where none has."""
+    return vector.shape[-2] if vector is not None and len(vector.shape) > 1 and vector.shape[-2] > 1 else 0
 
 
 def _naming_the_nearest(cls: type[T]) -> type[T]:

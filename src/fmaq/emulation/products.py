@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -15,8 +15,7 @@ from torch import Tensor
 from fmaq.emulation.calls import Call
 from fmaq.emulation.noise import REPEATED, keyed, note_number
 from fmaq.emulation.operands import Operands, multiplied
-from fmaq.emulation.policy import CHOSEN_FIELDS, FP32, Rule
-from fmaq.emulation.vectors import Vector
+from fmaq.emulation.policy import FP32, Rule
 from fmaq.numerics import Accumulator
 from fmaq.ops.operands import OPERAND_DTYPES, full_precision
 
@@ -131,8 +130,7 @@ def choosing(chooser: Chooser) -> Iterator[None]:
         _choosers.current = before
 
 
-@dataclass(frozen=True)
-class Place:
+class Place(NamedTuple):
     """Where a product is met: full name of the module that calls it, its kind, and its index in the call."""
 
     layer: str
@@ -177,7 +175,7 @@ def compute(call: Call, request: Request) -> Tensor:
     rule, operands = rule_of(call, request.kind), Operands(request.operands)
     is_outer = request.steps == 1 and not request.is_attention and not request.kind.startswith(SUMMING)
     reason = why_not(rule, request.operands, is_outer)
-    if rule is None or why_untouched(rule, request.operands, is_outer) is not None:
+    if rule is None or _is_untouched(rule, reason):
         result = request.torch_product(*request.operands)
     else:
         rule = _by_head(rule, request)
@@ -190,20 +188,7 @@ def compute(call: Call, request: Request) -> Tensor:
 def _by_head(rule: Rule, request: Request) -> Rule:
     """The rule for as many heads as attention has here: keys that are shared by a group may come repeated."""
     b = request.operands[1]
-    if not request.kind.startswith("attention") or b.dim() < 4:
-        return rule
-    repeated: dict[str, Any] = {}
-    for name in CHOSEN_FIELDS:
-        vector = getattr(rule, name)
-        times = 1 if vector is None else b.shape[-3] // (heads_of(vector) or b.shape[-3])
-        if times > 1 and times * heads_of(vector) == b.shape[-3]:
-            repeated[name] = vector.repeated(times)
-    return replace(rule, **repeated) if repeated else rule
-
-
-def heads_of(vector: Vector | None) -> int:
-    """How many heads have a number of their own; 0 where none has."""
-    return vector.shape[-2] if vector is not None and len(vector.shape) > 1 and vector.shape[-2] > 1 else 0
+    return rule.for_heads(b.shape[-3]) if request.kind.startswith("attention") and b.dim() > 3 else rule
 
 
 def _computed(call: Call, request: Request, rule: Rule) -> tuple[Tensor, Operands]:
@@ -214,7 +199,7 @@ def _computed(call: Call, request: Request, rule: Rule) -> tuple[Tensor, Operand
     if rule.accumulator == FP32:
         operands = _multiplied(place, request, request.operands, rule)
         own = zip(operands.tensors, request.operands, strict=True)
-        operands = replace(operands, tensors=tuple(x.to(given.dtype) for x, given in own))
+        operands = operands._replace(tensors=tuple(x.to(given.dtype) for x, given in own))
         result = request.torch_product(*operands.tensors)
         return result if chooser is None else chooser.computed(place, request, result), operands
     first, second = request.operands
@@ -227,23 +212,28 @@ def _computed(call: Call, request: Request, rule: Rule) -> tuple[Tensor, Operand
         accumulator, how = keyed_for(call, rule, request.repeat), _how(call, rule, request.repeat)
         if operands.scale is not None:
             how["gain"] = (operands.scale * how.get("gain", 1)).float()
-        with _named(place):
+        with _Named(place):
             result = request.emulated_product(*operands.tensors, accumulator, **how).to(dtype)
     return result if chooser is None else chooser.computed(place, request, result), operands
 
 
 def _multiplied(place: Place, request: Request, operands: tuple[Tensor, Tensor], rule: Rule) -> Operands:
-    with _named(place):
+    with _Named(place):
         return multiplied(rule, request.kind, operands, request.is_weight, request.options, request.kept)
 
 
-@contextmanager
-def _named(place: Place) -> Iterator[None]:
-    """Say in an error in which product it came up."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{place.kind} in {place.layer or 'the model itself'}: {error}") from error
+class _Named:
+    """Says in an error inside a `with` block in which product it came up."""
+
+    def __init__(self, place: Place) -> None:
+        self._place = place
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        if isinstance(error, ValueError):
+            raise ValueError(f"{self._place.kind} in {self._place.layer or 'the model itself'}: {error}") from error
 
 
 def keyed_for(call: Call, rule: Rule, repeat: int = 0) -> Accumulator:
@@ -302,7 +292,12 @@ def why_not(rule: Rule | None, operands: Sequence[Tensor], is_outer: bool = Fals
 def why_untouched(rule: Rule | None, operands: Sequence[Tensor], is_outer: bool = False) -> str | None:
     """The reason why torch's own function takes the operands as they are; None where there is anything to emulate."""
     reason = why_not(rule, operands, is_outer)
-    return None if reason == IN_FP32 and rule is not None and not rule.is_plain else reason
+    return reason if _is_untouched(rule, reason) else None
+
+
+def _is_untouched(rule: Rule | None, reason: str | None) -> bool:
+    """Operands are not even quantized."""
+    return reason is not None and (reason != IN_FP32 or rule is None or rule.is_plain)
 
 
 def announce(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import weakref
+from collections.abc import Callable, Iterable, Mapping
 from enum import IntEnum
 from itertools import chain
 from operator import methodcaller
@@ -10,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakIdKeyDictionary
 
 INDEX_DTYPES = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
@@ -20,6 +20,9 @@ SHAPED_LIKE = {Tensor.to, Tensor.type_as, Tensor.expand_as, Tensor.view_as, Tens
 FROM_DATA = {torch.tensor, torch.as_tensor, torch.asarray, torch.from_numpy, torch.frombuffer}
 """Functions that make a tensor of data, which may be an input's: what a tokenizer gives, say."""
 
+
+SIMPLE = (int, float, str, type(None), torch.dtype, torch.device)
+"""Of arguments that hold no tensor, told before an abstract class is asked."""
 
 VALUES = methodcaller("values")
 
@@ -31,6 +34,41 @@ class Role(IntEnum):
     WEIGHT = 1
     UNKNOWN = 2
     ACTIVATION = 3
+
+
+class _Reference(weakref.ref[Tensor]):
+    """To a tensor, with the place where its role is noted."""
+
+    __slots__ = ("key",)
+
+    def __init__(self, x: Tensor, forget: Callable[[_Reference], None]) -> None:
+        super().__init__(x, forget)
+        self.key = id(x)
+
+    def __new__(cls, x: Tensor, forget: Callable[[_Reference], None]) -> _Reference:
+        return super().__new__(cls, x, forget)  # type: ignore[arg-type]
+
+
+class _Known:
+    """Roles by tensors, which are not kept alive; asked for every argument of every function, so a plain `dict`."""
+
+    def __init__(self) -> None:
+        self._roles: dict[int, tuple[_Reference, Role]] = {}
+        roles = self._roles
+
+        def forget(reference: _Reference) -> None:
+            if roles.get(reference.key, (None,))[0] is reference:
+                del roles[reference.key]
+
+        self._forget = forget
+
+    def get(self, x: Tensor) -> Role | None:
+        """Its role, if it is noted."""
+        found = self._roles.get(id(x))
+        return found[1] if found is not None and found[0]() is x else None
+
+    def __setitem__(self, x: Tensor, role: Role) -> None:
+        self._roles[id(x)] = _Reference(x, self._forget), role
 
 
 class Roles:
@@ -47,7 +85,7 @@ class Roles:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._known = WeakIdKeyDictionary()
+        self._known = _Known()
         self._registered: list[Mapping[str, Tensor | None]] = []
         for module in model.modules():
             self._registered += [module._parameters, module._buffers]
@@ -71,10 +109,14 @@ class Roles:
         return max(map(self._of, tensors), default=Role.CONSTANT)
 
     def _of(self, x: Tensor) -> Role:
-        if isinstance(x, nn.Parameter):
+        if type(x) is nn.Parameter or (type(x) is not Tensor and isinstance(x, nn.Parameter)):
             return Role.WEIGHT
-        role: Role = self._known.get(x, Role.UNKNOWN)
-        if role in (Role.UNKNOWN, Role.CONSTANT) and self._is_registered(x):
+        role = self._known.get(x)
+        if role is None:
+            role = Role.UNKNOWN
+        if role is Role.ACTIVATION or role is Role.WEIGHT:
+            return role
+        if self._is_registered(x):
             role = self._known[x] = Role.WEIGHT
         return role
 
@@ -101,10 +143,10 @@ class Roles:
         is_activation: bool,
     ) -> None:
         """Note what a function made or changed; `is_activation`: it gives activations, whatever it is given."""
-        changed = list(tensors_in(args[:1] if result is None else result))  # None: x[i] = y, x.data = y
+        changed = tensors_in(args[:1] if result is None else result)  # None: x[i] = y, x.data = y
         if not changed:
             return
-        given = list(tensors_in(args[:1] if func in SHAPED_LIKE else (args, kwargs)))
+        given = tensors_in(args[:1] if func in SHAPED_LIKE else (args, kwargs) if kwargs else args)
         role = Role.ACTIVATION if is_activation else self._greatest(given)
         for x in changed:
             is_of_data = not given and func in FROM_DATA and x.dim() > 0
@@ -113,10 +155,20 @@ class Roles:
                 self._known[x._base] = role
 
 
-def tensors_in(given: Any) -> Iterator[Tensor]:
+def tensors_in(given: Any) -> list[Tensor]:
     """The tensors in arguments or results, however deep in tuples, lists and mappings."""
     if isinstance(given, Tensor):
-        yield given
-    elif isinstance(given, (tuple, list, Mapping)):
-        for part in given.values() if isinstance(given, Mapping) else given:
-            yield from tensors_in(part)
+        return [given]
+    if isinstance(given, (tuple, list)):
+        parts: Iterable[Any] = given
+    elif not isinstance(given, SIMPLE) and isinstance(given, Mapping):
+        parts = given.values()
+    else:
+        return []
+    found: list[Tensor] = []
+    for part in parts:
+        if isinstance(part, Tensor):
+            found.append(part)
+        elif not isinstance(part, SIMPLE):
+            found += tensors_in(part)
+    return found

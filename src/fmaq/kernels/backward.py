@@ -19,18 +19,18 @@ from torch import Tensor
 
 from fmaq.kernels.arithmetic import Arithmetic
 from fmaq.kernels.arithmetic64 import general
-from fmaq.kernels.choose import Choice
+from fmaq.kernels.choose import Choice, choose
 from fmaq.kernels.compile import Compiled, compile_module
 from fmaq.kernels.geometry import Geometry
 from fmaq.kernels.gradients import GradientGemm, Wanted
 from fmaq.kernels.packing import FLOAT32_BYTES
 from fmaq.kernels.parameters import FIELD, FIELDS, Tile
-from fmaq.kernels.products import SMALL, Problem, _conv_problem, _matrix_problem, _packing, _power
+from fmaq.kernels.products import SMALL, USUAL, Problem, conv_problem, fields_of, matrix_problem, packing_of, power
 from fmaq.kernels.ranges import measure
 from fmaq.kernels.targets import Target, current_target
 from fmaq.kernels.threads import run_tasks, scratch
 from fmaq.kernels.unpacking import Unpacking
-from fmaq.numerics import Accumulator
+from fmaq.numerics import Accumulator, random
 
 PARTS = 16  # of the work, where there is so much
 PANELS, TILES = 4, 16  # of columns and of rows, that a part has at least: adding up partial gradients costs little then
@@ -63,8 +63,8 @@ def gradient_kernel(
     """The kernel of an arithmetic and an estimator, compiled at its first use."""
     gemm = GradientGemm(arithmetic, chunk, target, tile, wanted)
     by_chunk = arithmetic.by_chunk
-    packing = _packing(target, tile.rows, gemm.width, by_chunk, chunk if by_chunk else None)
-    true_packing = _packing(target, tile.rows, gemm.width, False, None)
+    packing = packing_of(target, tile.rows, gemm.width, by_chunk, chunk if by_chunk else None)
+    true_packing = packing_of(target, tile.rows, gemm.width, False, None)
     unpacking = _unpacking(target, gemm.width)
     code = compile_module(gemm.build(), target)
     run = code.function("run", ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p)
@@ -112,26 +112,27 @@ class Backward:
     def run(self, acc: Accumulator) -> Gradients | None:
         """The gradients of the problem's A, as (batches, rows, depth), and B; None where every step passes."""
         problem, target = self.problem, current_target()
+        layout = problem.layout
         a, b = measure(problem.a, target), measure(problem.b, target)
         if a.largest == 0 or b.largest == 0:
             return None
-        choice = problem._choose(acc, target, a, b)
+        choice = choose(acc, target, a, b, layout.depth, layout.has_bounds)
         arithmetic = choice.arithmetic
         sees = "sees_loss" if self.wanted.sees_loss else "sees_overflow"
         if not all(getattr(each, sees) for each in (arithmetic, *arithmetic.levels)):
-            choice = Choice(general(replace(acc, seed=0)))
+            choice = Choice(general(acc.with_seed(0)))
         choice = replace(choice, arithmetic=choice.arithmetic.looking())
         rows, vectors = target.tile
-        tile = Tile(min(rows, problem.rows), vectors)
+        tile = Tile(min(rows, layout.rows), vectors)
         kernel = gradient_kernel(choice.arithmetic, acc.chunk, target, tile, self.wanted)
         return self._launch(kernel, choice, acc)
 
     def _launch(self, kernel: GradientKernel, choice: Choice, acc: Accumulator) -> Gradients:
-        problem, gemm = self.problem, kernel.gemm
-        height, tiles = gemm.tile.rows, -(-problem.rows // gemm.tile.rows)
-        of_tile = gemm.tile_elements(problem.depth)
+        problem, layout, gemm = self.problem, self.problem.layout, kernel.gemm
+        height, tiles = gemm.tile.rows, -(-layout.rows // gemm.tile.rows)
+        of_tile = gemm.tile_elements(layout.depth)
         parts = self._parts(gemm, tiles, of_tile)
-        size_a = (1 + max(part.of_a for part in parts), problem.batches, tiles, of_tile)
+        size_a = (1 + max(part.of_a for part in parts), layout.batches, tiles, of_tile)
         partial_a = problem.a.new_zeros(size_a if self.wanted.of_a else (1,))
         count_b = 1 + max(part.of_b for part in parts) if self.wanted.of_b else 0
         partial_b = [torch.zeros_like(problem.b) for _ in range(count_b)]
@@ -141,26 +142,26 @@ class Backward:
             for part, (array, tasks) in zip(parts[first:last], arrays[first:last], strict=True):
                 kernel.run(array, part.batches[0] * tasks, part.batches[1] * tasks, scratch(size))
 
-        steps = problem.batches * problem.rows * problem.columns * problem.depth
+        steps = layout.batches * layout.rows * layout.columns * layout.depth
         run_tasks(len(parts), work, is_small=steps < SMALL)
         of_a = None
         if self.wanted.of_a:
             strides = (tiles * of_tile, of_tile, 1, height)
-            total = _added_up(list(partial_a)).as_strided((problem.batches, tiles, height, problem.depth), strides)
-            of_a = total.reshape(problem.batches, tiles * height, problem.depth)[:, : problem.rows]
+            total = _added_up(list(partial_a)).as_strided((layout.batches, tiles, height, layout.depth), strides)
+            of_a = total.reshape(layout.batches, tiles * height, layout.depth)[:, : layout.rows]
         return of_a, _added_up(partial_b) if self.wanted.of_b else None
 
     def _parts(self, gemm: GradientGemm, tiles: int, of_tile: int) -> list[Part]:
-        problem = self.problem
-        bytes_a = FLOAT32_BYTES * problem.batches * tiles * of_tile * self.wanted.of_a
+        problem, layout = self.problem, self.problem.layout
+        bytes_a = FLOAT32_BYTES * layout.batches * tiles * of_tile * self.wanted.of_a
         bytes_b = FLOAT32_BYTES * problem.b.numel() * self.wanted.of_b
-        batches = _ranges(problem.batches, 1, PARTS)
+        batches = _ranges(layout.batches, 1, PARTS)
         unit = self.unit * -(-gemm.width // self.unit)
-        most = max(1, min(problem.columns // (PANELS * gemm.width), PARTIAL_BYTES // max(1, bytes_a)))
-        columns = _ranges(problem.columns, unit, min(most, -(-PARTS // len(batches))))
+        most = max(1, min(layout.columns // (PANELS * gemm.width), PARTIAL_BYTES // max(1, bytes_a)))
+        columns = _ranges(layout.columns, unit, min(most, -(-PARTS // len(batches))))
         left = PARTIAL_BYTES - len(columns) * bytes_a
         most = max(1, min(tiles // TILES, left // max(1, bytes_b)))
-        rows = _ranges(problem.rows, gemm.tile.rows, min(most, -(-PARTS // (len(batches) * len(columns)))))
+        rows = _ranges(layout.rows, gemm.tile.rows, min(most, -(-PARTS // (len(batches) * len(columns)))))
         return [
             Part(of_batches, of_rows, of_columns, i, j)
             for of_batches, (i, of_columns), (j, of_rows) in itertools.product(
@@ -178,8 +179,8 @@ class Backward:
         partial_b: Sequence[Tensor],
     ) -> tuple[list[tuple[Any, int]], int]:
         """Of every part, its parameters and its tasks a batch; and the scratch memory that they need."""
-        problem, gemm = self.problem, kernel.gemm
-        height, depth = gemm.tile.rows, problem.depth
+        layout, gemm = self.problem.layout, kernel.gemm
+        height, depth = gemm.tile.rows, layout.depth
         of_tile = gemm.tile_elements(depth)
         block_tiles = max(1, BLOCK_BYTES // (FLOAT32_BYTES * height * depth))
         is_scaled = choice.a_exponent != 0 or choice.b_exponent != 0
@@ -195,14 +196,19 @@ class Backward:
             rows, columns = part.rows[1] - part.rows[0], part.columns[1] - part.columns[0]
             panels = -(-columns // gemm.width)
             values = {
-                **{"panels": panels, "block_rows": block_rows, "row_blocks": -(-rows // block_rows)},
+                **{
+                    "key": random.key(acc.seed),
+                    "panels": panels,
+                    "block_rows": block_rows,
+                    "row_blocks": -(-rows // block_rows),
+                },
                 **{"chunks": 1 if acc.chunk is None else -(-depth // acc.chunk), "is_scaled": int(is_scaled)},
                 **{"rows": rows, "columns": columns, "row_first": part.rows[0], "column_first": part.columns[0]},
-                **{"grad_a_batch": -(-problem.rows // height) * of_tile, "grad_a_tile": of_tile},
+                **{"grad_a_batch": -(-layout.rows // height) * of_tile, "grad_a_tile": of_tile},
                 **self._places(part, height, of_tile, partial_a),
             }
-            usual = dict(zip(FIELDS, problem._parameters(choice, acc), strict=True)) | values | offsets
-            true = usual | {"a_scale": _power(0), "b_scale": _power(0)} | kernel.true_packing
+            usual = dict(zip(FIELDS, USUAL, strict=True)) | fields_of(layout, choice) | values | offsets
+            true = usual | {"a_scale": power(0), "b_scale": power(0)} | kernel.true_packing
             out = true | self._image(part, partial_b)
             array = (ctypes.c_int64 * (3 * len(FIELDS)))()
             for at, fields in enumerate((usual | kernel.packing, true, out)):
@@ -213,7 +219,7 @@ class Backward:
 
     def _places(self, part: Part, height: int, of_tile: int, partial_a: Tensor) -> dict[str, int]:
         """Where the operands of a part, the gradient of its outputs, and that of A, start."""
-        problem, fields = self.problem, self.problem.fields
+        problem, fields = self.problem, self.problem.layout.fields
         row, unit = part.rows[0], part.columns[0] // self.unit
         of_b, of_c = self.unit_fields
         at_a = row // height * of_tile + (part.of_a * partial_a.stride(0) if self.wanted.of_a else 0)
@@ -264,13 +270,14 @@ def matmul_gradients(
         The gradients, None for one that is not wanted; or None where every step passes, so that they are those of
         the identity.
     """
-    problem = _matrix_problem(a, b)
-    if 0 in (problem.batches, problem.rows, problem.columns, problem.depth):
+    problem = matrix_problem(a, b)
+    layout = problem.layout
+    if 0 in (layout.batches, layout.rows, layout.columns, layout.depth):
         return None
-    is_swapped = problem.a is b
+    is_swapped = layout.is_swapped
     of_batch, of_row, of_column = (0, 2, 1) if is_swapped else (0, 1, 2)
-    problem.fields |= {"c_batch": grad.stride(of_batch), "c_row": grad.stride(of_row)}
-    problem.fields |= {"c_position": grad.stride(of_column)}
+    fields = {"c_batch": grad.stride(of_batch), "c_row": grad.stride(of_row), "c_position": grad.stride(of_column)}
+    problem = problem._replace(layout=replace(layout, fields=layout.fields | fields))
     columns, channel = (1, 2) if is_swapped else (2, 1)
     image_fields = {"b_batch": (0, 1), "b_2": (columns, 1), "b_channel": (channel, 1)}
     wanted = Wanted(estimator, *((of_b, of_a) if is_swapped else (of_a, of_b)))
@@ -292,8 +299,9 @@ def conv_gradients(
     of_weight: bool = True,
 ) -> Gradients | None:
     """Those of `products.conv`, of its x and weight, through its steps; see `matmul_gradients`."""
-    problem = _conv_problem(x, weight, geometry)
-    if 0 in (problem.batches, problem.rows, problem.columns, problem.depth):
+    problem = conv_problem(x, weight, geometry)
+    layout = problem.layout
+    if 0 in (layout.batches, layout.rows, layout.columns, layout.depth):
         return None
     grad, dims = grad.contiguous(), x.dim() - 2
     image_fields = {"b_batch": (1, weight.shape[1]), "b_image": (0, 1), "b_channel": (1, 1)}

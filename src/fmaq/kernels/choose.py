@@ -62,11 +62,10 @@ def choose(
         use_bounds: bounds of tiles and chunks pay for themselves (many rows and columns share them).
         is_counting: it is to see events.
     """
-    if acc.seed:
-        acc = replace(acc, seed=0)  # a kernel is told its seed at run time, and serves them all
+    acc = acc.with_seed(0)  # a kernel is told its seed at run time, and serves them all
     shift = _usual_bias(acc, depth)
     if shift:
-        of_scaled = replace(a, largest=math.ldexp(a.largest, -shift), smallest=math.ldexp(a.smallest, -shift))
+        of_scaled = a._replace(largest=math.ldexp(a.largest, -shift), smallest=math.ldexp(a.smallest, -shift))
         choice = _choose(_moved(acc, shift), target, of_scaled, b, depth, use_bounds, is_counting)
         a_exponent = choice.a_exponent - shift
         if not isinstance(choice.arithmetic, General64) and abs(a_exponent) <= 126:

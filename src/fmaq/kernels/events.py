@@ -16,6 +16,10 @@ WORD = 64  # bits
 class CountingGemm(Gemm):
     """A product that counts `numerics.reference.EVENTS` of its steps, then of its merges."""
 
+    @property
+    def counters(self) -> int:
+        return COUNTERS
+
     def _counters(self, v: Lanes) -> list[Value]:
         return [i64(0)] * COUNTERS
 

@@ -9,8 +9,8 @@ import ctypes
 import functools
 import math
 import struct
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,13 +21,14 @@ from fmaq.kernels.arithmetic64 import general
 from fmaq.kernels.choose import Choice, choose
 from fmaq.kernels.compile import Compiled, compile_module
 from fmaq.kernels.events import CountingGemm
+from fmaq.kernels.fingerprints import recognized
 from fmaq.kernels.gemm import COUNTERS, Gemm
 from fmaq.kernels.geometry import Geometry, torch_conv
 from fmaq.kernels.histograms import BINS, HistogramGemm
 from fmaq.kernels.packing import Packing
 from fmaq.kernels.panels import Panels, kept
 from fmaq.kernels.parameters import FIELD, FIELDS, SPATIAL, Tile
-from fmaq.kernels.ranges import Range, measure
+from fmaq.kernels.ranges import Measured, measured, range_of
 from fmaq.kernels.targets import Target, current_target
 from fmaq.kernels.threads import run_tasks, scratch
 from fmaq.numerics import Accumulator, random
@@ -40,6 +41,7 @@ _OF_ONE_POINT = {f"{name}_{d}" for name in ("size", "kernel", "stride", "dilatio
 USUAL = [int(name in _OF_ONE_POINT) for name in FIELDS]  # a kernel and an image of one point
 SMALL = 1 << 16  # multiply-adds that are not worth a second thread
 FEW_ROWS = 64  # that share a panel: up to so many, keeping panels pays
+KEPT_BITS = 4  # of the number of steps, for which an arithmetic is chosen
 LARGE = 1 << 14  # elements of an operand that is worth keeping
 
 
@@ -57,49 +59,200 @@ class Kernel:
 def kernel(arithmetic: Arithmetic, chunk: int | None, target: Target, tile: Tile, kind: type[Gemm] = Gemm) -> Kernel:
     """The kernel of an arithmetic, compiled at its first use."""
     gemm = kind(arithmetic, chunk, target, tile)
-    packing = _packing(target, tile.rows, gemm.width, arithmetic.by_chunk, chunk if arithmetic.by_chunk else None)
+    packing = packing_of(target, tile.rows, gemm.width, arithmetic.by_chunk, chunk if arithmetic.by_chunk else None)
     code = compile_module(gemm.build(), target)
     run = code.function("run", ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p)
     return Kernel(gemm, run, {name: packing.address(name) for name in PACKING}, (code, packing))
 
 
 @functools.cache
-def _packing(target: Target, height: int, width: int, is_bounded: bool, chunk: int | None) -> Compiled:
+def packing_of(target: Target, height: int, width: int, is_bounded: bool, chunk: int | None) -> Compiled:
+    """What packs operands for tiles of a size."""
     return compile_module(Packing(target, height, width, is_bounded, chunk).build(), target)
 
 
-@dataclass
-class Problem:
-    """One blocked product, as the fields of `gemm.FIELDS`; those of dimensions that it does not have are left out."""
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """How a blocked product lies in memory, and how large it is: all that is known before its values are.
 
-    a: Tensor
-    b: Tensor
-    c: Tensor
+    Attributes:
+        fields: the sizes and strides, as `parameters.FIELDS`; those of dimensions that it does not have are left out.
+        shape: of the result.
+        b_size: elements of B.
+        is_matrix: it is no convolution.
+        is_swapped: A is the second operand.
+    """
+
     batches: int
     rows: int
     columns: int
     depth: int
-    fields: dict[str, int] = field(default_factory=dict)
+    fields: dict[str, int]
+    shape: tuple[int, ...]
+    b_size: int
     is_matrix: bool = False
+    is_swapped: bool = False
+
+    @property
+    def is_kept(self) -> bool:
+        """Panels of B are worth keeping: they take longer to pack than to use, and B may be a weight."""
+        return self.is_matrix and self.rows <= FEW_ROWS and self.b_size >= LARGE
+
+    @property
+    def has_bounds(self) -> bool:
+        """Enough rows and columns share the bounds of tiles and chunks."""
+        return min(self.rows, self.columns) >= SHARED
+
+
+@dataclass(frozen=True, eq=False)
+class Launch:
+    """A compiled kernel, and all that it is told but addresses and the key.
+
+    Attributes:
+        template: the parameters.
+        tasks: into which the product is divided; `is_small`: not worth a second thread.
+        scratch: bytes that a thread needs; `at_counters`: where in them it counts.
+        panels: what packed panels of B depend on, and bytes of one, and of all.
+    """
+
+    kernel: Kernel
+    template: ctypes.Array[ctypes.c_int64]
+    tasks: int
+    is_small: bool
+    scratch: int
+    at_counters: int
+    panels: tuple[tuple[Any, ...], int, int]
+
+    def run(self, problem: Problem, seed: int, kept: Panels | None = None) -> np.ndarray | None:
+        """Run all tasks; returns the sums of the threads' counters, where the kernel counts."""
+        parameters = PARAMETERS.from_buffer_copy(self.template)
+        parameters[FIELD["a"]] = problem.a.data_ptr()
+        parameters[FIELD["b"]] = problem.b.data_ptr()
+        parameters[FIELD["c"]] = problem.c.data_ptr()
+        parameters[FIELD["key"]] = random.key(seed)
+        if kept is not None:
+            parameters[FIELD["kept_panels"]] = kept.address
+            parameters[FIELD["is_packed"]] = int(kept.is_packed)
+            parameters[FIELD["panel_bytes"]] = self.panels[1]
+        run, count = self.kernel.run, self.kernel.gemm.counters
+
+        def work(first: int, last: int) -> np.ndarray | None:
+            memory = scratch(self.scratch)
+            if not count:
+                run(parameters, first, last, memory)
+                return None
+            counters = np.ctypeslib.as_array((ctypes.c_int64 * count).from_address(memory + self.at_counters))
+            counters[:] = 0
+            run(parameters, first, last, memory)
+            return counters.copy()
+
+        counted = run_tasks(self.tasks, work, self.is_small)
+        return np.sum(counted, axis=0) if count else None
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def launch_of(
+    layout: Layout,
+    acc: Accumulator,
+    target: Target,
+    ranges: tuple[Measured, Measured] | None,
+    threads: int,
+    kind: type[Gemm] = Gemm,
+) -> Launch:
+    """What computes a product of operands of such ranges; None: by the general arithmetic."""
+    choice = Choice(general(acc))
+    if ranges is not None:
+        choice = _choice(acc, target, *ranges, _rounded_up(layout.depth), layout.has_bounds, kind is CountingGemm)
+    kernel = _kernel(layout, choice, acc.chunk, target, kind)
+    gemm, depth, height = kernel.gemm, layout.depth, kernel.gemm.tile.rows
+    panels = -(-layout.columns // gemm.width)
+    tiles = -(-layout.rows // height)
+    fitting = max(1, BLOCK_BYTES // (4 * height * depth))
+    blocks = -(-tiles // min(tiles, fitting))
+    if layout.batches * panels < threads:
+        blocks = max(blocks, min(tiles, threads))
+    block_rows = -(-tiles // blocks) * height
+    blocks = -(-layout.rows // block_rows)
+    offsets, size = gemm.scratch_layout(depth, block_rows)
+    sizes = {"panels": panels, "block_rows": block_rows, "row_blocks": blocks}
+    sizes["chunks"] = 1 if acc.chunk is None else -(-depth // acc.chunk)
+    template = PARAMETERS(*USUAL)
+    for name, value in (fields_of(layout, choice) | sizes | offsets | kernel.packing).items():
+        template[FIELD[name]] = value
+    packed_as = (gemm.target.name, gemm.width, choice.arithmetic.by_chunk and (gemm.chunk or 0))
+    of_panels = layout.columns, choice.b_exponent, choice.b_unit, packed_as
+    panel_bytes = gemm.panel_bytes(depth)
+    is_small = layout.batches * layout.rows * layout.columns * depth < SMALL
+    tasks = layout.batches * blocks * panels
+    all_bytes = layout.batches * panels * panel_bytes
+    return Launch(kernel, template, tasks, is_small, size, offsets["at_counters"], (of_panels, panel_bytes, all_bytes))
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def _choice(
+    acc: Accumulator, target: Target, a: Measured, b: Measured, depth: int, has_bounds: bool, is_counting: bool
+) -> Choice:
+    return choose(acc, target, range_of(a), range_of(b), depth, has_bounds, is_counting)
+
+
+def _rounded_up(depth: int) -> int:
+    """To one of few: what is exact for more steps is so for these, and attention has one more in every call."""
+    unit = 1 << max(0, depth.bit_length() - KEPT_BITS)
+    return -(-depth // unit) * unit
+
+
+def _kernel(layout: Layout, choice: Choice, chunk: int | None, target: Target, kind: type[Gemm]) -> Kernel:
+    rows, vectors = target.tile
+    height = min(rows, layout.rows)
+    lanes = target.lanes(choice.arithmetic.element_bytes)
+    while height * vectors * 2 <= rows * target.tile[1] and vectors * lanes * 2 <= layout.columns:
+        vectors *= 2  # few rows leave registers to more columns
+    return kernel(choice.arithmetic, chunk, target, Tile(height, vectors), kind)
+
+
+def fields_of(layout: Layout, choice: Choice) -> dict[str, int]:
+    """The parameters that a product and a choice say."""
+    return {
+        **{"rows": layout.rows, "columns": layout.columns, "depth": layout.depth},
+        **{"a_scale": power(choice.a_exponent), "b_scale": power(choice.b_exponent)},
+        **{"c_scale": power(choice.result_exponent)},
+        **{"a_unit": power(choice.a_unit), "b_unit": power(choice.b_unit)},
+        **{"norm_limit": _bits(choice.norm_limit), "product_limit": _bits(choice.product_limit)},
+        **layout.fields,
+    }
+
+
+class Problem(NamedTuple):
+    """One blocked product."""
+
+    a: Tensor
+    b: Tensor
+    c: Tensor
+    layout: Layout
 
     def run(self, acc: Accumulator) -> bool:
         """Fill `c`; False, and `c` is left as it is, if an operand is not finite."""
         if self.c.numel() == 0:
             return True
-        if self.depth == 0:
+        layout = self.layout
+        if layout.depth == 0:
             self.c.zero_()
             return True
         target = current_target()
-        a, b = measure(self.a, target), measure(self.b, target, self._is_kept)
+        a, mark = measured(self.a, target), None
+        if layout.is_kept:
+            mark, b = recognized(self.b, target)
+        else:
+            b = measured(self.b, target)
         if not (a.is_finite and b.is_finite):
             return False
         if a.largest == 0 or b.largest == 0:
             self.c.zero_()
             return True
-        choice = self._choose(acc, target, a, b)
-        kernel = self._kernel(choice, acc, target)
-        panels = self._panels(kernel.gemm, choice, b.fingerprint) if self._is_kept else None
-        self._launch(kernel, choice, acc, panels)
+        launch = launch_of(layout, acc.with_seed(0), target, (a.widened(), b.widened()), torch.get_num_threads())
+        how, _, size = launch.panels
+        panels = None if mark is None else kept.find((mark, self.b.shape, self.b.stride(), *how), size)
+        launch.run(self, acc.seed, panels)
         if panels is not None:
             panels.is_packed = True
         return True
@@ -107,102 +260,33 @@ class Problem:
     def count(self, acc: Accumulator) -> list[int]:
         """Fill `c`, of finite operands, and count `gemm.COUNTERS` events."""
         nothing = [0] * COUNTERS
-        if self.c.numel() == 0 or self.depth == 0:
+        if self.c.numel() == 0 or self.layout.depth == 0:
             return nothing
         target = current_target()
-        a, b = measure(self.a, target), measure(self.b, target)
+        a, b = measured(self.a, target), measured(self.b, target)
         if a.largest == 0 or b.largest == 0:
             self.c.zero_()
             return nothing
-        choice = self._choose(acc, target, a, b, is_counting=True)
-        return self._launch(self._kernel(choice, acc, target, CountingGemm), choice, acc).tolist()
+        found = self._counted(acc, (a.widened(), b.widened()), CountingGemm)
+        return found.tolist()  # type: ignore[no-any-return]
 
     def exponents(self, acc: Accumulator) -> np.ndarray:
         """Fill `c`, of finite operands, and count exponents: (2, BINS), of rounded products, then of partial sums."""
-        if self.c.numel() == 0 or self.depth == 0:
+        if self.c.numel() == 0 or self.layout.depth == 0:
             return np.zeros((2, BINS), np.int64)
-        choice = Choice(general(replace(acc, seed=0)))
-        found = self._launch(self._kernel(choice, acc, current_target(), HistogramGemm), choice, acc)
-        bins = found.reshape(2, BINS, -1).sum(2)
+        bins = self._counted(acc, None, HistogramGemm).reshape(2, BINS, -1).sum(2)
         # A tile's rows and columns beyond the last have zeros, too.
-        bins[:, 0] = self.c.numel() * self.depth - bins[:, 1:].sum(1)
+        bins[:, 0] = self.c.numel() * self.layout.depth - bins[:, 1:].sum(1)
         return bins
 
-    @property
-    def _is_kept(self) -> bool:
-        """Panels of B are worth keeping: they take longer to pack than to use, and B may be a weight."""
-        return self.is_matrix and self.rows <= FEW_ROWS and self.b.numel() >= LARGE
-
-    def _panels(self, gemm: Gemm, choice: Choice, fingerprint: bytes) -> Panels | None:
-        """Kept panels of B, as this kernel reads them."""
-        size = self.batches * -(-self.columns // gemm.width) * gemm.panel_bytes(self.depth)
-        how = (gemm.target.name, gemm.width, choice.arithmetic.by_chunk and (gemm.chunk or 0))
-        key = (fingerprint, self.b.shape, self.b.stride(), self.columns, choice.b_exponent, choice.b_unit, how)
-        return kept.find(key, size)
-
-    def _choose(self, acc: Accumulator, target: Target, a: Range, b: Range, is_counting: bool = False) -> Choice:
-        use_bounds = min(self.rows, self.columns) >= SHARED
-        return choose(acc, target, a, b, self.depth, use_bounds, is_counting)
-
-    def _kernel(self, choice: Choice, acc: Accumulator, target: Target, kind: type[Gemm] = Gemm) -> Kernel:
-        rows, vectors = target.tile
-        height = min(rows, self.rows)
-        lanes = target.lanes(choice.arithmetic.element_bytes)
-        while height * vectors * 2 <= rows * target.tile[1] and vectors * lanes * 2 <= self.columns:
-            vectors *= 2  # few rows leave registers to more columns
-        return kernel(choice.arithmetic, acc.chunk, target, Tile(height, vectors), kind)  # type: ignore[arg-type]
-
-    def _launch(self, kernel: Kernel, choice: Choice, acc: Accumulator, own: Panels | None = None) -> np.ndarray:
-        """Run all tasks; returns the sums of the threads' counters."""
-        gemm = kernel.gemm
-        panels = -(-self.columns // gemm.width)
-        height = gemm.tile.rows
-        tiles = -(-self.rows // height)
-        fitting = max(1, BLOCK_BYTES // (4 * height * self.depth))
-        blocks = -(-tiles // min(tiles, fitting))
-        if self.batches * panels < torch.get_num_threads():
-            blocks = max(blocks, min(tiles, torch.get_num_threads()))
-        block_rows = -(-tiles // blocks) * height
-        blocks = -(-self.rows // block_rows)
-        parameters = self._parameters(choice, acc)
-        offsets, size = gemm.scratch_layout(self.depth, block_rows)
-        chunks = 1 if acc.chunk is None else -(-self.depth // acc.chunk)
-        sizes = {"panels": panels, "block_rows": block_rows, "row_blocks": blocks, "chunks": chunks}
-        if own is not None:
-            sizes |= {"kept_panels": own.address, "is_packed": int(own.is_packed)}
-            sizes |= {"panel_bytes": gemm.panel_bytes(self.depth)}
-        for name, value in (sizes | offsets | kernel.packing).items():
-            parameters[FIELD[name]] = value
-
-        def work(first: int, last: int) -> np.ndarray:
-            memory = scratch(size)
-            place = (ctypes.c_int64 * gemm.counters).from_address(memory + offsets["at_counters"])
-            counters = np.ctypeslib.as_array(place)
-            counters[:] = 0
-            kernel.run(parameters, first, last, memory)
-            return counters.copy()
-
-        work_size = self.batches * self.rows * self.columns * self.depth
-        counted = run_tasks(self.batches * blocks * panels, work, is_small=work_size < SMALL)
-        return np.sum(counted, axis=0)
-
-    def _parameters(self, choice: Choice, acc: Accumulator) -> ctypes.Array[ctypes.c_int64]:
-        values = {
-            **{"a": self.a.data_ptr(), "b": self.b.data_ptr(), "c": self.c.data_ptr()},
-            **{"rows": self.rows, "columns": self.columns, "depth": self.depth, "key": random.key(acc.seed)},
-            **{"a_scale": _power(choice.a_exponent), "b_scale": _power(choice.b_exponent)},
-            **{"c_scale": _power(choice.result_exponent)},
-            **{"a_unit": _power(choice.a_unit), "b_unit": _power(choice.b_unit)},
-            **{"norm_limit": _bits(choice.norm_limit), "product_limit": _bits(choice.product_limit)},
-            **self.fields,
-        }
-        parameters = PARAMETERS(*USUAL)
-        for name, value in values.items():
-            parameters[FIELD[name]] = value
-        return parameters
+    def _counted(self, acc: Accumulator, ranges: tuple[Measured, Measured] | None, kind: type[Gemm]) -> np.ndarray:
+        launch = launch_of(self.layout, acc.with_seed(0), current_target(), ranges, torch.get_num_threads(), kind)
+        counted = launch.run(self, acc.seed)
+        assert counted is not None
+        return counted
 
 
-def _power(exponent: int) -> int:
+def power(exponent: int) -> int:
     """The bits of 2^exponent as a float32."""
     return (exponent + 127) << 23
 
@@ -214,7 +298,7 @@ def _bits(number: float) -> int:
 
 def matmul(a: Tensor, b: Tensor, acc: Accumulator) -> Tensor:
     """(B, M, K) times (B, K, N), float32 of any strides, is (B, M, N) in float32."""
-    problem = _matrix_problem(a, b)
+    problem = matrix_problem(a, b)
     if problem.run(acc):
         return problem.c
     spoiled = ~torch.isfinite(a).all(-1)[:, :, None] | ~torch.isfinite(b).all(-2)[:, None, :]
@@ -223,7 +307,7 @@ def matmul(a: Tensor, b: Tensor, acc: Accumulator) -> Tensor:
 
 def count_events(a: Tensor, b: Tensor, acc: Accumulator) -> list[int]:
     """How often each of `numerics.reference.EVENTS` happens in the steps, then in the merges, of `matmul` (finite)."""
-    return _matrix_problem(a, b).count(acc)
+    return matrix_problem(a, b).count(acc)
 
 
 def count_exponents(a: Tensor, b: Tensor, acc: Accumulator) -> np.ndarray:
@@ -232,18 +316,27 @@ def count_exponents(a: Tensor, b: Tensor, acc: Accumulator) -> np.ndarray:
     Returns:
         (2, BINS): zeros first, then exponents from LOWEST (and below) on; see `histograms`.
     """
-    return _matrix_problem(a, b).exponents(acc)
+    return matrix_problem(a, b).exponents(acc)
 
 
-def _matrix_problem(a: Tensor, b: Tensor) -> Problem:
+def matrix_problem(a: Tensor, b: Tensor) -> Problem:
+    """Of (B, M, K) and (B, K, N)."""
+    layout = _matrix_layout(a.shape, a.stride(), b.shape, b.stride())
+    c = torch.empty(layout.shape)
+    return Problem(b, a, c, layout) if layout.is_swapped else Problem(a, b, c, layout)
+
+
+@functools.lru_cache(maxsize=4096)
+def _matrix_layout(
+    a_shape: tuple[int, ...], a_strides: tuple[int, ...], b_shape: tuple[int, ...], b_strides: tuple[int, ...]
+) -> Layout:
     """Lanes run over the columns or, where that leaves fewer of them idle, over the rows."""
-    batches, m, depth = a.shape
-    n = b.shape[2]
-    c = a.new_empty(batches, m, n)
-    a_strides, b_strides, c_strides = a.stride(), (b.stride(0), b.stride(2), b.stride(1)), c.stride()
+    batches, m, depth = a_shape
+    n = b_shape[2]
+    b_strides, c_strides = (b_strides[0], b_strides[2], b_strides[1]), (m * n, n, 1)
     swap = _padded_cells(n, m) < _padded_cells(m, n)
     if swap:
-        a, b, a_strides, b_strides = b, a, b_strides, a_strides
+        a_shape, b_shape, a_strides, b_strides = b_shape, a_shape, b_strides, a_strides
         c_strides = (c_strides[0], c_strides[2], c_strides[1])
     rows, columns = (n, m) if swap else (m, n)
     fields = {
@@ -253,7 +346,7 @@ def _matrix_problem(a: Tensor, b: Tensor) -> Problem:
         **{"channels": depth, "size_2": columns, "out_2": columns},
         **{"lanes_are_m": int(swap), "m_batch": m},
     }
-    return Problem(a, b, c, batches, rows, columns, depth, fields, is_matrix=True)
+    return Layout(batches, rows, columns, depth, fields, (batches, m, n), math.prod(b_shape), True, swap)
 
 
 def _finite_part(x: Tensor) -> Tensor:
@@ -280,7 +373,7 @@ def conv(
     Returns:
         (N, O, *out) in float32.
     """
-    problem = _conv_problem(x, weight, geometry)
+    problem = conv_problem(x, weight, geometry)
     if problem.run(acc):
         return problem.c
     return _spoiled_conv(x, weight, acc, geometry)
@@ -293,7 +386,7 @@ def count_conv_events(
     geometry: Geometry,
 ) -> list[int]:
     """How often each of `numerics.reference.EVENTS` happens in the steps, then in the merges, of `conv` (finite)."""
-    return _conv_problem(x, weight, geometry).count(acc)
+    return conv_problem(x, weight, geometry).count(acc)
 
 
 def count_conv_exponents(
@@ -303,34 +396,43 @@ def count_conv_exponents(
     geometry: Geometry,
 ) -> np.ndarray:
     """`count_exponents` of `conv`."""
-    return _conv_problem(x, weight, geometry).exponents(acc)
+    return conv_problem(x, weight, geometry).exponents(acc)
 
 
-def _conv_problem(
-    x: Tensor,
-    weight: Tensor,
+def conv_problem(x: Tensor, weight: Tensor, geometry: Geometry) -> Problem:
+    """Of (N, C, *spatial) and (O, C/groups, *kernel)."""
+    flat = weight.reshape(weight.shape[0], -1)
+    layout = _conv_layout(x.shape, x.stride(), weight.shape, flat.stride(), geometry)
+    return Problem(flat, x, torch.empty(layout.shape), layout)
+
+
+@functools.lru_cache(maxsize=4096)
+def _conv_layout(
+    image: tuple[int, ...],
+    strides: tuple[int, ...],
+    weight: tuple[int, ...],
+    flat_strides: tuple[int, ...],
     geometry: Geometry,
-) -> Problem:
+) -> Layout:
     """Rows are output channels, columns output positions of all images, batches groups."""
-    dims, groups = x.dim() - 2, geometry.groups
-    images, outputs, kernel_size = x.shape[0], weight.shape[0], weight.shape[2:]
-    out = geometry.out(x.shape[2:], kernel_size)
-    c = x.new_empty(images, outputs, *out)
-    flat = weight.reshape(outputs, -1)
+    dims, groups = len(image) - 2, geometry.groups
+    images, outputs, channels, *kernel_size = image[0], *weight
+    out = geometry.out(image[2:], kernel_size)
     positions = math.prod(out)
     per_group = outputs // groups
     fields = {
-        **{"a_batch": per_group * flat.stride(0), "a_row": flat.stride(0), "a_k": flat.stride(1)},
-        **{"b_batch": weight.shape[1] * x.stride(1), "b_image": x.stride(0), "b_channel": x.stride(1)},
+        **{"a_batch": per_group * flat_strides[0], "a_row": flat_strides[0], "a_k": flat_strides[1]},
+        **{"b_batch": channels * strides[1], "b_image": strides[0], "b_channel": strides[1]},
         **{"c_batch": per_group * positions, "c_row": positions, "c_image": outputs * positions, "c_position": 1},
-        **{"channels": weight.shape[1], "lanes_are_m": 1, "n_batch": per_group},
+        **{"channels": channels, "lanes_are_m": 1, "n_batch": per_group},
     }
     for d in range(dims):
         at = 3 - dims + d
-        fields |= {f"b_{at}": x.stride(2 + d), f"size_{at}": x.shape[2 + d], f"kernel_{at}": kernel_size[d]}
+        fields |= {f"b_{at}": strides[2 + d], f"size_{at}": image[2 + d], f"kernel_{at}": kernel_size[d]}
         fields |= {f"stride_{at}": geometry.stride[d], f"before_{at}": geometry.padding[d]}
         fields |= {f"dilation_{at}": geometry.dilation[d], f"out_{at}": out[d]}
-    return Problem(flat, x, c, groups, per_group, images * positions, flat.shape[1], fields)
+    depth = channels * math.prod(kernel_size)
+    return Layout(groups, per_group, images * positions, depth, fields, (images, outputs, *out), math.prod(image))
 
 
 def _spoiled_conv(

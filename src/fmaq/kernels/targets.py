@@ -17,7 +17,7 @@ from typing import Literal
 import llvmlite.binding as llvm
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Target:
     """An instruction set.
 

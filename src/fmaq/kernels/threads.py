@@ -22,10 +22,10 @@ _lock = threading.Lock()
 
 def scratch(size: int) -> int:
     """The address of this thread's scratch memory, of at least `size` bytes, aligned to 64; kept for the next call."""
-    buffer = getattr(_local, "buffer", None)
-    if buffer is None or buffer.nbytes < size + 64:
-        buffer = _local.buffer = np.empty(size + 64, np.uint8)
-    return (int(buffer.ctypes.data) + 63) // 64 * 64
+    if getattr(_local, "size", -1) < size:
+        _local.size, _local.buffer = size, np.empty(size + 64, np.uint8)
+        _local.address = -(-int(_local.buffer.ctypes.data) // 64) * 64
+    return _local.address  # type: ignore[no-any-return]
 
 
 def _pool(threads: int) -> ThreadPoolExecutor:

@@ -160,6 +160,25 @@ class Accumulator:
         values = {f.name: _plain(getattr(self, f.name)) for f in fields(self)}
         return {f.name: values[f.name] for f in fields(self) if f.name == "format" or values[f.name] != f.default}
 
+    def with_seed(self, seed: int) -> Accumulator:
+        """The same with another seed of 64 bits."""
+        if seed == self.seed:
+            return self
+        found = object.__new__(type(self))
+        found.__dict__.update(self.__getstate__(), seed=seed)
+        return found
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash(tuple(self.__getstate__().values()))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The fields: what is kept of them is not true in another process, or with another field."""
+        return {field.name: self.__dict__[field.name] for field in fields(self)}
+
     @property
     def bits(self) -> int:
         """Width of the accumulator's format."""

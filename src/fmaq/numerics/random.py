@@ -32,7 +32,7 @@ def mix(x: Any) -> Words:
     return x ^ (x >> np.uint32(16))
 
 
-@functools.cache
+@functools.lru_cache(maxsize=4096)
 def key(seed: int) -> int:
     """A 32-bit key from a seed of up to 64 bits."""
     with np.errstate(over="ignore"):

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fmaq import kernels
 from fmaq.ops.operators import InDims, Operator, operator
 
 Offset = int | Sequence[int] | Tensor | None
@@ -58,7 +59,11 @@ class Columns:
         if self.offset is None:
             return b
         power = _along(self._power(1), b, dim, "offset", batched, rows=True)
-        return times_powers(b.expand(torch.broadcast_shapes(b.shape, power.shape)), power)
+        store = kernels.store_of(b)
+        if store is None:
+            return _times_powers(b, power)
+        how = "times powers", power.shape, tuple(power.flatten().tolist())
+        return store.once(b, how, lambda: _times_powers(b, power))
 
     def by_token(self, a: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor | None]:
         """a·2^−e and 2^−e, which the product is to be divided by; without `per_token` a, and None.
@@ -87,6 +92,10 @@ class Columns:
         if offset.is_floating_point() or offset.is_complex() or offset.dtype == torch.bool:
             raise TypeError(f"offset must be an integer or a tensor of integers, got {self.offset!r}")
         return powers_of_two(offset, sign)
+
+
+def _times_powers(b: Tensor, power: Tensor) -> Tensor:
+    return times_powers(b.expand(torch.broadcast_shapes(b.shape, power.shape)), power)
 
 
 def _powers(offset: Tensor, sign: int) -> Tensor:

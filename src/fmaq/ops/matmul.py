@@ -113,23 +113,29 @@ def as_batches(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, tuple[int, ...]]:
     the same either way.
     """
     a, b = widen(a, "a"), widen(b, "b")
-    shapes = f"a {tuple(a.shape)} and b {tuple(b.shape)}"
     if a.dim() == 0 or b.dim() == 0:
-        raise ValueError(f"matmul takes tensors of at least one dimension, got {shapes}")
+        raise ValueError(f"matmul takes tensors of at least one dimension, got {_shapes(a, b)}")
     left, right = (a[None] if a.dim() == 1 else a), (b[:, None] if b.dim() == 1 else b)
     (m, depth), n = left.shape[-2:], right.shape[-1]
     if depth != right.shape[-2]:
-        raise ValueError(f"cannot multiply {shapes}: a's last dimension and b's last but one must be equal")
-    try:
-        batch = torch.broadcast_shapes(left.shape[:-2], right.shape[:-2])
-    except RuntimeError:
-        raise ValueError(f"cannot multiply {shapes}: their leading dimensions do not broadcast") from None
+        raise ValueError(f"cannot multiply {_shapes(a, b)}: a's last dimension and b's last but one must be equal")
+    batch = left.shape[:-2]
+    if right.dim() > 2:
+        try:
+            batch = torch.broadcast_shapes(batch, right.shape[:-2])
+        except RuntimeError:
+            raise ValueError(f"cannot multiply {_shapes(a, b)}: their leading dimensions do not broadcast") from None
+        left = left.expand(*batch, m, depth)
     shape = (*batch, *((m,) if a.dim() > 1 else ()), *((n,) if b.dim() > 1 else ()))
     is_single = right.shape[:-2].numel() == 1
     count, rows = (1, batch.numel() * m) if is_single else (batch.numel(), m)
-    left = left.expand(*batch, m, depth).reshape(count, rows, depth)
+    left = left.reshape(count, rows, depth)
     right = right.reshape(1, depth, n) if is_single else right.expand(*batch, depth, n).reshape(count, depth, n)
     return left, right, shape
+
+
+def _shapes(a: Tensor, b: Tensor) -> str:
+    return f"a {tuple(a.shape)} and b {tuple(b.shape)}"
 
 
 def linear(

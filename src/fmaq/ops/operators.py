@@ -9,18 +9,20 @@ values; an accumulator is its description, as `str(accumulator)` gives it, and i
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable
+from types import NoneType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from fmaq.numerics import Accumulator
 from fmaq.ops.operands import AccumulatorLike, check
 
 LIBRARY = torch.library.Library("fmaq", "DEF")
 DEVICES = ("CPU",)
+_OWN_DEVICES = {device.lower() for device in DEVICES}
 
 Operator = Callable[..., Any]
 InDims = tuple[int | None, ...]
@@ -55,9 +57,11 @@ def operator(
     torch.library.register_vmap(f"fmaq::{name}", functools.partial(vmap, defined), lib=LIBRARY)
 
     def call(*args: Any) -> Any:
-        if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        if torch.compiler.is_compiling():
+            return defined(*args)
+        if torch._C._are_functorch_transforms_active():
             return transformable.apply(*args)
-        return defined(*args)
+        return kernel(*args) if _is_seen_by_nobody(args) else defined(*args)
 
     # An operator's gradients are out of reach of torch.func's transforms, which want a function of this kind.
     methods: dict[str, Callable[..., Any]] = {
@@ -67,6 +71,24 @@ def operator(
     methods |= {"setup_context": setup_context, "backward": backward}
     transformable: Any = type(name, (torch.autograd.Function,), {k: staticmethod(v) for k, v in methods.items()})
     return call
+
+
+def _is_seen_by_nobody(args: tuple[Any, ...]) -> bool:
+    """No gradient, mode, tracer or profiler wants to know of the operator: torch's dispatcher, which takes longer than
+    a small product, would do no more than call the kernel."""
+    for x in args:
+        if isinstance(x, Tensor):
+            if type(x) not in (Tensor, Parameter) or x.device.type not in _OWN_DEVICES or x.is_neg():
+                return False
+            if x.requires_grad and torch.is_grad_enabled():
+                return False
+    return not (
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._get_tracing_state() is not None
+        or torch.autograd._profiler_enabled()
+        or torch.autograd.forward_ad._current_level >= 0
+    )
 
 
 class Summation(NamedTuple):
@@ -96,7 +118,7 @@ def summation(acc: AccumulatorLike, estimator: str = "identity", backward: Accum
         ValueError: an unknown estimator, an accumulator that is not fit for tensors, or `backward` beside an estimator
             other than identity.
     """
-    if isinstance(acc, Mapping) or isinstance(backward, Mapping):
+    if not isinstance(acc, (Accumulator, str)) or not isinstance(backward, (Accumulator, str, NoneType)):
         return _summation.__wrapped__(acc, estimator, backward)
     return _summation(acc, estimator, backward)
 
@@ -116,13 +138,15 @@ def _summation(acc: AccumulatorLike, estimator: str, backward: AccumulatorLike |
 
 def _described(acc: Accumulator) -> tuple[str, int]:
     seed = acc.seed if acc.is_stochastic else 0
-    return str(replace(acc, seed=0) if acc.seed else acc), seed - (seed >> 63 << 64)
+    return str(acc.with_seed(0)), seed - (seed >> 63 << 64)
 
 
-@functools.lru_cache(maxsize=4096)
 def described(accumulator: str, seed: int) -> Accumulator:
     """The accumulator that a `Summation` says."""
-    return replace(Accumulator(accumulator), seed=seed % 2**64)
+    return _parsed(accumulator).with_seed(seed % 2**64)
+
+
+_parsed = functools.lru_cache(maxsize=4096)(Accumulator)
 
 
 def check_backward(estimator: str) -> None:

@@ -10,6 +10,7 @@ too), or one that is given (static: a constant of the hardware).
 from __future__ import annotations
 
 import functools
+import math
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -32,6 +33,10 @@ LAYOUT = {torch.float32: (torch.int32, 23, 127), torch.float64: (torch.int64, 52
 
 def _quantized(x: Tensor, format: str, channel: int | None, amax: Tensor | None) -> Tensor:
     parsed = _parsed(format)
+    if channel is None and isinstance(parsed, FloatFormat):
+        y = _by_kernel(x, parsed, amax)
+        if y is not None:
+            return y
     finite, largest = _finite(x, channel, amax)
     y = _to_integers(finite, parsed, largest) if isinstance(parsed, int) else _to_float(finite, parsed, largest)
     return y if finite is x else torch.where(torch.isfinite(x), y, x)
@@ -199,7 +204,13 @@ def quantize(x: Tensor, format: str | FloatFormat, channel: int | None = None, a
     _check_channel(x, channel)
     if amax is not None and has_bias:
         raise ValueError(f"{name} has a bias, which says how large values may be: amax must be None")
-    return x if x.numel() == 0 else quantized(x, name, channel, _given_range(x, channel, amax))
+    if x.numel() == 0:
+        return x
+    given = _given_range(x, channel, amax)
+    store = kernels.store_of(x)
+    if store is None:
+        return quantized(x, name, channel, given)
+    return store.once(x, ("quantized", name, channel, _plain(given)), lambda: quantized(x, name, channel, given))
 
 
 _parsed = functools.lru_cache(maxsize=4096)(parse_tensor_format)
@@ -240,7 +251,16 @@ def integer_codes(
     _check_channel(x, channel)
     if x.numel() == 0:
         return x, x.new_ones((), dtype=torch.float64)
-    return coded(x, bits, channel, _given_range(x, channel, amax))
+    given = _given_range(x, channel, amax)
+    store = kernels.store_of(x)
+    if store is None:
+        return coded(x, bits, channel, given)
+    return store.once(x, ("coded", bits, channel, _plain(given)), lambda: coded(x, bits, channel, given))
+
+
+def _plain(amax: Tensor | None) -> Any:
+    """What two equal ranges have in common."""
+    return None if amax is None else tuple(amax.flatten().tolist())
 
 
 def _check_channel(x: Tensor, channel: int | None) -> None:
@@ -262,6 +282,27 @@ def _given_range(x: Tensor, channel: int | None, amax: AbsoluteMaximum) -> Tenso
         wanted = "a number" if channel is None else f"a number, or ({x.shape[channel]},), one a slice"
         raise ValueError(f"amax must be {wanted}, got {tuple(given.shape)}")
     return given if channel is None else given.expand(x.shape[channel])
+
+
+def _by_kernel(x: Tensor, format: FloatFormat, amax: Tensor | None) -> Tensor | None:
+    """All of x in two passes; None where torch has to do it."""
+    largest = kernels.largest_magnitude(x)
+    if not math.isfinite(largest):
+        return None
+    if amax is not None:
+        largest = amax.item()
+        if not (math.isfinite(largest) and largest >= 0):
+            return None
+    top = math.frexp(largest)[1] - 1 if format.bias is None else 2**format.exponent - 1 - format.bias
+    smallest = top + 2 - 2**format.exponent
+    if not (_fits_kernel(format, smallest, top)):
+        return None
+    return kernels.round_to_float(x, format.mantissa, smallest, top)
+
+
+def _fits_kernel(format: FloatFormat, smallest: int, top: int) -> bool:
+    """A unit in the last place is a normal float32, and the largest value is one."""
+    return smallest - format.mantissa >= -126 and smallest <= 100 and top <= 127
 
 
 def _finite(x: Tensor, channel: int | None, amax: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -296,7 +337,7 @@ def _to_float(x: Tensor, format: FloatFormat, largest: Tensor) -> Tensor:
     smallest = top + 2 - 2**format.exponent  # exponent of the smallest normal number
     # float64 only where a unit in the last place is no normal float32, or a limit none at all: formats of a huge range.
     is_small = int(smallest.min()) - format.mantissa >= -126 and int(top.max()) <= 127
-    if is_small and largest.dim() == 0 and int(smallest) <= 100:
+    if largest.dim() == 0 and _fits_kernel(format, int(smallest), int(top)):
         return kernels.round_to_float(x, format.mantissa, int(smallest), int(top))
     dtype = torch.float32 if is_small else torch.float64
     wide = x.to(dtype)
