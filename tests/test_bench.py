@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fmaq import Accumulator, kernels
-from fmaq.bench import conv, costs, gemm, networks, timing
+from fmaq.bench import conv, costs, gemm, networks, profile, timing
 from fmaq.bench.instructions import Count, Loop, count, inner_loops, launched
 from fmaq.bench.machine import load_average, vector_rate, warning
 from fmaq.bench.rows import Case, Report, Row, Unavailable
@@ -396,6 +396,7 @@ def test_select() -> None:
         "gemm",
         "conv",
         "networks",
+        "decoding",
         "training",
         "gradients",
         "memory",
@@ -440,6 +441,34 @@ def test_bench_and_compare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
     assert report.is_complete and report.machine["threads"] == 1 and len(report.rows) == 1
     assert command(monkeypatch, "--compare", out, out) == 0
     assert "+0 %" in capsys.readouterr().out
+
+
+def test_profile(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command(monkeypatch, "--profile", "--sizes", "8,40", "--rounds", 1) == 0
+    shown = capsys.readouterr().out
+    assert "8×8×8" in shown and "40×40×40" in shown and "packing, %" in shown
+
+
+def test_a_profile_adds_up_to_the_whole() -> None:
+    """Of a matrix, of attention's and of a convolution; a share may be below zero by the clock's noise alone."""
+    works = {work.name: work for work in profile.works()}
+    assert len(works) == len(profile.SIZES) + len(profile.HEADS) + len(conv.SHAPES)
+    for name in ("64×64×64", "12 heads, 128×64×128", "3×3, 8×512×7² → 512"):
+        found = profile.profile(works[name], Accumulator.paper12, 1)
+        assert found.work == name and tuple(found.parts) == profile.PARTS
+        assert sum(found.parts.values()) == pytest.approx(found.seconds) and found.parts["packing"] > 0
+        if kernels.current_target().architecture == "x86_64":
+            assert found.loop is not None and found.loop > 0
+
+
+def test_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The frozen model and the other decode what the plain one does not have to."""
+    model = tiny("llama").eval()
+    monkeypatch.setattr(networks, "load", lambda network: (model, {"input_ids": torch.arange(20)[None]}, None))
+    monkeypatch.setattr(networks, "NEW_TOKENS", 2)
+    for case in networks.decoding_cases():
+        row = case.run(1)
+        assert row.skipped is None and row.value is not None and row.value > 0
 
 
 def test_an_interrupted_command_says_where_the_rows_are(

@@ -10,11 +10,12 @@ import functools
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from fmaq.kernels import products
 from fmaq.kernels.compile import assembly
 from fmaq.kernels.gemm import Gemm
-from fmaq.kernels.products import Kernel
+from fmaq.kernels.products import Kernel, Launch
 
 LABEL = re.compile(r"^([.\w$]+):")
 FUNCTION = re.compile(r"^_?tile\w*$")
@@ -134,16 +135,17 @@ def count(gemm: Gemm, is_checked: bool) -> Count | None:
 def launched(work: Callable[[], object]) -> list[Kernel]:
     """The kernels that `work` runs, in order."""
     kernels: list[Kernel] = []
-    kernel = products.kernel
+    launch_of = products.launch_of
 
-    @functools.wraps(kernel)
-    def noting(*arguments: object, **named: object) -> Kernel:
-        kernels.append(kernel(*arguments, **named))
-        return kernels[-1]
+    @functools.wraps(launch_of)
+    def noting(*arguments: Any, **named: Any) -> Launch:
+        launch = launch_of(*arguments, **named)
+        kernels.append(launch.kernel)
+        return launch
 
-    products.kernel = noting  # type: ignore[assignment]
+    products.launch_of = noting  # type: ignore[assignment]
     try:
         work()
     finally:
-        products.kernel = kernel
+        products.launch_of = launch_of
     return kernels

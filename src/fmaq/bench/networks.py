@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from fmaq.bench.rows import Case, Operation, Row, Unavailable
 from fmaq.bench.timing import compare
-from fmaq.emulation import Policy, attach
+from fmaq.emulation import Policy, attach, frozen
 from fmaq.numerics import Accumulator
 from fmaq.recipes.data import load_data
 from fmaq.recipes.models import build_model
@@ -44,12 +44,14 @@ class Network:
 
 
 RESNET20 = Network("ResNet-20", "resnet20/evaluate.yaml", 64)
+SMOLLM2 = Network("SmolLM2-135M", "smollm2/12bit.yaml", 1, 128)
 NETWORKS = (
     RESNET20,
     Network("EfficientNet-Lite0", "efficientnet_lite0/12bit.yaml", 8),
     Network("MiniLM", "minilm/12bit.yaml", 8),
-    Network("SmolLM2-135M", "smollm2/12bit.yaml", 1, 128),
+    SMOLLM2,
 )
+PROMPT, NEW_TOKENS = 8, 16
 
 
 def inference_cases(networks: Sequence[Network] = NETWORKS) -> list[Case]:
@@ -58,6 +60,14 @@ def inference_cases(networks: Sequence[Network] = NETWORKS) -> list[Case]:
         Case(Row("networks", network.work, "inference", 3.0, against="the plain network"), _inference(network))
         for network in networks
     ]
+
+
+def decoding_cases(network: Network = SMOLLM2) -> list[Case]:
+    """Greedy decoding, attached with paper12, against the plain network: with its weights frozen, and as it is."""
+    work = f"{network.name}, {NEW_TOKENS} tokens after {PROMPT}"
+    frozen = Row("decoding", work, "greedy, weights frozen", 2.5, against="the plain network")
+    usual = Row("decoding", work, "greedy", against="the plain network")
+    return [Case(frozen, _decoding(network, True)), Case(usual, _decoding(network, False))]
 
 
 def training_cases(network: Network = RESNET20) -> list[Case]:
@@ -121,6 +131,25 @@ def _inference(network: Network) -> Callable[[Row, int], Row]:
         with torch.no_grad():
             row = replace(row, macs=macs(lambda: forward(plain, inputs)))
             return row.timed(compare(lambda: forward(attached, inputs), lambda: forward(plain, inputs), rounds))
+
+    return measure
+
+
+def _decoding(network: Network, is_frozen: bool) -> Callable[[Row, int], Row]:
+    def measure(row: Row, rounds: int) -> Row:
+        plain, inputs, _ = load(network)
+        assert isinstance(inputs, dict)  # of a language model
+        attached = attach(sharing_copy(plain), POLICY)
+        prompt = inputs["input_ids"][:1, :PROMPT]
+
+        def decode(model: Any) -> Tensor:
+            tokens: Tensor = model.generate(
+                prompt, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0
+            )
+            return tokens
+
+        with torch.no_grad(), frozen(attached) if is_frozen else contextlib.nullcontext():
+            return row.timed(compare(lambda: decode(attached), lambda: decode(plain), rounds))
 
     return measure
 

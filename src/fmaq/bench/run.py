@@ -15,6 +15,7 @@ SUITES: dict[str, Callable[[], list[Case]]] = {
     "gemm": gemm.cases,
     "conv": conv.cases,
     "networks": networks.inference_cases,
+    "decoding": networks.decoding_cases,
     "training": networks.training_cases,
     "gradients": gradients.cases,
     "memory": costs.memory_cases,

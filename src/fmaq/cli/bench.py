@@ -14,7 +14,8 @@ from fmaq.cli.errors import INTERRUPTED, print_error
 
 EPILOG = (
     "[bold]Examples[/bold]\n\n  fmaq bench --json before.json\n\n  fmaq bench -s gemm --sizes 256,512 --threads 2\n\n"
-    "  fmaq bench -s gemm -s conv --target avx2\n\n  fmaq bench --compare before.json after.json"
+    "  fmaq bench -s gemm -s conv --target avx2\n\n  fmaq bench --compare before.json after.json\n\n"
+    "  fmaq bench --profile --sizes 256,1024"
 )
 
 # With another target, torch's libraries may use no more than that either: a fair ratio, that of a smaller machine. They
@@ -29,7 +30,9 @@ def bench(
     suite: Annotated[
         list[str] | None,
         typer.Option(
-            "--suite", "-s", help="gemm, conv, networks, training, gradients, memory or start; may be repeated. All."
+            "--suite",
+            "-s",
+            help="gemm, conv, networks, decoding, training, gradients, memory or start; may be repeated. All.",
         ),
     ] = None,
     threads: Annotated[int, typer.Option(min=1, help="Of both sides.")] = 1,
@@ -44,6 +47,9 @@ def bench(
     output: Annotated[
         Path | None, typer.Option("--json", metavar="OUT", help="Write the rows here too, after each of them.")
     ] = None,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Show where the time of products goes, part by part, on one thread.")
+    ] = False,
     compare: Annotated[
         tuple[Path, Path] | None,
         typer.Option(metavar="OLD NEW", help="Measure nothing; show two files of --json side by side."),
@@ -68,6 +74,9 @@ def bench(
     from fmaq.training.progress import Bars
 
     torch.set_num_threads(threads)
+    if profile:
+        _profile(target, _sizes(sizes), rounds)
+        return
     try:
         with use_target(target) if target else nullcontext():
             cases = select(suite or [], _sizes(sizes))
@@ -83,6 +92,21 @@ def bench(
     _warn_if(warning(load_average(), own=threads))
     if output is not None:
         typer.echo(f"rows:   {output}")
+
+
+def _profile(target: str | None, sizes: list[int], rounds: int) -> None:
+    from fmaq.bench import profile
+    from fmaq.bench.machine import describe, load_average, warning
+    from fmaq.kernels import use_target
+    from fmaq.numerics import Accumulator
+    from fmaq.training.progress import Bars
+
+    with use_target(target) if target else nullcontext():
+        _warn_if(warning(load_average()))
+        works = profile.squares(sizes) if sizes else profile.works()
+        found = profile.run(works, Accumulator.paper12, rounds, Bars())
+        print_table(profile.profile_table(found, Accumulator.paper12, str(describe()["processor"])))
+    _warn_if(warning(load_average(), own=1))
 
 
 def _compare(old: Path, new: Path) -> None:

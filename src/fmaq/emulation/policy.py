@@ -18,9 +18,10 @@ import re
 from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
 from fnmatch import fnmatchcase
-from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
+
+import torch
 
 from fmaq.emulation import vector_files
 from fmaq.emulation.in_short import in_short
@@ -100,53 +101,61 @@ class Rule:
     b_max: Vector | None = None
     products: Mapping[int | str, Mapping[str, Any]] = field(default_factory=dict, hash=False)
 
-    @cached_property
+    def __post_init__(self) -> None:
+        """Note what is asked for in every product; `_derived` are rules that were made of this one."""
+        chosen = {name: getattr(self, name) for name in CHOSEN_FIELDS}
+        how = {"estimator": self.estimator, "backward": self.backward, "per_token": self.per_token}
+        how |= {k: v.tensor for k, v in chosen.items() if v is not None}
+        is_plain = self.accumulator == FP32 and self.weight is None and self.activation is None
+        is_plain = is_plain and all(rule.is_plain for rule in self.of_products())
+        for name, value in (("_how", how), ("_is_plain", is_plain), ("_derived", {})):
+            object.__setattr__(self, name, value)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.__post_init__()
+
+    @property
     def is_plain(self) -> bool:
         """Nothing is emulated and nothing quantized in any product: torch's own products."""
-        is_plain = self.accumulator == FP32 and self.weight is None and self.activation is None
-        return is_plain and all(rule.is_plain for rule in self.of_products())
+        return self._is_plain  # type: ignore[attr-defined]
 
     @property
     def how(self) -> dict[str, Any]:
         """What a product is told beside its accumulator: keywords of `fmaq.matmul`, `linear` and convolutions."""
-        return dict(self._how)
-
-    @cached_property
-    def _how(self) -> dict[str, Any]:
-        chosen = {name: getattr(self, name) for name in CHOSEN_FIELDS}
-        how = {"estimator": self.estimator, "backward": self.backward, "per_token": self.per_token}
-        return how | {k: v.tensor for k, v in chosen.items() if v is not None}
-
-    @cached_property
-    def _derived(self) -> dict[tuple[str, int | str | None], Rule]:
-        """Rules that were made of this one: for a key of `products`, or for a number of heads."""
-        return {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        """The fields, without what is kept of them."""
-        return {field.name: self.__dict__[field.name] for field in fields(self)}
+        return dict(self._how)  # type: ignore[attr-defined]
 
     def for_product(self, kind: str, index: int) -> Rule:
         """The rule of one product of the layer: what `products` says of its index, else of its kind, laid over this."""
         if not self.products:
             return self
         key = index if index in self.products else kind if kind in self.products else None
-        if ("product", key) not in self._derived:
-            entry = {} if key is None else self.products[key]
-            self._derived["product", key] = replace(self, **{"products": {}, **entry})
-        return self._derived["product", key]
+        entry = {} if key is None else self.products[key]
+        return self._once(("product", key), lambda: replace(self, **{"products": {}, **entry}))
 
     def for_heads(self, heads: int) -> Rule:
         """The rule of one product for so many heads: numbers by head are repeated for the heads of a group."""
-        if ("heads", heads) not in self._derived:
-            repeated: dict[str, Any] = {}
-            for name in CHOSEN_FIELDS:
-                vector = getattr(self, name)
-                times = 1 if vector is None else heads // (heads_of(vector) or heads)
-                if times > 1 and times * heads_of(vector) == heads:
-                    repeated[name] = vector.repeated(times)
-            self._derived["heads", heads] = replace(self, **repeated) if repeated else self
-        return self._derived["heads", heads]
+        return self._once(("heads", heads), lambda: self._for_heads(heads))
+
+    def _for_heads(self, heads: int) -> Rule:
+        repeated: dict[str, Any] = {}
+        for name in CHOSEN_FIELDS:
+            vector = getattr(self, name)
+            times = 1 if vector is None else heads // (heads_of(vector) or heads)
+            if times > 1 and times * heads_of(vector) == heads:
+                repeated[name] = vector.repeated(times)
+        return replace(self, **repeated) if repeated else self
+
+    def _once(self, key: tuple[str, int | str | None], make: Callable[[], Rule]) -> Rule:
+        if torch.compiler.is_compiling():
+            return make()
+        known: dict[tuple[str, int | str | None], Rule] = self._derived  # type: ignore[attr-defined]
+        if key not in known:
+            known[key] = make()
+        return known[key]
 
     def handed_down(self) -> Rule:
         """What is inherited by modules inside: all but what was chosen for the layer's own sums."""

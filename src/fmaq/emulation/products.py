@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -130,7 +130,8 @@ def choosing(chooser: Chooser) -> Iterator[None]:
         _choosers.current = before
 
 
-class Place(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Place:
     """Where a product is met: full name of the module that calls it, its kind, and its index in the call."""
 
     layer: str

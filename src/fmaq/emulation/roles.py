@@ -36,31 +36,11 @@ class Role(IntEnum):
     ACTIVATION = 3
 
 
-class _Reference(weakref.ref[Tensor]):
-    """To a tensor, with the place where its role is noted."""
-
-    __slots__ = ("key",)
-
-    def __init__(self, x: Tensor, forget: Callable[[_Reference], None]) -> None:
-        super().__init__(x, forget)
-        self.key = id(x)
-
-    def __new__(cls, x: Tensor, forget: Callable[[_Reference], None]) -> _Reference:
-        return super().__new__(cls, x, forget)  # type: ignore[arg-type]
-
-
 class _Known:
     """Roles by tensors, which are not kept alive; asked for every argument of every function, so a plain `dict`."""
 
     def __init__(self) -> None:
-        self._roles: dict[int, tuple[_Reference, Role]] = {}
-        roles = self._roles
-
-        def forget(reference: _Reference) -> None:
-            if roles.get(reference.key, (None,))[0] is reference:
-                del roles[reference.key]
-
-        self._forget = forget
+        self._roles: dict[int, tuple[weakref.ref[Tensor], Role]] = {}
 
     def get(self, x: Tensor) -> Role | None:
         """Its role, if it is noted."""
@@ -68,7 +48,13 @@ class _Known:
         return found[1] if found is not None and found[0]() is x else None
 
     def __setitem__(self, x: Tensor, role: Role) -> None:
-        self._roles[id(x)] = _Reference(x, self._forget), role
+        key, roles = id(x), self._roles
+
+        def forget(reference: weakref.ref[Tensor]) -> None:
+            if roles.get(key, (None,))[0] is reference:
+                del roles[key]
+
+        roles[key] = weakref.ref(x, forget), role
 
 
 class Roles:

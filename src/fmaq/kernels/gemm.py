@@ -44,6 +44,8 @@ from fmaq.numerics.reference import EVENTS
 
 CACHE_LINE = 64
 MANY = 2**61  # more steps than there are
+TILE_ARGUMENTS = [*[POINTER] * 5, I64, POINTER, POINTER, F32, F32]
+STORE_ARGUMENTS = [POINTER, POINTER, POINTER, I64, I64, F32]
 COUNTERS = 2 * len(EVENTS)  # of steps, then of merges
 
 
@@ -87,7 +89,7 @@ class Gemm:
 
         `tile(a, b, buffer, words, counters, depth, row bounds, column bounds, norm limit, product limit)`
         """
-        function, b = self._function("tile", [POINTER] * 5 + [I64, POINTER, POINTER, F32, F32])
+        function, b = self._function("tile", TILE_ARGUMENTS)
         a, packed, buffer, words, self._counters_at, depth, *bounds = function.args
         v = self._lanes(b)
         cells = [(r, i) for r in range(self.tile.rows) for i in range(self.tile.vectors)]
@@ -241,7 +243,7 @@ class Gemm:
 
     def _store(self) -> ir.Function:
         """The valid part of a tile's buffer, times a power of two, into C, whose row starts at `c`."""
-        function, b = self._function("store", [POINTER, POINTER, POINTER, I64, I64, F32])
+        function, b = self._function("store", STORE_ARGUMENTS)
         buffer, c, table, row_stride, valid_rows, scale = function.args
         v = Lanes(b, self.target, FLOAT32_BYTES)
         scales = v.splat(scale)

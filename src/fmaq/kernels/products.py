@@ -123,8 +123,8 @@ class Launch:
     at_counters: int
     panels: tuple[tuple[Any, ...], int, int]
 
-    def run(self, problem: Problem, seed: int, kept: Panels | None = None) -> np.ndarray | None:
-        """Run all tasks; returns the sums of the threads' counters, where the kernel counts."""
+    def parameters(self, problem: Problem, seed: int, kept: Panels | None = None) -> ctypes.Array[ctypes.c_int64]:
+        """The template, with what is known of a call alone."""
         parameters = PARAMETERS.from_buffer_copy(self.template)
         parameters[FIELD["a"]] = problem.a.data_ptr()
         parameters[FIELD["b"]] = problem.b.data_ptr()
@@ -134,6 +134,11 @@ class Launch:
             parameters[FIELD["kept_panels"]] = kept.address
             parameters[FIELD["is_packed"]] = int(kept.is_packed)
             parameters[FIELD["panel_bytes"]] = self.panels[1]
+        return parameters
+
+    def run(self, problem: Problem, seed: int, kept: Panels | None = None) -> np.ndarray | None:
+        """Run all tasks; returns the sums of the threads' counters, where the kernel counts."""
+        parameters = self.parameters(problem, seed, kept)
         run, count = self.kernel.run, self.kernel.gemm.counters
 
         def work(first: int, last: int) -> np.ndarray | None:
@@ -147,7 +152,7 @@ class Launch:
             return counters.copy()
 
         counted = run_tasks(self.tasks, work, self.is_small)
-        return np.sum(counted, axis=0) if count else None
+        return np.sum([found for found in counted if found is not None], axis=0) if count else None
 
 
 @functools.lru_cache(maxsize=1 << 14)
@@ -207,7 +212,7 @@ def _kernel(layout: Layout, choice: Choice, chunk: int | None, target: Target, k
     lanes = target.lanes(choice.arithmetic.element_bytes)
     while height * vectors * 2 <= rows * target.tile[1] and vectors * lanes * 2 <= layout.columns:
         vectors *= 2  # few rows leave registers to more columns
-    return kernel(choice.arithmetic, chunk, target, Tile(height, vectors), kind)
+    return kernel(choice.arithmetic, chunk, target, Tile(height, vectors), kind)  # type: ignore[arg-type]
 
 
 def fields_of(layout: Layout, choice: Choice) -> dict[str, int]:
@@ -257,7 +262,7 @@ class Problem(NamedTuple):
             panels.is_packed = True
         return True
 
-    def count(self, acc: Accumulator) -> list[int]:
+    def count_events(self, acc: Accumulator) -> list[int]:
         """Fill `c`, of finite operands, and count `gemm.COUNTERS` events."""
         nothing = [0] * COUNTERS
         if self.c.numel() == 0 or self.layout.depth == 0:
@@ -268,9 +273,9 @@ class Problem(NamedTuple):
             self.c.zero_()
             return nothing
         found = self._counted(acc, (a.widened(), b.widened()), CountingGemm)
-        return found.tolist()  # type: ignore[no-any-return]
+        return found.tolist()
 
-    def exponents(self, acc: Accumulator) -> np.ndarray:
+    def count_exponents(self, acc: Accumulator) -> np.ndarray:
         """Fill `c`, of finite operands, and count exponents: (2, BINS), of rounded products, then of partial sums."""
         if self.c.numel() == 0 or self.layout.depth == 0:
             return np.zeros((2, BINS), np.int64)
@@ -280,7 +285,8 @@ class Problem(NamedTuple):
         return bins
 
     def _counted(self, acc: Accumulator, ranges: tuple[Measured, Measured] | None, kind: type[Gemm]) -> np.ndarray:
-        launch = launch_of(self.layout, acc.with_seed(0), current_target(), ranges, torch.get_num_threads(), kind)
+        how = self.layout, acc.with_seed(0), current_target(), ranges, torch.get_num_threads(), kind
+        launch = launch_of(*how)  # type: ignore[arg-type]
         counted = launch.run(self, acc.seed)
         assert counted is not None
         return counted
@@ -307,7 +313,7 @@ def matmul(a: Tensor, b: Tensor, acc: Accumulator) -> Tensor:
 
 def count_events(a: Tensor, b: Tensor, acc: Accumulator) -> list[int]:
     """How often each of `numerics.reference.EVENTS` happens in the steps, then in the merges, of `matmul` (finite)."""
-    return matrix_problem(a, b).count(acc)
+    return matrix_problem(a, b).count_events(acc)
 
 
 def count_exponents(a: Tensor, b: Tensor, acc: Accumulator) -> np.ndarray:
@@ -316,7 +322,7 @@ def count_exponents(a: Tensor, b: Tensor, acc: Accumulator) -> np.ndarray:
     Returns:
         (2, BINS): zeros first, then exponents from LOWEST (and below) on; see `histograms`.
     """
-    return matrix_problem(a, b).exponents(acc)
+    return matrix_problem(a, b).count_exponents(acc)
 
 
 def matrix_problem(a: Tensor, b: Tensor) -> Problem:
@@ -386,7 +392,7 @@ def count_conv_events(
     geometry: Geometry,
 ) -> list[int]:
     """How often each of `numerics.reference.EVENTS` happens in the steps, then in the merges, of `conv` (finite)."""
-    return conv_problem(x, weight, geometry).count(acc)
+    return conv_problem(x, weight, geometry).count_events(acc)
 
 
 def count_conv_exponents(
@@ -396,7 +402,7 @@ def count_conv_exponents(
     geometry: Geometry,
 ) -> np.ndarray:
     """`count_exponents` of `conv`."""
-    return conv_problem(x, weight, geometry).exponents(acc)
+    return conv_problem(x, weight, geometry).count_exponents(acc)
 
 
 def conv_problem(x: Tensor, weight: Tensor, geometry: Geometry) -> Problem:

@@ -25,7 +25,8 @@ def scratch(size: int) -> int:
     if getattr(_local, "size", -1) < size:
         _local.size, _local.buffer = size, np.empty(size + 64, np.uint8)
         _local.address = -(-int(_local.buffer.ctypes.data) // 64) * 64
-    return _local.address  # type: ignore[no-any-return]
+    address: int = _local.address
+    return address
 
 
 def _pool(threads: int) -> ThreadPoolExecutor:
