@@ -23,9 +23,9 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return own.parent if os.environ.get("PYTEST_XDIST_WORKER") else own
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session", autouse=True)
 def own_cache(run_folder: Path) -> Iterator[None]:
-    """Tests keep what they synthesize in a folder of this run's, which is empty at first, and share it."""
+    """Tests keep what they compile and synthesize in a folder of this run's, which is empty at first, and share it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FMAQ_CACHE", str(run_folder / "cache"))
         yield

@@ -20,9 +20,6 @@ from fmaq.hardware.liberty import find_library
 from fmaq.hardware.streams import of_layer
 from fmaq.hardware.unit import Unit
 
-pytestmark = pytest.mark.usefixtures("own_cache")
-
-
 SMALL = fmaq.Policy("M3E3b4 product=M3E3b6", weight="M1E2", activation="M1E2")
 
 

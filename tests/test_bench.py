@@ -21,6 +21,7 @@ from fmaq.bench.run import run, select
 from fmaq.bench.tables import comparison_table, differences, report_table, summary
 from fmaq.cli import main
 from fmaq.training.progress import Bars
+from huggingface_cases import tiny
 
 ROW = Row(
     *("gemm", "8×8×8", "float32"),

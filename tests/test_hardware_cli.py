@@ -13,8 +13,6 @@ pytest.importorskip("pyosys", reason="needs the extra fmaq[hardware]")
 
 from fmaq import cli
 
-pytestmark = pytest.mark.usefixtures("own_cache")
-
 
 @pytest.fixture
 def fmaq(monkeypatch, capsys):

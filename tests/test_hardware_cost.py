@@ -34,9 +34,6 @@ from fmaq.hardware.unit import Unit
 from fmaq.numerics import Accumulator
 from fmaq.numerics.accumulator import ROUNDINGS
 
-pytestmark = pytest.mark.usefixtures("own_cache")
-
-
 # --- Netlists ---------------------------------------------------------------------------------------------------------
 
 

@@ -18,8 +18,6 @@ from fmaq.hardware.functions import FunctionError, compile_function, pins_of
 from fmaq.hardware.liberty import LibertyError, find_library
 from fmaq.hardware.liberty_text import LibertySyntaxError, read, write
 
-pytestmark = pytest.mark.usefixtures("own_cache")
-
 
 @pytest.fixture
 def library(tmp_path):

@@ -24,9 +24,6 @@ needs_iverilog = pytest.mark.skipif(
 )
 
 
-pytestmark = pytest.mark.usefixtures("own_cache")
-
-
 SMALL = [
     ("M3E3b4 product=M3E3b6", "M1E2", "M1E2"),
     ("M2E3b2z product=M1E3b4z rounding=nearest_even", "M2E2", "M1E2"),

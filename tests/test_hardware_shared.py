@@ -13,9 +13,6 @@ from fmaq.hardware.netlist import Gate, Netlist
 from fmaq.hardware.unit import Unit
 from fmaq.hardware.verilog import verilog
 
-pytestmark = pytest.mark.usefixtures("own_cache")
-
-
 SHARING = [
     ("M5E4b10h product=M5E4b12h chunk=4 outer=M10E5b16", "M4E3", "M4E3"),
     ("I10f4 product=I10f4 product_rounding=half_up chunk=4 outer=I16f4", "M4E3", "M4E3"),

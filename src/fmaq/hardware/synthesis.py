@@ -21,6 +21,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from fmaq.cache_folder import cache_folder
 from fmaq.hardware.liberty import LibertyError, Library
 from fmaq.hardware.netlist import GENERIC, Netlist
 
@@ -143,7 +144,7 @@ def map_to_cells(rtlil: str, library: Library, recipes: Iterable[Recipe] = RECIP
     """
     recipes = tuple(recipes)
     key = _key(rtlil, library, recipes)
-    cached = _cache_folder() / f"{key}.json.gz"
+    cached = cache_folder("hardware") / f"{key}.json.gz"
     if cached.is_file():
         return _read(cached)
     with tempfile.TemporaryDirectory() as folder:
@@ -253,16 +254,6 @@ def _key(rtlil: str, library: Library, recipes: tuple[Recipe, ...]) -> str:
     design = re.sub(r'attribute \\src "[^"]*"', "", rtlil)
     parts = [version("pyosys"), *FRONT_END, design, library.text, RIPPLE.read_text(encoding="utf-8"), repr(recipes)]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
-
-
-def _cache_folder() -> Path:
-    """FMAQ_CACHE, or the user's cache folder."""
-    base = os.environ.get("FMAQ_CACHE")
-    return (
-        Path(base) / "hardware"
-        if base
-        else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fmaq/hardware"
-    )
 
 
 def _read(path: Path) -> list[Mapped]:

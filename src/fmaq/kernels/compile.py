@@ -1,15 +1,18 @@
-"""From a module of LLVM's to callable machine code, in this process, without a compiler on the machine."""
+"""From a module of LLVM's to callable machine code, without a compiler on the machine; kept on disk (`code_cache`)."""
 
 from __future__ import annotations
 
 import ctypes
 import functools
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import llvmlite
 import llvmlite.binding as llvm
 from llvmlite import ir
 
+from fmaq.kernels import code_cache
 from fmaq.kernels.targets import Target
 
 
@@ -27,22 +30,25 @@ def _triple(target: Target) -> str:
     return f"{target.architecture}-unknown-linux-gnu"
 
 
-def optimize(module: ir.Module, target: Target) -> tuple[llvm.ModuleRef, llvm.TargetMachine]:
-    """The module, optimized for a target, and the machine that writes its code.
+def _machine(target: Target) -> llvm.TargetMachine:
+    """What writes code for a target."""
+    _initialize()
+    return llvm.Target.from_triple(_triple(target)).create_target_machine(cpu=target.cpu, opt=3, jit=True)
+
+
+def optimize(text: str, machine: llvm.TargetMachine) -> llvm.ModuleRef:
+    """A module, optimized.
 
     LLVM neither vectorizes nor unrolls: loops are written as vectors, and a step keeps the machine's units busy.
     """
-    _initialize()
-    module.triple = _triple(target)
-    machine = llvm.Target.from_triple(module.triple).create_target_machine(cpu=target.cpu, opt=3, jit=True)
-    parsed = llvm.parse_assembly(str(module))
+    parsed = llvm.parse_assembly(text)
     parsed.verify()
     options = llvm.create_pipeline_tuning_options(speed_level=2)
     options.loop_vectorization = options.slp_vectorization = options.loop_unrolling = False
     options.loop_interleaving = False
     builder = llvm.create_pass_builder(machine, options)
     builder.getModulePassManager().run(parsed, builder)
-    return parsed, machine
+    return parsed
 
 
 @dataclass(frozen=True)
@@ -62,15 +68,30 @@ class Compiled:
 
 def compile_module(module: ir.Module, target: Target) -> Compiled:
     """A module's machine code."""
-    optimized, machine = optimize(module, target)
-    engine = llvm.create_mcjit_compiler(optimized, machine)
+    machine = _machine(target)
+    module.triple = _triple(target)
+    text = str(module)
+    key = code_cache.key_of(_versions(), target.cpu.encode(), text.encode())
+    code = code_cache.find(key)
+    if code is None:
+        code = machine.emit_object(optimize(text, machine))
+        code_cache.keep(key, code)
+    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
+    engine.add_object_file(llvm.ObjectFileRef.from_data(code))
     engine.finalize_object()
     return Compiled(engine)
+
+
+@functools.cache
+def _versions() -> bytes:
+    """Of LLVM, and of this file, which says how it is used."""
+    return repr((llvmlite.__version__, llvm.llvm_version_info)).encode() + Path(__file__).read_bytes()
 
 
 def assembly(module: ir.Module, target: Target) -> str:
     """A module's assembly text for a target, which this machine need not run."""
     llvm.initialize_all_targets()
     llvm.initialize_all_asmprinters()
-    optimized, machine = optimize(module, target)
-    return machine.emit_assembly(optimized)
+    machine = _machine(target)
+    module.triple = _triple(target)
+    return str(machine.emit_assembly(optimize(str(module), machine)))
