@@ -123,7 +123,7 @@ def profile(work: Work, acc: Accumulator, rounds: int) -> Profile:
     target, problem = kernels.current_target(), work.problem()
     a, b = measured(problem.a, target), measured(problem.b, target)
     launches = [
-        launch_of(problem.layout, acc, target, (a.widened(), b.widened()), 1, kind)
+        launch_of(problem.layout, acc, target, problem.layout.widened(a, b), 1, kind)
         for kind in (Gemm, _Storeless, _Packing)
     ]
     array = [launch.parameters(problem, acc.seed) for launch in launches]

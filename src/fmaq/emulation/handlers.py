@@ -93,12 +93,14 @@ class Met:
         announce(self.call, kind, tensors, reason, macs=macs)
         return result
 
-    def product(self, kind: str, a: Tensor, b: Tensor, **changes: Any) -> Tensor:
+    def product(
+        self, kind: str, a: Tensor, b: Tensor, is_weight: tuple[bool, bool] | None = None, **changes: Any
+    ) -> Tensor:
         """The product of two tensors as `torch.matmul` has it."""
         request = Request(
             kind,
             (a, b),
-            (self.is_weight(a), self.is_weight(b)),
+            is_weight or (self.is_weight(a), self.is_weight(b)),
             steps=a.shape[-1] if a.dim() else 1,
             torch_product=torch.matmul,
             emulated_product=ops.matmul,
@@ -226,14 +228,14 @@ def _attention(met: Met) -> Tensor:
     reason = why_untouched(met.call.attachment.rule, (query, key, value))
     if reason is None:
         dtype = autocast_dtype(query) or query.dtype
-        score = functools.partial(met.product, "attention_scores")
-        mix = functools.partial(met.product, "attention_values")
+        score = functools.partial(met.product, "attention_scores", is_weight=(False, False))
         if bound["enable_gqa"] and _is_by_query_head(met.call, query.shape[-3]):
             groups = query.shape[-3] // key.shape[-3]
             key, value = (x.repeat_interleave(groups, -3) for x in (key, value))
             bound["enable_gqa"] = False
         with full_precision(query.device.type):
             query, key, value = (x.to(dtype).float() for x in (query, key, value))
+            mix = functools.partial(met.product, "attention_values", is_weight=(False, met.is_weight(value)))
             return attend(query, key, value, score, mix, **bound).to(dtype)
     result = again()
     width = query.shape[-1]

@@ -41,7 +41,8 @@ _OF_ONE_POINT = {f"{name}_{d}" for name in ("size", "kernel", "stride", "dilatio
 USUAL = [int(name in _OF_ONE_POINT) for name in FIELDS]  # a kernel and an image of one point
 SMALL = 1 << 16  # multiply-adds that are not worth a second thread
 FEW_ROWS = 64  # that share a panel: up to so many, keeping panels pays
-KEPT_BITS = 4  # of the number of steps, for which an arithmetic is chosen
+LONG = 1 << 24  # multiply-adds that take longer than to choose their kernel
+KEPT_BITS = 4  # of the number of steps in a sum, and of magnitudes, for which a kernel is chosen
 LARGE = 1 << 14  # elements of an operand that is worth keeping
 
 
@@ -97,6 +98,12 @@ class Layout:
     def is_kept(self) -> bool:
         """Panels of B are worth keeping: they take longer to pack than to use, and B may be a weight."""
         return self.is_matrix and self.rows <= FEW_ROWS and self.b_size >= LARGE
+
+    def widened(self, a: Measured, b: Measured) -> tuple[Measured, Measured]:
+        """The ranges for which a kernel is chosen: in a short product, that takes longer than a check too many."""
+        steps = self.batches * self.rows * self.columns * self.depth
+        kept = KEPT_BITS if steps >= LONG else 0
+        return a.widened(kept), b.widened(kept)
 
     @property
     def has_bounds(self) -> bool:
@@ -254,7 +261,7 @@ class Problem(NamedTuple):
         if a.largest == 0 or b.largest == 0:
             self.c.zero_()
             return True
-        launch = launch_of(layout, acc.with_seed(0), target, (a.widened(), b.widened()), torch.get_num_threads())
+        launch = launch_of(layout, acc.with_seed(0), target, layout.widened(a, b), torch.get_num_threads())
         how, _, size = launch.panels
         panels = None if mark is None else kept.find((mark, self.b.shape, self.b.stride(), *how), size)
         launch.run(self, acc.seed, panels)
@@ -272,7 +279,7 @@ class Problem(NamedTuple):
         if a.largest == 0 or b.largest == 0:
             self.c.zero_()
             return nothing
-        found = self._counted(acc, (a.widened(), b.widened()), CountingGemm)
+        found = self._counted(acc, self.layout.widened(a, b), CountingGemm)
         return found.tolist()
 
     def count_exponents(self, acc: Accumulator) -> np.ndarray:

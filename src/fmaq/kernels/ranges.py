@@ -23,8 +23,9 @@ from fmaq.kernels.targets import Target, current_target
 INFINITY_BITS = 0x7F800000
 WORDS = 4  # that are found of a tensor's magnitudes
 
-FEW_BITS = 8  # of significands that are known exactly in `Measured.widened`
-KEPT_STEP = 1 << 19  # of a float32's bits: four bits of its mantissa stay
+MANTISSA_BITS, EXPONENT_BITS = 0x007FFFFF, 0x7F800000
+COARSE_EXPONENT_BITS = 0x78000000  # multiples of 16
+FEW_BITS = 8  # of significands whose products may need no rounding: the smallest one counts
 
 
 class Range(NamedTuple):
@@ -71,18 +72,17 @@ class Measured(NamedTuple):
         """Every value is finite."""
         return self.largest < INFINITY_BITS
 
-    def widened(self) -> Measured:
-        """One of few ranges that this one lies in: its own where significands have few bits.
+    def widened(self, kept: int) -> Measured:
+        """One of few ranges that this one lies in, so that what depends on ranges need not be decided for each.
 
-        So what depends on ranges is decided once, and not for every new largest value of an activation.
+        Args:
+            kept: bits of the largest one's mantissa that stay. Those behind become ones, as far as significands reach: the
+                largest value of a narrow format stays what it is.
         """
         largest, smallest, significant, is_whole = self
-        if significant <= FEW_BITS:
-            return self
-        more = (largest + KEPT_STEP - 1) & -KEPT_STEP
-        return Measured(
-            more if more < INFINITY_BITS else largest, smallest & INFINITY_BITS or smallest, significant, is_whole
-        )
+        ones = ((1 << significant - 1) - 1) << 24 - significant
+        places = EXPONENT_BITS if kept or significant <= FEW_BITS else COARSE_EXPONENT_BITS
+        return Measured(largest | ones & (MANTISSA_BITS >> kept), smallest & places or smallest, significant, is_whole)
 
 
 def _module(target: Target) -> ir.Module:
@@ -176,7 +176,7 @@ def _measured(x: Tensor, target: Target) -> Measured:
     largest, smallest_less_one, union, fractions = words[:WORDS]
     if largest == 0:
         return Measured(0, INFINITY_BITS, 1, True)
-    mantissa = union & 0x7FFFFF
+    mantissa = union & MANTISSA_BITS
     trailing = 23 if mantissa == 0 else (mantissa & -mantissa).bit_length() - 1
     return Measured(largest, smallest_less_one + 1, 24 - trailing, fractions == 0)
 
