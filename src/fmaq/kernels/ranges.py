@@ -76,8 +76,8 @@ class Measured(NamedTuple):
         """One of few ranges that this one lies in, so that what depends on ranges need not be decided for each.
 
         Args:
-            kept: bits of the largest one's mantissa that stay. Those behind become ones, as far as significands reach: the
-                largest value of a narrow format stays what it is.
+            kept: bits of the largest one's mantissa that stay. Those behind become ones, as far as significands reach:
+                the largest value of a narrow format stays what it is.
         """
         largest, smallest, significant, is_whole = self
         ones = ((1 << significant - 1) - 1) << 24 - significant
