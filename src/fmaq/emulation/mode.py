@@ -12,7 +12,8 @@ from torch._ops import OpOverload, OpOverloadPacket
 
 from fmaq.emulation import foreign, traced
 from fmaq.emulation.calls import Call, ModelMode, current_call, handling
-from fmaq.emulation.handlers import ATEN, HANDLERS, Handler, Met, handler_of_kind, of_kind
+from fmaq.emulation.handlers import ATEN, HANDLERS, Handler, handler_of_kind, of_kind
+from fmaq.emulation.met import Met
 from fmaq.emulation.roles import Roles
 
 WITHOUT_PRODUCTS = {

@@ -13,21 +13,19 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fmaq import ops
+from fmaq.emulation.calls import Call
+from fmaq.emulation.met import Met
 from fmaq.emulation.policy import RECURRENT_KINDS as KINDS
 from fmaq.emulation.products import Request, autocast_dtype, compute, is_chosen, why_untouched
 from fmaq.emulation.sizes import macs_of_recurrence
 from fmaq.ops.operands import full_precision
-
-if TYPE_CHECKING:
-    from fmaq.emulation.calls import Call
-    from fmaq.emulation.handlers import Met
 
 Product = Callable[[Tensor], Tensor]
 Group = dict[str, tuple[Tensor, Tensor | None]]

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fmaq.emulation.calls import STATE, Attachment, is_compiled_code
-from fmaq.emulation.handlers import HANDLERS, Met
+from fmaq.emulation.handlers import HANDLERS
+from fmaq.emulation.met import Met
 from fmaq.emulation.products import is_heard
 from fmaq.emulation.roles import FROM_DATA, SHAPED_LIKE, Role, tensors_in
 
