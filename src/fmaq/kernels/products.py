@@ -335,7 +335,7 @@ def count_exponents(a: Tensor, b: Tensor, acc: Accumulator) -> np.ndarray:
 def matrix_problem(a: Tensor, b: Tensor) -> Problem:
     """Of (B, M, K) and (B, K, N)."""
     layout = _matrix_layout(a.shape, a.stride(), b.shape, b.stride())
-    c = torch.empty(layout.shape)
+    c = a.new_empty(layout.shape)
     return Problem(b, a, c, layout) if layout.is_swapped else Problem(a, b, c, layout)
 
 
@@ -416,7 +416,7 @@ def conv_problem(x: Tensor, weight: Tensor, geometry: Geometry) -> Problem:
     """Of (N, C, *spatial) and (O, C/groups, *kernel)."""
     flat = weight.reshape(weight.shape[0], -1)
     layout = _conv_layout(x.shape, x.stride(), weight.shape, flat.stride(), geometry)
-    return Problem(flat, x, torch.empty(layout.shape), layout)
+    return Problem(flat, x, x.new_empty(layout.shape), layout)
 
 
 @functools.lru_cache(maxsize=4096)
