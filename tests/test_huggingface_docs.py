@@ -22,7 +22,7 @@ def test_the_python_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyP
     names = {"checkpoint": "llama", "batches": [{"input_ids": ids}], "prompt": ids[:, :3], "torch": torch}
     names |= {"device_map": device_map, "targets": ["q_proj", "v_proj"]}
     blocks = re.findall(r"^```python\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
-    assert len(blocks) == 5
+    assert len(blocks) == 6
     for block in blocks:
         exec(compile(block, "huggingface.md", "exec"), names)
     restored = fmaq.from_pretrained(peft.AutoPeftModelForCausalLM, "adapter")
