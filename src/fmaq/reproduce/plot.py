@@ -84,9 +84,12 @@ def _draw_panel(axes: Axes, results: Results, panel: _Panel) -> None:
     metric = results.metrics[0]
     scale = 100 if metric in PERCENT else 1
     spread = results.spread(metric)
-    _baseline(
-        axes, metric, scale, [found for key, found in spread.items() if key[0] == FP32 and panel.title in ("", key[2])]
-    )
+    twins = {key[2]: found for key, found in spread.items() if key[0] == FP32 and panel.title in ("", key[2])}
+    if set(twins) <= set(panel.places):
+        _line(axes, "float32", [(panel.places.index(name), found) for name, found in twins.items()], scale, None)
+    elif twins:
+        variant = list(twins)[-1]  # the one that was trained longest
+        _baseline(axes, metric, scale, twins[variant], f"float32, {variant}" if len(twins) > 1 else "float32")
     for index, (name, keys) in enumerate(zip(panel.lines, panel.keys, strict=True)):
         shift = 0.09 * (index - (len(panel.lines) - 1) / 2)
         points = [(place + shift, spread[key]) for place, key in enumerate(keys) if key in spread]
@@ -103,24 +106,26 @@ def _draw_panel(axes: Axes, results: Results, panel: _Panel) -> None:
     axes.legend(frameon=False, loc="best", fontsize=9)
 
 
-def _line(axes: Axes, name: str, points: Sequence[tuple[float, Spread]], scale: float, index: int) -> None:
-    """One line: the means, and the range of each over its seeds."""
+def _line(axes: Axes, name: str, points: Sequence[tuple[float, Spread]], scale: float, index: int | None) -> None:
+    """One line: the means, and the range of each over its seeds; without an index in grey."""
     xs = [x for x, _ in points]
     means = [scale * sum(found.values) / len(found.values) for _, found in points]
     below = [mean - scale * found.low for mean, (_, found) in zip(means, points, strict=True)]
     above = [scale * found.high - mean for mean, (_, found) in zip(means, points, strict=True)]
-    look: dict[str, Any] = {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)]}
+    look: dict[str, Any] = {"color": MUTED, "linestyle": (0, (4, 3))}
+    if index is not None:
+        again = index // len(COLOURS)  # with a colour that is there already, another marker
+        look = {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[(index + again) % len(MARKERS)]}
     # Rounding must not make a length negative.
     errors = [[max(0.0, length) for length in lengths] for lengths in (below, above)]
     axes.errorbar(xs, means, yerr=errors, label=name, linewidth=1.5, markersize=5.5, capsize=3, **look)
 
 
-def _baseline(axes: Axes, metric: str, scale: float, found: Sequence[Spread]) -> None:
-    values = [value * scale for spread in found for value in spread.values]
-    if not values:
+def _baseline(axes: Axes, metric: str, scale: float, found: Spread, name: str) -> None:
+    if not found.values:
         return
-    mean = sum(values) / len(values)
-    shown = f"float32: {mean:.2f}{' %' if metric in PERCENT else ''}"
+    mean = scale * sum(found.values) / len(found.values)
+    shown = f"{name}: {mean:.2f}{' %' if metric in PERCENT else ''}"
     axes.axhline(mean, color=MUTED, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
     place = axes.get_yaxis_transform()
     axes.text(1, mean, shown, ha="right", va="bottom", color=INK, fontsize=8.5, transform=place)
