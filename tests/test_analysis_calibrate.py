@@ -287,7 +287,7 @@ def test_rows_one_by_one_are_as_good_as_in_one_batch(per):
     paper = error_after(model, fmaq.Policy("paper12"), other)
     assert error_after(model, one_by_one, other) < 1.5 * error_after(model, together, other) < 0.3 * paper
     image = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 6))
-    pictures, others = torch.randn(8, 3, 6, 6), torch.randn(48, 3, 6, 6)
+    pictures, others = torch.randn(16, 3, 6, 6), torch.randn(48, 3, 6, 6)
     policy = fmaq.calibrate(image, "M7E4 product=M7E4", list(pictures.split(1)), per=per)
     assert error_after(image, policy, others) < 0.01
 
