@@ -103,6 +103,17 @@ def test_an_uncounted_write_is_what_the_promise_excludes() -> None:
         assert not torch.equal(model(x), before)
 
 
+def test_weights_whose_writes_are_not_counted_are_not_frozen() -> None:
+    with torch.inference_mode():
+        model, x = linear(FORMATS["floats"]), torch.randn(2, 150)
+        assert model.weight.is_inference()
+        with fmaq.frozen(model):
+            before = model(x)
+            model.weight.mul_(-1.5)
+            after = model(x)
+        assert torch.equal(after, model(x)) and not torch.equal(after, before)
+
+
 def test_gradients_are_those_of_a_model_that_is_not_frozen() -> None:
     """A step inside the block, too: what is recorded is made anew each time."""
     found = []

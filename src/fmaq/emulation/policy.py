@@ -27,12 +27,12 @@ from fmaq.emulation import vector_files
 from fmaq.emulation.in_short import in_short
 from fmaq.emulation.noise import BY_CALL, NOISE
 from fmaq.emulation.vectors import Vector
-from fmaq.emulation.whole_files import write_bytes
 from fmaq.numerics import Accumulator
 from fmaq.numerics.formats import meant_by
 from fmaq.numerics.reference import ESTIMATORS
 from fmaq.ops import parse_tensor_format
 from fmaq.ops.operands import AccumulatorLike
+from fmaq.whole_files import write_bytes
 
 T = TypeVar("T")
 

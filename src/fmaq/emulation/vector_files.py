@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from fmaq.emulation.whole_files import write_bytes
+from fmaq.whole_files import write_bytes
 
 KEY = "vectors"
 NAMES = ("offset", "gain", "shift", "a_max", "b_max")

@@ -10,7 +10,6 @@ import gzip
 import hashlib
 import importlib.util
 import json
-import os
 import re
 import subprocess
 import sys
@@ -24,6 +23,7 @@ from typing import Any
 from fmaq.cache_folder import cache_folder
 from fmaq.hardware.liberty import LibertyError, Library
 from fmaq.hardware.netlist import GENERIC, Netlist
+from fmaq.whole_files import write_bytes
 
 TOP = "fmaq"
 TIME_LIMIT = 300
@@ -268,12 +268,9 @@ def _read(path: Path) -> list[Mapped]:
 
 
 def _write(path: Path, mapped: list[Mapped]) -> None:
-    """Atomically, so that an interrupted or a second run leaves no half file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Whole or not at all, so that an interrupted or a second run leaves no half file."""
     text = json.dumps([{"recipe": m.recipe, "picoseconds": m.picoseconds, "module": m.module} for m in mapped])
-    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-        file.write(gzip.compress(text.encode(), compresslevel=3))
-    os.replace(file.name, path)
+    write_bytes(path, gzip.compress(text.encode(), compresslevel=3))
 
 
 __all__ = [

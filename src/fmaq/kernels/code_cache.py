@@ -9,10 +9,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import tempfile
 from pathlib import Path
 
 from fmaq.cache_folder import cache_folder
+from fmaq.whole_files import write_bytes
 
 PART = "kernels"
 LIMIT = 256 << 20  # bytes of all files; when there are more, the half that was used last stays
@@ -43,15 +43,7 @@ def keep(key: str, code: bytes) -> None:
     """Write code under a name, whole or not at all."""
     where = cache_folder(PART)
     with contextlib.suppress(OSError):
-        where.mkdir(mode=0o700, parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=where, prefix=".")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(hashlib.sha256(code).digest() + code)
-            os.replace(temporary, where / key)
-        except OSError:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        write_bytes(where / key, hashlib.sha256(code).digest() + code)
         if int(key, 16) % SELDOM == 0:
             prune(where)
 

@@ -22,7 +22,8 @@ class Store:
     """Storages, each with a tensor that keeps it, and what was made of their tensors, with the count of writes then."""
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
-        self.storages = {_storage(x): x for x in tensors if _is_ordinary(x)}
+        # Of what was made in inference mode, torch counts no writes.
+        self.storages = {_storage(x): x for x in tensors if _is_ordinary(x) and not x.is_inference()}
         self._made: dict[Hashable, tuple[int, Any]] = {}
 
     def once(self, x: Tensor, how: Hashable, make: Callable[[], T]) -> T:

@@ -14,8 +14,8 @@ from torch import nn
 
 from fmaq.emulation import Policy, attach, detach, policy_of
 from fmaq.emulation.policy import FP32, OWN_FIELDS
-from fmaq.emulation.whole_files import write_bytes
 from fmaq.onnx.operators import DOMAIN, OPERATORS, TRANSLATIONS
+from fmaq.whole_files import write_bytes
 
 DROPPED = ("activation", "estimator", "backward", "per_token", "noise", *(f for f in OWN_FIELDS if f != "b_max"))
 """What a plain model has not, beside its accumulators."""

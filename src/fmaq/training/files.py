@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from fmaq.emulation.whole_files import write_bytes
+from fmaq.whole_files import write_bytes
 
 __all__ = ["made_folder", "write_bytes", "write_json", "write_text"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from pathlib import Path
 
 
@@ -16,7 +17,7 @@ def write_bytes(path: str | Path, content: bytes) -> None:
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder; give the name of a file in it")
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    beside = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
     try:
         with open(beside, "wb") as file:
             file.write(content)
