@@ -10,8 +10,8 @@ import torch
 
 from fmaq.emulation import Policy, Rule
 from fmaq.emulation.handlers import ATEN, NOT_COVERED
-from fmaq.emulation.policy import KINDS, RECURRENT_KINDS
 from fmaq.emulation.recurrent import STEPS
+from fmaq.emulation.rule import KINDS, RECURRENT_KINDS
 from fmaq.numerics import Accumulator
 
 PAPER = Accumulator.paper12

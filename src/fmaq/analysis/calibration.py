@@ -29,8 +29,9 @@ from fmaq.analysis.samples import MatrixSample, Sample, is_finite, joined, sampl
 from fmaq.emulation.attach import attached
 from fmaq.emulation.coverage import undisturbed
 from fmaq.emulation.operands import formats_of, sums_codes
-from fmaq.emulation.policy import FP32, Policy, Rule
+from fmaq.emulation.policy import Policy
 from fmaq.emulation.products import Place, Request, choosing
+from fmaq.emulation.rule import FP32, Rule
 from fmaq.numerics import Accumulator, FloatFormat
 
 Per = Literal["model", "layer", "channel", "token"]

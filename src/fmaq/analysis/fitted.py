@@ -23,8 +23,9 @@ from fmaq.analysis.biases import (
 )
 from fmaq.analysis.fit import Fit
 from fmaq.emulation.layer_names import layer_names
-from fmaq.emulation.policy import CHOSEN_FIELDS, FP32, PRODUCT_FIELDS, RULE_FIELDS, Policy, Rule
+from fmaq.emulation.policy import Policy
 from fmaq.emulation.products import Place
+from fmaq.emulation.rule import CHOSEN_FIELDS, FP32, PRODUCT_FIELDS, RULE_FIELDS, Rule
 from fmaq.emulation.unmet import names_of
 from fmaq.emulation.vectors import Vector
 from fmaq.numerics import Accumulator, FloatFormat

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from fmaq.analysis.batches import call
 from fmaq.emulation.attach import attached
 from fmaq.emulation.coverage import undisturbed
-from fmaq.emulation.policy import FP32, Policy, Rule
+from fmaq.emulation.policy import Policy
 from fmaq.emulation.products import Place, Request, choosing
+from fmaq.emulation.rule import FP32, Rule
 
 Scalar = Callable[[Any], Tensor]
 """Of a model's output, a scalar: a loss, or one of the two below."""

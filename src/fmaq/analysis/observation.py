@@ -25,8 +25,8 @@ from fmaq.analysis.product_events import COUNTS, Histogram, ProductEvents
 from fmaq.analysis.samples import Sample, is_finite, sample, unscaled
 from fmaq.emulation.attach import policy_of
 from fmaq.emulation.coverage import OUTSIDE, CoverageRow, meeting_the_rest
-from fmaq.emulation.policy import FP32
 from fmaq.emulation.products import FmaqCoverageWarning, Product, listening
+from fmaq.emulation.rule import FP32
 from fmaq.emulation.unmet import names_of, unmet_products
 from fmaq.kernels.histograms import BINS, LOWEST
 from fmaq.numerics import Accumulator

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from fmaq.emulation.operands import by_channel, channel_ranges, formats_of, needs_range
-from fmaq.emulation.policy import Rule
 from fmaq.emulation.products import Request
+from fmaq.emulation.rule import Rule
 
 Ranges = tuple[Tensor | None, Tensor | None]
 """Of both operands: one largest magnitude, or one an output channel; None where a format needs none."""

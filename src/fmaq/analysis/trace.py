@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fmaq.emulation import Policy, Product, coverage, listening, policy_of
 from fmaq.emulation.attach import attached
 from fmaq.emulation.operands import is_integer
-from fmaq.emulation.policy import RECURRENT_KINDS, Rule
+from fmaq.emulation.rule import RECURRENT_KINDS, Rule
 from fmaq.numerics import Accumulator
 from fmaq.ops.operands import AccumulatorLike
 

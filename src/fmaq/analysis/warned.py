@@ -12,8 +12,9 @@ from fmaq.analysis.fit import MOST_OFFSET, Trial
 from fmaq.analysis.fitted import is_template
 from fmaq.analysis.met import Met, own_weights
 from fmaq.emulation.layer_names import layer_names
-from fmaq.emulation.policy import FP32, Policy, speaks_for
+from fmaq.emulation.policy import Policy, speaks_for
 from fmaq.emulation.products import Place
+from fmaq.emulation.rule import FP32
 from fmaq.emulation.unmet import names_of, unmet_products
 
 SHOWN = 12

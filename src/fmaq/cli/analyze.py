@@ -87,7 +87,7 @@ def _tables(recipe: Recipe, limits: Any, examples: int) -> dict[str, Any]:
     from fmaq.analysis import mantissa_needed, overflow_bounds
     from fmaq.analysis.calibration import call
     from fmaq.emulation import attach
-    from fmaq.emulation.policy import FP32
+    from fmaq.emulation.rule import FP32
     from fmaq.recipes.policies import emulating_policy, is_template
     from fmaq.recipes.run import prepare
     from fmaq.training.examples import first_inputs

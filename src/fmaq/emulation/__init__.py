@@ -4,9 +4,10 @@ from fmaq.emulation.attach import attach, detach, emulating, policy_of
 from fmaq.emulation.coverage import Coverage, CoverageRow, coverage
 from fmaq.emulation.frozen import frozen
 from fmaq.emulation.noise import call_counts, restart_calls
-from fmaq.emulation.policy import Policy, Rule
+from fmaq.emulation.policy import Policy
 from fmaq.emulation.pretrained import from_pretrained
 from fmaq.emulation.products import FmaqCoverageWarning, Product, listening
+from fmaq.emulation.rule import Rule
 
 __all__ = [
     "Coverage",

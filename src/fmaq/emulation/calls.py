@@ -26,7 +26,8 @@ from torch.overrides import TorchFunctionMode
 
 from fmaq.emulation.layer_names import name_inside
 from fmaq.emulation.noise import CHECKPOINT_FILE, note_number, number_of_call
-from fmaq.emulation.policy import Policy, Rule
+from fmaq.emulation.policy import Policy
+from fmaq.emulation.rule import Rule
 
 STATE = "_fmaq"
 CALL_IMPL = ("_call_impl", nn.Module._call_impl.__code__.co_filename)

@@ -16,8 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fmaq.emulation import calls
 from fmaq.emulation.attach import hooked, policy_of
 from fmaq.emulation.noise import call_counts, restart_calls
-from fmaq.emulation.policy import FP32
 from fmaq.emulation.products import ONE_STEP, FmaqCoverageWarning, Product, listening, why_not
+from fmaq.emulation.rule import FP32
 from fmaq.emulation.sizes import PRODUCT_KERNELS, macs_of_kernel
 from fmaq.emulation.unmet import names_of, unmet_products
 

@@ -21,12 +21,12 @@ from fmaq.emulation import contractions, recurrent
 from fmaq.emulation.calls import Call
 from fmaq.emulation.contractions import BatchedProduct, CannotContract
 from fmaq.emulation.met import Met
-from fmaq.emulation.policy import CHOSEN_FIELDS, heads_of
 from fmaq.emulation.products import (
     announce,
     autocast_dtype,
     why_untouched,
 )
+from fmaq.emulation.rule import CHOSEN_FIELDS, heads_of
 from fmaq.numerics import Accumulator
 from fmaq.ops.attention import attend
 from fmaq.ops.operands import full_precision

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from fmaq import ops
-from fmaq.emulation.policy import Rule
+from fmaq.emulation.rule import Rule
 from fmaq.emulation.vectors import Vector
 from fmaq.numerics import Accumulator, FixedFormat
 

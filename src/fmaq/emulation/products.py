@@ -15,7 +15,7 @@ from torch import Tensor
 from fmaq.emulation.calls import Call
 from fmaq.emulation.noise import REPEATED, keyed, note_number
 from fmaq.emulation.operands import Operands, multiplied
-from fmaq.emulation.policy import FP32, Rule
+from fmaq.emulation.rule import FP32, Rule
 from fmaq.numerics import Accumulator
 from fmaq.ops.operands import OPERAND_DTYPES, full_precision
 

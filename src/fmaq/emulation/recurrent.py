@@ -22,8 +22,8 @@ from torch import Tensor
 from fmaq import ops
 from fmaq.emulation.calls import Call
 from fmaq.emulation.met import Met
-from fmaq.emulation.policy import RECURRENT_KINDS as KINDS
 from fmaq.emulation.products import Request, autocast_dtype, compute, is_chosen, why_untouched
+from fmaq.emulation.rule import RECURRENT_KINDS as KINDS
 from fmaq.emulation.sizes import macs_of_recurrence
 from fmaq.ops.operands import full_precision
 

@@ -13,7 +13,7 @@ from onnx import ModelProto, numpy_helper
 from torch import nn
 
 from fmaq.emulation import Policy, attach, detach, policy_of
-from fmaq.emulation.policy import FP32, OWN_FIELDS
+from fmaq.emulation.rule import FP32, OWN_FIELDS
 from fmaq.onnx.operators import DOMAIN, OPERATORS, TRANSLATIONS
 from fmaq.whole_files import write_bytes
 

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fmaq.emulation import Policy
-from fmaq.emulation.policy import FP32
+from fmaq.emulation.rule import FP32
 from fmaq.numerics import Accumulator
 from fmaq.recipes.explain import RecipeError
 from fmaq.recipes.recipe import Recipe

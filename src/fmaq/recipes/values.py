@@ -13,7 +13,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BeforeValidator, ValidationInfo
 
 from fmaq.emulation import Policy
-from fmaq.emulation.policy import FP32
+from fmaq.emulation.rule import FP32
 from fmaq.numerics import Accumulator
 from fmaq.recipes.callables import load_callable, resolve
 from fmaq.training.tasks import TASKS

@@ -43,7 +43,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import yaml
 from pydantic import AfterValidator, Field, model_validator
 
-from fmaq.emulation.policy import FP32
+from fmaq.emulation.rule import FP32
 from fmaq.numerics import Accumulator
 from fmaq.numerics.reference import ESTIMATORS
 from fmaq.recipes.document import Document, Strict

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from fmaq.emulation.policy import FP32
+from fmaq.emulation.rule import FP32
 from fmaq.numerics import Accumulator
 from fmaq.recipes.record import PERCENT
 from fmaq.report.plot import INK, MUTED, accumulator_labels, rc_style

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fmaq.emulation.policy import FP32
+from fmaq.emulation.rule import FP32
 from fmaq.numerics import Accumulator
 from fmaq.recipes.record import show
 from fmaq.report.tables import name_of, products_of
