@@ -10,8 +10,6 @@ from abc import ABC, abstractmethod
 from dataclasses import replace
 from typing import ClassVar, Self
 
-from llvmlite import ir
-
 from fmaq.kernels.ir_blocks import Value
 from fmaq.kernels.lanes import Lanes
 from fmaq.numerics import Accumulator
@@ -69,16 +67,15 @@ class Merging(ABC):
         return self
 
     def observed_merge(self, v: Lanes, t: Value, s: Value, word: Value | None) -> tuple[Value, list[Value]]:
-        """Q(t + s), and masks of lanes from which `events` tells what happened.
+        """Q(t + s), and in which lanes it sees which of `numerics.reference.EVENTS`, but for two.
+
+        Instead of a product's underflow: where it is not zero (nowhere in a merge). The last mask, of partial swamping,
+        also has the lanes of the sum's underflow and of full swamping. `events` subtracts, which masks would pay for.
 
         Raises:
             NotImplementedError: this arithmetic does not look.
         """
         raise NotImplementedError(f"{type(self).__name__} sees no events")
-
-    def events(self, b: ir.IRBuilder, masks: list[Value]) -> list[Value]:
-        """Of a step's masks, or a merge's, as integers of a bit a lane: those of `numerics.reference.EVENTS`."""
-        return masks
 
     # What the gradient estimators look at.
 
@@ -142,7 +139,7 @@ class Arithmetic(Merging):
         """FMAq(x, w, s), sums held as the arithmetic likes, an empty one as `zero`."""
 
     def observed_step(self, v: Lanes, x: Value, w: Value, s: Value, word: Value | None) -> tuple[Value, list[Value]]:
-        """FMAq(x, w, s), and masks; as `observed_merge`."""
+        """FMAq(x, w, s), and its events; as `observed_merge`."""
         raise NotImplementedError(f"{type(self).__name__} sees no events")
 
     def overflowing_step(self, v: Lanes, x: Value, w: Value, s: Value, word: Value | None) -> tuple[Value, Value]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from llvmlite import ir
 
@@ -122,33 +123,29 @@ class Float32(Arithmetic):
     # mantissas are short enough (`choose`).
 
     def observed_step(self, v: Lanes, x: Value, w: Value, s: Value, word: Value | None) -> tuple[Value, list[Value]]:
-        zero = v.constant(0.0)
         if self.product_exact:
             total = v.fma(x, w, s)
             limit = self._sum_limit if self.sum_clamped else None
-            return observed_product_sum(v, x, w, s, total, self._rounded_sum(v, total), limit)
+            after, seen = observed_product_sum(v, x, w, s, total, self._rounded_sum(v, total), limit)
+            return after, events(v.b, seen)
         p, overflows = self._rounded_product(v, x, w), None
         if self.product_clamped:
             overflows = is_beyond(v, p, self._product_limit)
             p = clamp(v, p, self._product_limit)
-        is_term = v.b.and_(v.b.fcmp_unordered("!=", x, zero), v.b.fcmp_unordered("!=", w, zero))
         lift = 2.0 ** (self.sum_scale - self.product_scale)
-        after, masks = self._observed_sum(v, p, lift, s, self.sum_clamped)
-        return after, [overflows or nowhere(v), is_term, *masks]
+        after, seen = self._observed_sum(v, p, lift, s, self.sum_clamped)
+        return after, events(v.b, seen, overflows)
 
     def observed_merge(self, v: Lanes, t: Value, s: Value, word: Value | None) -> tuple[Value, list[Value]]:
-        after, masks = self._observed_sum(v, s, 1.0, t, clamped=True)
-        return after, [nowhere(v), nowhere(v), *masks]
+        after, seen = self._observed_sum(v, s, 1.0, t, clamped=True)
+        return after, events(v.b, seen, of_merge=True)
 
-    def _observed_sum(self, v: Lanes, p: Value, lift: float, s: Value, clamped: bool) -> tuple[Value, list[Value]]:
-        """p·lift + s in its register, and masks."""
+    def _observed_sum(self, v: Lanes, p: Value, lift: float, s: Value, clamped: bool) -> tuple[Value, Seen]:
+        """p·lift + s in its register."""
         total = v.fma(p, v.constant(lift), s)
         rounded = self._rounded_sum(v, total)
         limit = self._sum_limit if clamped else None
         return observed_sum(v, p, lift, s, total, rounded, limit, self.terms)
-
-    def events(self, b: ir.IRBuilder, masks: list[Value]) -> list[Value]:
-        return sum_events(b, masks)
 
     # Overflows alone are seen whatever is flushed: what is flushed does not overflow.
 
@@ -177,12 +174,22 @@ def _float(format: Format | None) -> FloatFormat:
     return format
 
 
+class Seen(NamedTuple):
+    """What a sum p·lift + s shows: masks of lanes in which it overflows, p is zero, it is, it is s, it is not exact."""
+
+    overflows: Value
+    p_is_zero: Value
+    is_zero: Value
+    is_same: Value
+    is_inexact: Value
+
+
 def observed_sum(
     v: Lanes, p: Value, lift: float, s: Value, total: Value, rounded: Value, limit: float | None, terms: str
-) -> tuple[Value, list[Value]]:
-    """A sum in its register; whether it overflows, p is zero, the sum is, it is s, and it is not exact.
+) -> tuple[Value, Seen]:
+    """A sum in its register.
 
-    It is exact if it is the sum before, and that was. Where s is zero, p alone may be flushed: `sum_events` tells.
+    It is exact if it is the sum before, and that was. Where s is zero, p alone may be flushed: `events` tells.
 
     Args:
         total: p·lift + s.
@@ -202,19 +209,14 @@ def observed_sum(
     if terms == "any":
         (down,), (up,) = (v.added(direction, [p], [s], lift) for direction in ("down", "up"))
         inexact = b.or_(inexact, b.fcmp_unordered("!=", down, up))
-    return after, [
-        overflows,
-        b.fcmp_ordered("==", p, zero),
-        b.fcmp_ordered("==", after, zero),
-        b.fcmp_ordered("==", after, s),
-        inexact,
-    ]
+    p_is_zero, is_zero, is_same = (b.fcmp_ordered("==", *pair) for pair in ((p, zero), (after, zero), (after, s)))
+    return after, Seen(overflows, p_is_zero, is_zero, is_same, inexact)
 
 
 def observed_product_sum(
     v: Lanes, x: Value, w: Value, s: Value, total: Value, rounded: Value, limit: float | None
-) -> tuple[Value, list[Value]]:
-    """`observed_sum` of an exact product, and the masks of a step before it.
+) -> tuple[Value, Seen]:
+    """`observed_sum` of an exact product.
 
     A sum that is zero may have been flushed. It is exact if x·w is −s, whether it is rounded up or down.
     """
@@ -231,19 +233,26 @@ def observed_product_sum(
         inexact = b.or_(inexact, is_lost)
     p_is_zero = b.or_(b.fcmp_ordered("==", x, zero), b.fcmp_ordered("==", w, zero))
     is_zero, is_same = b.fcmp_ordered("==", after, zero), b.fcmp_ordered("==", after, s)
-    return after, [nowhere(v), nowhere(v), overflows, p_is_zero, is_zero, is_same, inexact]
+    return after, Seen(overflows, p_is_zero, is_zero, is_same, inexact)
 
 
-def sum_events(b: ir.IRBuilder, masks: list[Value]) -> list[Value]:
-    """`numerics.reference.EVENTS`, of masks of a product, whether it overflows and is a term, and of `observed_sum`."""
-    product_overflows, is_term, sum_overflows, p_is_zero, is_zero, is_same, is_inexact = masks
-    product_underflows = b.and_(is_term, p_is_zero)
-    stays_zero = b.and_(b.not_(p_is_zero), is_same)
-    sum_underflows = b.and_(is_zero, b.or_(is_inexact, stays_zero))
-    events = b.or_(b.or_(p_is_zero, sum_underflows), b.or_(product_overflows, sum_overflows))
-    full = b.and_(b.not_(events), is_same)
-    partial = b.and_(b.not_(b.or_(events, is_same)), is_inexact)
-    return [product_overflows, product_underflows, sum_overflows, sum_underflows, full, partial]
+def events(b: ir.IRBuilder, seen: Seen, product_overflows: Value | None = None, of_merge: bool = False) -> list[Value]:
+    """As `Merging.observed_merge`'s; `product_overflows`: where the product does, nowhere by default."""
+    none = ir.Constant(seen.overflows.type, [ir.Constant(I1, 0)] * seen.overflows.type.count)
+    product_overflows = product_overflows or none
+    is_term = b.not_(seen.p_is_zero)
+    unnoticed = b.and_(is_term, seen.is_same)
+    lossy = b.or_(unnoticed, seen.is_inexact)  # of a p that is zero, no sum is inexact
+    underflows = b.and_(lossy, seen.is_zero)
+    in_range = b.not_(b.or_(product_overflows, seen.overflows))
+    return [
+        product_overflows,
+        none if of_merge else is_term,
+        seen.overflows,
+        underflows,
+        b.and_(b.and_(unnoticed, b.not_(seen.is_zero)), in_range),
+        b.or_(underflows, b.and_(lossy, in_range)),
+    ]
 
 
 def truncated(v: Lanes, x: Value, format: FloatFormat, is_clean: bool) -> Value:

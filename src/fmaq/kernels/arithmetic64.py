@@ -118,7 +118,6 @@ class General64(Arithmetic):
         return self._own_level.merge(v, t, s, word)
 
     def observed_step(self, v: Lanes, x: Value, w: Value, s: Value, word: Value | None) -> tuple[Value, list[Value]]:
-        """FMAq(x, w, s), and in which lanes it sees which of `numerics.reference.EVENTS`."""
         x_w = p = v.mul(x, w)
         overflows = underflows = ir.Constant(v.mask, [ir.Constant(I1, 0)] * v.count)
         if self.acc.product is not None:
@@ -127,7 +126,8 @@ class General64(Arithmetic):
             overflows = _is_beyond(v, rounded, self.acc.product)
             underflows = v.b.and_(_differ(v, x_w, v.constant(0.0)), _are_equal(v, p, v.constant(0.0)))
         total = self._sums.add(v, s, p, word, self.acc.product)
-        return total.after, [overflows, underflows, *_sum_events(v, p, s, total, v.b.or_(overflows, underflows))]
+        is_term = _differ(v, p, v.constant(0.0))
+        return total.after, [overflows, is_term, *_sum_events(v, p, s, total, v.b.or_(overflows, underflows))]
 
     def observed_merge(self, v: Lanes, t: Value, s: Value, word: Value | None) -> tuple[Value, list[Value]]:
         return self._own_level.observed_merge(v, t, s, word)
@@ -220,7 +220,10 @@ def _is_beyond(v: Lanes, rounded: Value, format: Format | Float32Format) -> Valu
 
 
 def _sum_events(v: Lanes, p: Value, before: Value, total: Sum, others: Value) -> list[Value]:
-    """Overflow, underflow, full and partial swamping of a sum; `others` are lanes with an event of the product."""
+    """Overflow, underflow, full swamping of a sum, and where it loses something: as `Merging.observed_merge`'s.
+
+    `others` are lanes with an event of the product.
+    """
     b, zero = v.b, v.constant(0.0)
     overflows = _is_beyond(v, total.rounded, total.format)
     if total.is_huge is not None:
@@ -232,7 +235,7 @@ def _sum_events(v: Lanes, p: Value, before: Value, total: Sum, others: Value) ->
     unchanged = _are_equal(v, total.after, before)
     inexact = _differ(v, total.after, total.total)
     full = b.and_(none_of_these, unchanged)
-    return [overflows, underflows, full, b.and_(none_of_these, b.and_(b.not_(unchanged), inexact))]
+    return [overflows, underflows, full, b.or_(underflows, b.and_(none_of_these, b.or_(unchanged, inexact)))]
 
 
 def _round_units_stochastically(v: Lanes, units: Value, r: Value, random_bits: int) -> Value:

@@ -23,6 +23,8 @@ NORM_SLACK = 2.0**-80  # above what squares lose that are too small for float32,
 LONGEST_OBSERVED = 20  # bits of mantissa, so that a sum's last one is far above float32's
 OBSERVED_TOGETHER = 19  # of a sum and of its term, where the sum has a half unit or is rounded to the nearest
 
+MOST_COUNTED = 2**28  # products of a sum, of which the 8 cells of a tile see no more events than 32 bits count
+
 GUARD_BITS = 2  # behind the last one, of a product to odd, so that rounding its sum is right
 
 MOST_GROWTH = 16.0  # by rounding, up to which bounds of chunks are worth taking
@@ -108,7 +110,7 @@ def _choose(
 ) -> Choice:
     found = (_fixed if isinstance(acc.format, FixedFormat) else _float32)(acc, target, a, b, depth)
     if found is not None and is_counting:
-        found = _counting(found, a, b)
+        found = _counting(found, a, b) if depth <= MOST_COUNTED else None
     below = acc.format if isinstance(acc.format, FloatFormat) else _narrowed(acc, a, b, depth)
     levels = None if found is None else merging_levels(acc, below, _scale_of_sums(found[0]), depth)
     if found is None or levels is None or (is_counting and not all(level.sees_events for level in levels)):

@@ -1,4 +1,4 @@
-"""Counting events: the product with counters along, which are numbers in registers until a tile is done."""
+"""Counting events: the product with counters along, a number a lane, until a tile is done."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from llvmlite import ir
 
 from fmaq.kernels.arithmetic import Arithmetic, Merging
 from fmaq.kernels.gemm import COUNTERS, Gemm
-from fmaq.kernels.ir_blocks import I64, Value, element, i64, load
+from fmaq.kernels.ir_blocks import I32, I64, Value, element, i32, i64, load
 from fmaq.kernels.lanes import Lanes
 from fmaq.numerics.reference import EVENTS
 
-WORD = 64  # bits
+UNDERFLOW = EVENTS.index("product_underflow")
 
 
 class CountingGemm(Gemm):
@@ -20,8 +20,11 @@ class CountingGemm(Gemm):
     def counters(self) -> int:
         return COUNTERS
 
+    def _steps_at_once(self, arithmetic: Arithmetic) -> int:
+        return 1
+
     def _counters(self, v: Lanes) -> list[Value]:
-        return [i64(0)] * COUNTERS
+        return [v.bit_constant(0)] * COUNTERS
 
     def _step(
         self,
@@ -33,7 +36,9 @@ class CountingGemm(Gemm):
         counted: list[Value],
     ) -> list[Value]:
         seen = [arithmetic.observed_step(v, x, w, s, word) for (x, w), s, word in zip(pairs, sums, words, strict=True)]
-        of_steps = _count(v, arithmetic, counted[: len(EVENTS)], [masks for _, masks in seen])
+        of_steps = _count(v, counted[: len(EVENTS)], [events for _, events in seen])
+        xs, ws = [x for x, _ in pairs[:: self.tile.vectors]], [w for _, w in pairs[: self.tile.vectors]]
+        of_steps[UNDERFLOW] = v.b.sub(of_steps[UNDERFLOW], _terms(v, xs, ws))
         return [*(after for after, _ in seen), *of_steps, *counted[len(EVENTS) :]]
 
     def _merge(
@@ -46,31 +51,43 @@ class CountingGemm(Gemm):
         counted: list[Value],
     ) -> list[Value]:
         seen = [merging.observed_merge(v, t, s, word) for t, s, word in zip(totals, sums, words, strict=True)]
-        of_merges = _count(v, merging, counted[len(EVENTS) :], [masks for _, masks in seen])
+        of_merges = _count(v, counted[len(EVENTS) :], [events for _, events in seen])
         return [*(after for after, _ in seen), *counted[: len(EVENTS)], *of_merges]
 
     def _store_counters(self, v: Lanes, counted: list[Value]) -> None:
-        for i, found in enumerate(counted):
+        """Of what was counted: see `Merging.observed_merge`."""
+        counted[UNDERFLOW] = v.b.sub(v.bit_constant(0), counted[UNDERFLOW])
+        totals = [v.total(found) for found in counted]
+        for last in (len(EVENTS) - 1, COUNTERS - 1):
+            totals[last] = v.b.sub(totals[last], v.b.add(totals[last - 1], totals[last - 2]))
+        for i, found in enumerate(totals):
             sum_so_far = v.b.add(load(v.b, self._counters_at, i64(i), I64), found)
             v.b.store(sum_so_far, element(v.b, self._counters_at, i64(i), I64))
 
 
-def _count(v: Lanes, arithmetic: Merging, counters: list[Value], cells: list[list[Value]]) -> list[Value]:
-    """Add the events that the masks of all cells tell of, as many cells at a time as a word has bits for."""
-    at_once = WORD // v.count
-    for first in range(0, len(cells), at_once):
-        group = cells[first : first + at_once]
-        words = [_in_a_word(v, masks) for masks in zip(*group, strict=True)]
-        ones = ir.Constant(I64, (1 << v.count * len(group)) - 1)
-        events = [v.b.and_(word, ones) for word in arithmetic.events(v.b, words)]
-        counters = [v.b.add(c, v.b.ctpop(found)) for c, found in zip(counters, events, strict=True)]
+def _terms(v: Lanes, xs: list[Value], ws: list[Value]) -> Value:
+    """How many products of a step have no factor that is zero, in each lane.
+
+    Args:
+        xs: of each row, the same in all lanes. ws: of the columns.
+    """
+    b, zero = v.b, v.constant(0.0)
+    rows: Value = ir.Constant(ir.VectorType(v.element, len(xs)), ir.Undefined)
+    for r, x in enumerate(xs):
+        rows = b.insert_element(rows, b.extract_element(x, i32(0)), i32(r))
+    are_terms = b.fcmp_unordered("!=", rows, ir.Constant(rows.type, [ir.Constant(v.element, 0.0)] * len(xs)))
+    in_column = v.splat(b.zext(b.ctpop(b.zext(b.bitcast(are_terms, ir.IntType(len(xs))), I32)), v.integer))
+    terms = v.bit_constant(0)
+    for w in ws:
+        terms = b.add(terms, b.select(b.fcmp_unordered("!=", w, zero), in_column, v.bit_constant(0)))
+    return terms
+
+
+def _count(v: Lanes, counters: list[Value], cells: list[list[Value]]) -> list[Value]:
+    """One more in each lane in which an event's mask is set, of every cell."""
+    for events in cells:
+        counters = [
+            counter if isinstance(mask, ir.Constant) else v.increment(counter, mask)  # a constant one is nowhere
+            for counter, mask in zip(counters, events, strict=True)
+        ]
     return counters
-
-
-def _in_a_word(v: Lanes, masks: tuple[Value, ...]) -> Value:
-    """Masks of lanes as the bits of one word."""
-    word = i64(0)
-    for i, mask in enumerate(masks):
-        bits = v.b.zext(v.b.bitcast(mask, ir.IntType(v.count)), I64)
-        word = v.b.or_(word, v.b.shl(bits, i64(i * v.count)))
-    return word

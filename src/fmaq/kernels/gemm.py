@@ -105,14 +105,18 @@ class Gemm:
                     return self._step(v, arithmetic, pairs, carried[: len(cells)], draw(k, 0), carried[len(cells) :])
 
                 empty = [*[arithmetic.zero(v)] * len(cells), *counted]
-                if not self._has_pairs:
+                at_once = self._steps_at_once(arithmetic)
+                if at_once == 1:
                     return for_range(b, start, end, empty, one_step)
 
-                def two_steps(k: Value, carried: list[Value]) -> list[Value]:
-                    return one_step(b.add(k, i64(1)), one_step(k, carried))
+                def some_steps(k: Value, carried: list[Value]) -> list[Value]:
+                    for i in range(at_once):
+                        carried = one_step(b.add(k, i64(i)), carried)
+                    return carried
 
-                paired = b.add(start, b.and_(b.sub(end, start), i64(-2)))
-                return for_range(b, paired, end, for_range(b, start, paired, empty, two_steps, step=2), one_step)
+                grouped = b.add(start, b.and_(b.sub(end, start), i64(-at_once)))
+                sums = for_range(b, start, grouped, empty, some_steps, step=at_once)
+                return for_range(b, grouped, end, sums, one_step)
 
             if not self.arithmetic.by_chunk:
                 return steps(self.arithmetic)
@@ -144,14 +148,17 @@ class Gemm:
         b.ret_void()
         return function
 
-    @property
-    def _has_pairs(self) -> bool:
-        """Steps go in twos.
+    def _steps_at_once(self, arithmetic: Arithmetic) -> int:
+        """Steps of a turn of the inner loop.
 
-        AVX-512's VPTERNLOG overwrites what it rounds, so that a single step would end in copying every sum. Elsewhere
-        the loop itself costs less.
+        Where a step is four instructions, the loop's own are worth saving. With a half unit, AVX-512's VPTERNLOG
+        overwrites what it rounds, so that a single step would end in copying every sum. Elsewhere nothing is gained.
         """
-        return isinstance(self.arithmetic, Float32) and self.arithmetic.acc.format.half_unit
+        if not isinstance(arithmetic, Float32):
+            return 1
+        if not arithmetic.sum_clamped:
+            return next((steps for steps in (8, 4) if (self.chunk or 8) % steps == 0), 2)
+        return 2 if arithmetic.acc.format.half_unit else 1
 
     def _index(self, b: ir.IRBuilder, start: Value) -> Value:
         """Of the chunk that starts there."""

@@ -221,6 +221,24 @@ class Lanes:
         """All bits set where the sign is, none elsewhere: −1 or 0."""
         return self.b.ashr(self.bits(x), self.bit_constant(self.integer.width - 1))
 
+    def increment(self, integers: Value, mask: Value) -> Value:
+        """Integers of the lanes' width, one more where the mask is set."""
+        if self.target.name != "avx512":
+            return self.b.sub(integers, self.b.sext(mask, self.bit_vector))
+        # One instruction, of which LLVM would make two.
+        of_mask, suffix = ir.IntType(max(8, self.count)), "q" if self.is_double else "d"
+        types = [self.bit_vector, self.bit_vector, of_mask]
+        code = f"vpsub{suffix} $2, $0, $0 {{$3}}"
+        minus_one = self.bit_constant(-1)
+        operands = [integers, minus_one, self.b.bitcast(mask, of_mask)]
+        return self.b.asm(ir.FunctionType(self.bit_vector, types), code, "=v,0,v,^Yk", operands, False)
+
+    def total(self, integers: Value) -> Value:
+        """The sum over the lanes of unsigned integers, as an int64."""
+        longs = ir.VectorType(I64, self.count)
+        add = self.declare(f"llvm.vector.reduce.add.v{self.count}i64", I64, [longs])
+        return self.b.call(add, [integers if self.is_double else self.b.zext(integers, longs)])
+
     def leading_bit(self, x: Value) -> Value:
         """x without its mantissa."""
         return self.keep_bits(x, self.mantissa)

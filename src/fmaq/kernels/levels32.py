@@ -9,17 +9,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from llvmlite import ir
-
 from fmaq.kernels.arithmetic import Merging
 from fmaq.kernels.arithmetic32 import (
     FLOAT32_EMIN,
     Int32Sums,
     clamp,
+    events,
     is_beyond,
     nowhere,
     observed_sum,
-    sum_events,
     truncated,
 )
 from fmaq.kernels.grids import on_coarser_grid, on_float_grid
@@ -76,11 +74,8 @@ class Level32(Merging):
     def observed_merge(self, v: Lanes, t: Value, s: Value, word: Value | None) -> tuple[Value, list[Value]]:
         (total,) = v.added(self.addition, [s], [t], self.lift)
         (rounded,) = self.rounded(v, [total], [word])
-        after, masks = observed_sum(v, s, self.lift, t, total, rounded, self.limit, terms="any")
-        return after, [nowhere(v), nowhere(v), *masks]
-
-    def events(self, b: ir.IRBuilder, masks: list[Value]) -> list[Value]:
-        return sum_events(b, masks)
+        after, seen = observed_sum(v, s, self.lift, t, total, rounded, self.limit, terms="any")
+        return after, events(v.b, seen, of_merge=True)
 
     def finish(self, v: Lanes, total: Value) -> Value:
         return v.mul(total, v.constant(2.0**-self.scale))

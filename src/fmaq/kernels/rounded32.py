@@ -12,25 +12,24 @@ Products and sums may be rounded each in its own way.
 What is below a format's smallest magnitude is flushed once it is rounded: by a multiplication with a power of two that
 brings the smallest to float32's, below which the processor flushes. Before it, products and sums are in scales where
 the smallest is larger, so that what is rounded up to it is not flushed on the way. The multiplication brings a product
-into the scale in which it is added; a fused multiply-add brings sums back into that. Where the AND that rounds takes a
-mask (AVX-512), a test of exponent bits flushes instead, and sums stay where they are.
+into the scale in which it is added; a fused multiply-add brings sums back into that. A product that an addition rounds
+is flushed by taking the power of two away again. Where the AND that rounds takes a mask (AVX-512), a test of exponent
+bits flushes instead, and sums stay where they are.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from llvmlite import ir
-
 from fmaq.kernels.arithmetic import Arithmetic, Merging
 from fmaq.kernels.arithmetic32 import (
     FLOAT32_EMIN,
     clamp,
+    events,
     is_beyond,
     nowhere,
     observed_product_sum,
     observed_sum,
-    sum_events,
     truncated,
 )
 from fmaq.kernels.grids import on_float_grid
@@ -107,8 +106,9 @@ class Rounded32(Arithmetic):
 
     @property
     def _is_rounded_up(self) -> bool:
-        """Products may be rounded up to the smallest."""
-        return self.product_masked and self.acc.rounding_of_products != "toward_zero"
+        """Products may be rounded up to the smallest before they are flushed: not by an addition, which does both."""
+        rounds_away = self.product_masked and self.acc.rounding_of_products != "toward_zero"
+        return rounds_away and not self.is_anchored
 
     @property
     def _product_limit(self) -> float:
@@ -152,30 +152,26 @@ class Rounded32(Arithmetic):
     # Events: see `Float32`.
 
     def observed_step(self, v: Lanes, x: Value, w: Value, s: Value, word: Value | None) -> tuple[Value, list[Value]]:
-        zero, overflows, before = v.constant(0.0), nowhere(v), self._raised(v, s)
+        overflows, before = nowhere(v), self._raised(v, s)
         total = self._total(v, x, w, s, word)
         rounded = self._raised(v, self._held(v, self._sum(v, total, word)))
         limit = self._sum_limit if self.sum_clamped else None
         if self.product_exact:
-            after, masks = observed_product_sum(v, x, w, before, total, rounded, limit)
-            return self._held(v, after), masks
+            after, seen = observed_product_sum(v, x, w, before, total, rounded, limit)
+            return self._held(v, after), events(v.b, seen)
         if self.product_clamped:
             overflows = is_beyond(v, self._product(v, x, w, word), self._product_limit)
         p = self._in_register(v, self._product(v, x, w, word))
-        is_term = v.b.and_(v.b.fcmp_unordered("!=", x, zero), v.b.fcmp_unordered("!=", w, zero))
         lift = 2.0 ** (self.total_scale - self._register_scale)
-        after, masks = observed_sum(v, p, lift, before, total, rounded, limit, self.terms)
-        return self._held(v, after), [overflows, is_term, *masks]
+        after, seen = observed_sum(v, p, lift, before, total, rounded, limit, self.terms)
+        return self._held(v, after), events(v.b, seen, overflows)
 
     def observed_merge(self, v: Lanes, t: Value, s: Value, word: Value | None) -> tuple[Value, list[Value]]:
         before, p = self._raised(v, t), self._raised(v, s)
         total = v.add(before, p)
         rounded = self._raised(v, self._held(v, self._sum(v, total, word)))
-        after, masks = observed_sum(v, p, 1.0, before, total, rounded, self._sum_limit, self.terms)
-        return self._held(v, after), [nowhere(v), nowhere(v), *masks]
-
-    def events(self, b: ir.IRBuilder, masks: list[Value]) -> list[Value]:
-        return sum_events(b, masks)
+        after, seen = observed_sum(v, p, 1.0, before, total, rounded, self._sum_limit, self.terms)
+        return self._held(v, after), events(v.b, seen, of_merge=True)
 
     def finish(self, v: Lanes, total: Value) -> Value:
         return v.mul(total, v.constant(2.0**-self.sum_scale))
