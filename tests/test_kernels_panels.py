@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
 from fmaq.kernels import available_targets, matmul, use_target
-from fmaq.kernels.panels import PanelCache, kept
+from fmaq.kernels.panels import ALIGNMENT, SLAB, PanelCache, Slabs, kept
 from fmaq.numerics import Accumulator
 
 PAPER = Accumulator.paper12
@@ -86,15 +88,39 @@ def test_an_operand_is_kept_when_it_is_met_again():
     assert kept.size == size
 
 
-def test_the_least_recently_used_panels_make_room():
+def test_rows_few_and_many_share_the_panels_of_a_weight():
+    _, b = operands()
+    size = 0
+    for m in (1, 2, 3, 8, 40):
+        for scale in (1.0, 2.0**-9, 2.0**9):
+            a, _ = operands(m)
+            for _ in range(3):
+                assert torch.equal(matmul(a * scale, b, PAPER), without_panels(a * scale, b, PAPER))
+            size = size or kept.size
+            assert kept.size == size > 0
+
+
+def test_panels_that_are_used_no_more_make_room_and_others_stay():
     cache = PanelCache(capacity=250)
     for key in ("first", "second", "first", "second"):
         cache.find(key, 100)
     assert cache.size == 200
-    first = cache.find("first", 100)
+    first, second = cache.find("first", 100), cache.find("second", 100)
     assert first is not None and first.address % 64 == 0 and not first.is_packed
-    assert cache.find("third", 100) is None and cache.find("third", 100) is not None
+    for _ in range(20):  # none is used again before all have been, and the third has to do without
+        assert (cache.find("first", 100), cache.find("second", 100)) == (first, second)
+        assert cache.find("third", 100) is None
+    found = [cache.find("third", 100) for _ in range(20) if cache.find("second", 100) is second]
+    assert found[0] is None and found[-1] is not None, "the first is not used any more"
     assert cache.size == 200
-    assert cache.find("first", 100) is first
-    assert cache.find("second", 100) is None, "it had to go"
+    assert cache.find("first", 100) is None
     assert cache.find("huge", 300) is None and cache.find("huge", 300) is None
+
+
+def test_panels_start_aligned_and_as_zeros():
+    slabs = Slabs()
+    parts = [slabs.part(size) for size in (100, 64, SLAB, 1)]
+    assert all(part.ctypes.data % ALIGNMENT == 0 and not part.any() for part in parts)
+    assert [part.size for part in parts] == [100, 64, SLAB, 1]
+    starts = sorted((part.ctypes.data, part.size) for part in parts)
+    assert all(start + size <= after for (start, size), (after, _) in itertools.pairwise(starts))

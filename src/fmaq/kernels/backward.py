@@ -192,7 +192,7 @@ class Backward:
             offsets, size = gemm.scratch_layout(depth, block_rows)
             largest = max(largest, size)
             if not is_scaled:
-                offsets |= {"at_true_panel": offsets["at_panel"], "at_true_block": offsets["at_block"]}
+                offsets |= {"at_true_panel": offsets["at_panels"], "at_true_block": offsets["at_block"]}
             rows, columns = part.rows[1] - part.rows[0], part.columns[1] - part.columns[0]
             panels = -(-columns // gemm.width)
             values = {

@@ -25,6 +25,8 @@ OBSERVED_TOGETHER = 19  # of a sum and of its term, where the sum has a half uni
 
 MOST_COUNTED = 2**28  # products of a sum, of which the 8 cells of a tile see no more events than 32 bits count
 
+LEAST_OF_A = -100  # exponent that A is multiplied with, unless it must be less: bounds bring it back up to 1
+
 GUARD_BITS = 2  # behind the last one, of a product to odd, so that rounding its sum is right
 
 MOST_GROWTH = 16.0  # by rounding, up to which bounds of chunks are worth taking
@@ -119,9 +121,11 @@ def _choose(
     arithmetic = replace(arithmetic, levels=levels)
     if is_counting:
         arithmetic = arithmetic.looking()
-    if not use_bounds or not arithmetic.sum_clamped:
+    units = (-a.above - scales[0], -b.above - scales[1])
+    if max(map(abs, units)) > 126:
         return Choice(arithmetic, *scales)
-    return _bounded(arithmetic, scales, a, b, terms)
+    choice = Choice(arithmetic, *scales, *units)
+    return _bounded(choice, arithmetic, a, b, terms) if use_bounds and arithmetic.sum_clamped else choice
 
 
 def _scale_of_sums(arithmetic: Fast) -> int:
@@ -145,7 +149,7 @@ def _counting(found: Found, a: Range, b: Range) -> Found | None:
         if isinstance(arithmetic, Float32) and not format.half_unit and p <= m <= LONGEST_OBSERVED:
             how = "truncated"
         arithmetic = replace(arithmetic, product_exact=False, terms=how)
-    scales = _scales(arithmetic, a, b)
+    scales = _scales(arithmetic, a, b, is_counting=True)
     if scales is None or not _constants_fit(arithmetic):
         return None
     if isinstance(arithmetic, Rounded32) and not _has_headroom(arithmetic, a, b, scales):
@@ -154,13 +158,12 @@ def _counting(found: Found, a: Range, b: Range) -> Found | None:
     return None if is_flushed else (arithmetic, scales, terms)
 
 
-def _bounded(arithmetic: Fast, scales: tuple[int, int], a: Range, b: Range, terms: int) -> Choice:
+def _bounded(choice: Choice, arithmetic: Fast, a: Range, b: Range, terms: int) -> Choice:
     """The choice that decides on saturation by tile and chunk, if float32 holds its limits."""
     acc = arithmetic.acc
-    units = (-a.above - scales[0], -b.above - scales[1])
     growth = _growth(acc, terms)
-    if max(map(abs, units)) > 126 or growth > MOST_GROWTH or terms > MOST_TERMS:
-        return Choice(arithmetic, *scales)
+    if growth > MOST_GROWTH or terms > MOST_TERMS:
+        return choice
     span = 2.0 ** -(a.above + b.above) / growth * (1 - 2.0**-8)
     largest = acc.format.max
     if isinstance(acc.product, FixedFormat):
@@ -170,7 +173,8 @@ def _bounded(arithmetic: Fast, scales: tuple[int, int], a: Range, b: Range, term
     norm_limit = max(largest * span, 0.0) ** 2 - NORM_SLACK
     product_limit = min((acc.product or acc.format).max * span, 2.0**126)
     norm_limit = min(max(norm_limit, -1.0), 2.0**126)
-    return Choice(replace(arithmetic, by_chunk=True), *scales, *units, norm_limit, product_limit)
+    by_chunk = replace(arithmetic, by_chunk=True)
+    return replace(choice, arithmetic=by_chunk, norm_limit=norm_limit, product_limit=product_limit)
 
 
 def _growth(acc: Accumulator, terms: int) -> float:
@@ -368,23 +372,27 @@ def _has_headroom(arithmetic: Rounded32, a: Range, b: Range, scales: tuple[int, 
     return is_finite and arithmetic.acc.format.emax + 1 + arithmetic.sum_scale <= 126
 
 
-def _scales(arithmetic: Float32 | Rounded32, a: Range, b: Range) -> tuple[int, int] | None:
+def _scales(arithmetic: Float32 | Rounded32, a: Range, b: Range, is_counting: bool = False) -> tuple[int, int] | None:
     """Exponents that A and B are multiplied with, which add up to the product's; None if float32 cannot hold them."""
     total = arithmetic.product_scale
-    flushing = None if arithmetic.product_exact or arithmetic.acc.product is None else _flushing_scales(total, a, b)
+    may_flush = not arithmetic.product_exact and arithmetic.acc.product is not None
+    flushing = _flushing_scales(total, a, b, is_counting) if may_flush else None
     return flushing or _exact_scales(total, a, b)
 
 
-def _flushing_scales(total: int, a: Range, b: Range) -> tuple[int, int] | None:
+def _flushing_scales(total: int, a: Range, b: Range, is_counting: bool) -> tuple[int, int] | None:
     """Exponents that add up to `total` and bring both operands below 1.
 
     An operand that becomes subnormal on the way is flushed; its product, with an operand below 1, is then below 2^−126
-    and is flushed anyway, as it must be.
+    and is flushed anyway, as it must be. B's exponent does not depend on A, where that can be, so that packed panels of
+    a weight serve all activations; where events are counted, operands stay as far as can be from being flushed.
     """
     slack = -a.above - b.above - total
     if slack < 0:
         return None
-    a_exponent = -a.above - slack // 2
+    a_exponent = max(total + b.above, LEAST_OF_A)
+    if is_counting or -a.above - a_exponent > 126:
+        a_exponent = -a.above - slack // 2
     return _normal(a_exponent, total - a_exponent)
 
 

@@ -4,9 +4,9 @@
 
 A column is an output position and k runs over (channel, kernel depth, row, column), so that B is read straight from
 the image and no im2col matrix exists; a matrix product is the convolution whose kernel is 1×1 and whose image is one
-line. A *task* is a panel of columns of a block of rows of a batch: it packs its panel of B (unless that was kept from
-an earlier call: see `panels`) and, when the block changes, of A, then computes tile after tile in registers. Tasks are
-independent, which is all that threads need.
+line. A *task* is a panel of columns (a few of them, where rows are few) of a block of rows of a batch: it packs its
+panel of B (unless that was kept from an earlier call: see `panels`) and, when the block changes, of A, then computes
+tile after tile in registers. Tasks are independent, which is all that threads need.
 """
 
 from __future__ import annotations
@@ -43,8 +43,9 @@ from fmaq.numerics import Accumulator, Level, random
 from fmaq.numerics.reference import EVENTS
 
 CACHE_LINE = 64
+PREFETCHED = 2048  # bytes ahead
 MANY = 2**61  # more steps than there are
-TILE_ARGUMENTS = [*[POINTER] * 5, I64, POINTER, POINTER, F32, F32]
+TILE_ARGUMENTS = [*[POINTER] * 5, I64, I64, POINTER, POINTER, F32, F32]
 STORE_ARGUMENTS = [POINTER, POINTER, POINTER, I64, I64, F32]
 COUNTERS = 2 * len(EVENTS)  # of steps, then of merges
 
@@ -53,7 +54,9 @@ class Gemm:
     """Generates the function `run(parameters, first task, last task, scratch)` for an arithmetic on a target.
 
     Attributes:
-        width: columns of a panel.
+        width: columns of a tile.
+        panel: columns of a panel, which are the same for all tiles of a target, so that these share panels.
+        panels: that a tile spans.
     """
 
     def __init__(self, arithmetic: Arithmetic, chunk: int | None, target: Target, tile: Tile) -> None:
@@ -62,6 +65,8 @@ class Gemm:
         self.target = target
         self.tile = tile
         self.width = tile.vectors * target.lanes(arithmetic.element_bytes)
+        self.panels = -(-tile.vectors // target.tile[1])
+        self.panel = self.width // self.panels
         self.spans = _spans([chunk, *(level.chunk for level in arithmetic.merging[:-1])])
         self.module = ir.Module("fmaq")
 
@@ -87,20 +92,22 @@ class Gemm:
     def _tile(self) -> ir.Function:
         """One tile over all of k, chunk by chunk, into a buffer [tile.rows][width].
 
-        `tile(a, b, buffer, words, counters, depth, row bounds, column bounds, norm limit, product limit)`
+        `tile(a, b, buffer, words, counters, depth, bytes of a panel of b, row bounds, column bounds, norm limit,
+        product limit)`
         """
         function, b = self._function("tile", TILE_ARGUMENTS)
-        a, packed, buffer, words, self._counters_at, depth, *bounds = function.args
+        a, packed, buffer, words, self._counters_at, depth, panel_bytes, *bounds = function.args
         v = self._lanes(b)
         cells = [(r, i) for r in range(self.tile.rows) for i in range(self.tile.vectors)]
         draw = self._drawing(v, words, cells)
+        panels = [element(b, packed, b.mul(panel_bytes, i64(j)), I8) for j in range(self.panels)]
 
         def chunk(start: Value, end: Value, counted: list[Value]) -> list[Value]:
             """The sums of a chunk, and the counters after it."""
 
             def steps(arithmetic: Arithmetic) -> list[Value]:
                 def one_step(k: Value, carried: list[Value]) -> list[Value]:
-                    xs, ws = self._operands(v, a, packed, k)
+                    xs, ws = self._operands(v, a, panels, k)
                     pairs = [(xs[r], ws[i]) for r, i in cells]
                     return self._step(v, arithmetic, pairs, carried[: len(cells)], draw(k, 0), carried[len(cells) :])
 
@@ -207,13 +214,17 @@ class Gemm:
     def _store_counters(self, v: Lanes, counted: list[Value]) -> None:
         pass
 
-    def _operands(self, v: Lanes, a: Value, packed: Value, k: Value) -> tuple[list[Value], list[Value]]:
-        """Of step k: an element of A for each row, in every lane, and the vectors of B's row."""
+    def _operands(self, v: Lanes, a: Value, panels: list[Value], k: Value) -> tuple[list[Value], list[Value]]:
+        """Of step k: an element of A for each row, in every lane, and the vectors of B's row, from each panel."""
         b = v.b
         at_a = element(b, a, b.mul(k, i64(self.tile.rows)), F32)
-        at_b = element(b, packed, b.mul(k, i64(self.width)), F32)
         xs = [v.load_splat(element(b, at_a, i64(r), F32)) for r in range(self.tile.rows)]
-        return xs, [v.load(element(b, at_b, i64(i * v.count), F32)) for i in range(self.tile.vectors)]
+        rows = [element(b, panel, b.mul(k, i64(self.panel)), F32) for panel in panels]
+        if len(panels) > 1:  # few rows wait for memory
+            for row in rows:
+                for at in range(0, FLOAT32_BYTES * self.panel, CACHE_LINE):
+                    v.prefetch(element(b, row, i64(PREFETCHED + at), I8))
+        return xs, [v.load(element(b, row, i64(i), F32)) for row in rows for i in range(0, self.panel, v.count)]
 
     def _drawing(
         self, v: Lanes, words: Value, cells: list[tuple[int, int]]
@@ -313,8 +324,8 @@ class Gemm:
         depth, rows, panels, block_rows, row_blocks, c_row = (parameters[name] for name in names)
         limits = [parameters.number("norm_limit"), parameters.number("product_limit")]
         c_scale = parameters.number("c_scale")
-        parts = ("counters", "table", "buffer", "words", "column_bounds", "panel", "row_bounds", "block")
-        counters, table, buffer, words, column_bounds, panel, row_bounds, block = (
+        parts = ("counters", "table", "buffer", "words", "panels", "row_bounds", "block")
+        counters, table, buffer, words, own_panels, row_bounds, block = (
             element(b, scratch, parameters[f"at_{part}"], I8) for part in parts
         )
         pack_rows, pack_columns, locate_columns = (
@@ -322,7 +333,6 @@ class Gemm:
         )
         kept, panel_bytes, is_packed = parameters["kept_panels"], parameters["panel_bytes"], parameters["is_packed"]
         is_kept = b.icmp_signed("!=", kept, i64(0))
-        own = [panel, column_bounds]
         height = i64(self.tile.rows)
         control = FloatControl(b, self.target)
         control.set()
@@ -338,10 +348,10 @@ class Gemm:
             column = b.mul(b.srem(t, panels), i64(self.width))
             with b.if_then(b.icmp_signed("!=", group, previous[0])):
                 b.call(pack_rows, [array, block, row_bounds, table, batch, row])
-            index = b.add(b.mul(batch, panels), b.srem(t, panels))
+            index = b.add(b.mul(batch, parameters["panels_kept"]), b.mul(b.srem(t, panels), i64(self.panels)))
             place = b.inttoptr(b.add(kept, b.mul(index, panel_bytes)), POINTER)
-            behind = element(b, place, b.mul(depth, i64(self.width)), F32)
-            panel, column_bounds = (b.select(is_kept, *pair) for pair in zip((place, behind), own, strict=True))
+            panel = b.select(is_kept, place, own_panels)
+            column_bounds = element(b, panel, b.mul(depth, i64(self.panel)), F32)
             with b.if_else(b.icmp_signed("!=", is_packed, i64(0))) as (then, otherwise):
                 with then:
                     b.call(locate_columns, [array, panel, column_bounds, table, batch, column])
@@ -359,7 +369,7 @@ class Gemm:
                 bounds = element(b, row_bounds, b.mul(b.mul(i, parameters["chunks"]), i64(2)), F32)
                 if keeps_subnormal:
                     set_control()
-                b.call(tile, [a, panel, buffer, words, counters, depth, bounds, column_bounds, *limits])
+                b.call(tile, [a, panel, buffer, words, counters, depth, panel_bytes, bounds, column_bounds, *limits])
                 if keeps_subnormal:
                     control.set()
                 target = element(b, c, b.mul(b.add(row, at), c_row), F32)
@@ -374,9 +384,9 @@ class Gemm:
         b.ret_void()
 
     def panel_bytes(self, depth: int) -> int:
-        """The size of a kept panel of B, with its bounds."""
+        """The size of a panel of B, with its bounds behind it."""
         chunks = 1 if self.chunk is None else -(-depth // self.chunk)
-        return _up_to_a_line(FLOAT32_BYTES * (depth * self.width + 2 * chunks))
+        return _up_to_a_line(FLOAT32_BYTES * (depth * self.panel + 2 * chunks))
 
     def scratch_layout(self, depth: int, block_rows: int) -> tuple[dict[str, int], int]:
         """Offsets of the parts of a thread's scratch memory, as parameters, and its size in bytes.
@@ -390,8 +400,7 @@ class Gemm:
             "at_table": 28 * self.width,
             "at_buffer": cell,
             "at_words": cell,
-            "at_column_bounds": 2 * FLOAT32_BYTES * chunks,
-            "at_panel": FLOAT32_BYTES * depth * self.width,
+            "at_panels": self.panels * self.panel_bytes(depth),
             "at_row_bounds": 2 * FLOAT32_BYTES * chunks * (block_rows // self.tile.rows),
             "at_block": FLOAT32_BYTES * depth * block_rows,
         }

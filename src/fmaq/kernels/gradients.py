@@ -101,7 +101,7 @@ class GradientGemm(Gemm):
         def chunk(start: Value, end: Value) -> list[Value]:
             def steps(arithmetic: Arithmetic) -> list[Value]:
                 def one_step(k: Value, sums: list[Value]) -> list[Value]:
-                    xs, ws = self._operands(v, a, packed, k)
+                    xs, ws = self._operands(v, a, [packed], k)
                     seen = [
                         self._look(v, arithmetic, xs[r], ws[i], s, word)
                         for (r, i), s, word in zip(cells, sums, draw(k, 0), strict=True)
@@ -381,10 +381,11 @@ class GradientGemm(Gemm):
         names = ("depth", "rows", "panels", "block_rows", "row_blocks", "c_row")
         depth, rows, panels, block_rows, row_blocks, c_row = (parameters[name] for name in names)
         limits = [parameters.number("norm_limit"), parameters.number("product_limit")]
-        parts = ("table", "buffer", "words", "column_bounds", "panel", "row_bounds", "block")
-        table, buffer, words, column_bounds, panel, row_bounds, block = (
+        parts = ("table", "buffer", "words", "panels", "row_bounds", "block")
+        table, buffer, words, panel, row_bounds, block = (
             element(b, scratch, parameters[f"at_{part}"], I8) for part in parts
         )
+        column_bounds = element(b, panel, b.mul(depth, i64(self.panel)), F32)
         more = ("true_panel", "true_block", "masks", "merges", "grad_panel")
         true_panel, true_block, masks, merges, grad_panel = (
             element(b, scratch, parameters[f"at_{part}"], I8) for part in more
@@ -464,7 +465,7 @@ class GradientGemm(Gemm):
     def scratch_layout(self, depth: int, block_rows: int) -> tuple[dict[str, int], int]:
         """As of a product, and packed operands as they are, masks, and the gradient of a panel; a group more of each.
 
-        The array `panel` of columns is behind the others, and read beyond its end, but only where masks are zero.
+        The array `panels` of columns is behind the others, and read beyond its end, but only where masks are zero.
         """
         merges = sum(1 if span is None else -(-depth // span) for span in self.spans)
         more = depth + self.group

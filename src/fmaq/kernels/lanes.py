@@ -11,7 +11,7 @@ import struct
 from llvmlite import ir
 
 from fmaq.kernels.control import ROUNDINGS, control_bits
-from fmaq.kernels.ir_blocks import F32, F64, I1, I32, I64, Value
+from fmaq.kernels.ir_blocks import F32, F64, I1, I32, I64, POINTER, Value
 from fmaq.kernels.targets import Target
 from fmaq.numerics import random
 
@@ -88,6 +88,11 @@ class Lanes:
         self.b.store(
             self.b.fptrunc(value, ir.VectorType(F32, self.count)) if self.is_double else value, pointer, align=4
         )
+
+    def prefetch(self, pointer: Value) -> None:
+        """Have memory that will be read in all caches; it need not be there."""
+        function = self.declare("llvm.prefetch.p0", ir.VoidType(), [POINTER, I32, I32, I32])
+        self.b.call(function, [pointer, I32(0), I32(3), I32(1)])
 
     # Arithmetic, in the processor's current rounding mode.
 

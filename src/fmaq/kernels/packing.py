@@ -14,6 +14,7 @@ from llvmlite import ir
 from fmaq.kernels.ir_blocks import (
     F32,
     I1,
+    I8,
     I32,
     I64,
     POINTER,
@@ -41,16 +42,21 @@ class Packing:
 
     Args:
         height: rows of a panel.
-        width: columns of a panel.
+        width: columns that are packed at once: one panel or more.
         is_bounded: bounds are wanted.
         chunk: steps that a bound covers, or None for all of them.
+        panels: of columns.
     """
 
-    def __init__(self, target: Target, height: int, width: int, is_bounded: bool, chunk: int | None = None) -> None:
+    def __init__(
+        self, target: Target, height: int, width: int, is_bounded: bool, chunk: int | None = None, panels: int = 1
+    ) -> None:
         self.module = ir.Module("packing")
         self.target = target
         self.height = height
         self.width = width
+        self.panels = panels
+        self.panel = width // panels
         self.chunk = chunk
         self.is_bounded = is_bounded
 
@@ -172,10 +178,11 @@ class Packing:
     # --- Columns of B ------------------------------------------------------------------------------------------------
 
     def _columns(self) -> None:
-        """`pack_columns(parameters, packed, bounds, table, batch, first column)`: a panel of columns as [k][width].
+        """`pack_columns(parameters, packed, bounds, table, batch, first column)`: panels of columns as [k][panel].
 
-        Positions outside the image, and columns beyond the last, are zero. Bounds are [chunk][norm², magnitude]. The
-        table gets, for every column, the offset of its result in C, or −1 beyond the last.
+        Positions outside the image, and columns beyond the last, are zero. Bounds are [chunk][norm², magnitude]; each
+        panel's, as the panel itself, lie `panel_bytes` behind those of the one before. The table gets, for every
+        column, the offset of its result in C, or −1 beyond the last.
         """
         function, v, parameters = self._start("pack_columns")
         b = v.b
@@ -187,24 +194,35 @@ class Packing:
         sizes = [v.splat(b.trunc(size, I32)) for size in parameters.spatial("size")]
         vectors = [self._locate_vector(v, table, starts, corners, i) for i in range(self.width // v.count)]
 
+        panels = self._by_panel(b, parameters, packed)
+
         def one_k(k: Value, shift: Value, taps: list[Value]) -> None:
-            row = element(b, packed, b.mul(k, i64(self.width)), F32)
             for i, (offsets, corner, is_line) in enumerate(vectors):
                 inside = _inside(v, corner, taps, sizes)
                 value = self._read_vector(v, image, b.add(offsets, v.splat(shift)), inside, is_line)
-                v.store(v.mul(value, scale), element(b, row, i64(i * v.count), F32))
+                v.store(v.mul(value, scale), self._place(v, panels, k, i))
 
-        done = self._pack_transposed(v, parameters, packed, image, vectors, sizes, scale)
+        done = self._pack_transposed(v, parameters, panels, image, vectors, sizes, scale)
         self._each_k(b, parameters, one_k, done)
         if self.is_bounded:
-            self._bound_columns(v, parameters, packed, bounds)
+            for panel, of_panel in zip(panels, self._by_panel(b, parameters, bounds), strict=True):
+                self._bound_columns(v, parameters, panel, of_panel)
         b.ret_void()
+
+    def _by_panel(self, b: ir.IRBuilder, parameters: Parameters, first: Value) -> list[Value]:
+        """Where each panel has what the first has there."""
+        return [element(b, first, b.mul(parameters["panel_bytes"], i64(i)), I8) for i in range(self.panels)]
+
+    def _place(self, v: Lanes, panels: list[Value], k: Value, i: int) -> Value:
+        """Of step k and the i-th vector of columns."""
+        panel, column = divmod(i * v.count, self.panel)
+        return element(v.b, panels[panel], v.b.add(v.b.mul(k, i64(self.panel)), i64(column)), F32)
 
     def _pack_transposed(
         self,
         v: Lanes,
         parameters: Parameters,
-        packed: Value,
+        panels: list[Value],
         image: Value,
         vectors: list[tuple[Value, list[Value], Value]],
         sizes: list[Value],
@@ -229,9 +247,8 @@ class Packing:
                     source = element(b, image, b.add(b.extract_element(safe, i32(lane)), k), F32)
                     lines.append(v.load(source))
                 for j, line in enumerate(_transpose(b, lines)):
-                    at = b.add(b.mul(b.add(k, i64(j)), i64(self.width)), i64(i * v.count))
                     kept = b.select(inside, v.mul(line, scale), v.constant(0.0))
-                    v.store(kept, element(b, packed, at, F32))
+                    v.store(kept, self._place(v, panels, b.add(k, i64(j)), i))
             return []
 
         for_range(b, i64(0), end, [], one_block, step=v.count)
@@ -350,10 +367,10 @@ class Packing:
 
     def _bound_columns(self, v: Lanes, parameters: Parameters, packed: Value, bounds: Value) -> None:
         b = v.b
-        unit, count = v.splat(parameters.number("b_unit")), self.width // v.count
+        unit, count = v.splat(parameters.number("b_unit")), self.panel // v.count
 
         def one_k(k: Value, found: list[Value]) -> list[Value]:
-            row = element(b, packed, b.mul(k, i64(self.width)), F32)
+            row = element(b, packed, b.mul(k, i64(self.panel)), F32)
             values = [v.mul(v.load(element(b, row, i64(i * v.count), F32)), unit) for i in range(count)]
             return self._grow(v, found, values)
 

@@ -29,9 +29,9 @@ FIELDS = (
     *("norm_limit", "product_limit"),
     # Positions for stochastic rounding: m counts rows, or columns if `lanes_are_m`; a batch adds `m_batch`, `n_batch`.
     *("key", "lanes_are_m", "m_batch", "n_batch"),
-    # Where panels of B are kept from call to call (0: nowhere), the bytes of each, its bounds included, and 1 if all of
-    # them are packed already.
-    *("kept_panels", "panel_bytes", "is_packed"),
+    # The bytes of a panel of B, its bounds included; where panels are kept from call to call (0: nowhere), how many of
+    # a batch, and 1 if all of them are packed already.
+    *("panel_bytes", "kept_panels", "panels_kept", "is_packed"),
     # Chunks in the sum, and offsets in bytes of the parts of a thread's scratch memory.
     *(
         "chunks",
@@ -39,8 +39,7 @@ FIELDS = (
         "at_table",
         "at_buffer",
         "at_words",
-        "at_column_bounds",
-        "at_panel",
+        "at_panels",
         "at_row_bounds",
         "at_block",
     ),

@@ -40,6 +40,7 @@ PARAMETERS = ctypes.c_int64 * len(FIELDS)
 _OF_ONE_POINT = {f"{name}_{d}" for name in ("size", "kernel", "stride", "dilation", "out") for d in SPATIAL}
 USUAL = [int(name in _OF_ONE_POINT) for name in FIELDS]  # a kernel and an image of one point
 SMALL = 1 << 16  # multiply-adds that are not worth a second thread
+MOST_PANELS = 4  # that a tile spans
 FEW_ROWS = 64  # that share a panel: up to so many, keeping panels pays
 LONG = 1 << 24  # multiply-adds that take longer than to choose their kernel
 KEPT_BITS = 4  # of the number of steps in a sum, and of magnitudes, for which a kernel is chosen
@@ -48,28 +49,28 @@ LARGE = 1 << 14  # elements of an operand that is worth keeping
 
 @dataclass(frozen=True)
 class Kernel:
-    """A compiled product. `gemm` knows its tile and its scratch memory; `code` is what keeps the functions alive."""
+    """A compiled product. `gemm` knows its tile and its scratch memory; `code` is what keeps the function alive."""
 
     gemm: Gemm
     run: Any
-    packing: dict[str, int]
-    code: tuple[Compiled, Compiled]
+    code: Compiled
 
 
 @functools.cache
 def kernel(arithmetic: Arithmetic, chunk: int | None, target: Target, tile: Tile, kind: type[Gemm] = Gemm) -> Kernel:
     """The kernel of an arithmetic, compiled at its first use."""
     gemm = kind(arithmetic, chunk, target, tile)
-    packing = packing_of(target, tile.rows, gemm.width, arithmetic.by_chunk, chunk if arithmetic.by_chunk else None)
     code = compile_module(gemm.build(), target)
     run = code.function("run", ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p)
-    return Kernel(gemm, run, {name: packing.address(name) for name in PACKING}, (code, packing))
+    return Kernel(gemm, run, code)
 
 
 @functools.cache
-def packing_of(target: Target, height: int, width: int, is_bounded: bool, chunk: int | None) -> Compiled:
+def packing_of(
+    target: Target, height: int, width: int, is_bounded: bool, chunk: int | None, panels: int = 1
+) -> Compiled:
     """What packs operands for tiles of a size."""
-    return compile_module(Packing(target, height, width, is_bounded, chunk).build(), target)
+    return compile_module(Packing(target, height, width, is_bounded, chunk, panels).build(), target)
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,7 +120,8 @@ class Launch:
         template: the parameters.
         tasks: into which the product is divided; `is_small`: not worth a second thread.
         scratch: bytes that a thread needs; `at_counters`: where in them it counts.
-        panels: what packed panels of B depend on, and bytes of one, and of all.
+        panels: what packed panels of B depend on, and bytes of all.
+        packing: what keeps the packing functions alive.
     """
 
     kernel: Kernel
@@ -128,7 +130,8 @@ class Launch:
     is_small: bool
     scratch: int
     at_counters: int
-    panels: tuple[tuple[Any, ...], int, int]
+    panels: tuple[tuple[Any, ...], int]
+    packing: Compiled
 
     def parameters(self, problem: Problem, seed: int, kept: Panels | None = None) -> ctypes.Array[ctypes.c_int64]:
         """The template, with what is known of a call alone."""
@@ -140,7 +143,6 @@ class Launch:
         if kept is not None:
             parameters[FIELD["kept_panels"]] = kept.address
             parameters[FIELD["is_packed"]] = int(kept.is_packed)
-            parameters[FIELD["panel_bytes"]] = self.panels[1]
         return parameters
 
     def run(self, problem: Problem, seed: int, kept: Panels | None = None) -> np.ndarray | None:
@@ -186,18 +188,22 @@ def launch_of(
     block_rows = -(-tiles // blocks) * height
     blocks = -(-layout.rows // block_rows)
     offsets, size = gemm.scratch_layout(depth, block_rows)
+    # Kept panels have their bounds, whether this kernel looks at them or not: another may.
+    is_bounded = choice.arithmetic.by_chunk or layout.is_kept
+    packing = packing_of(target, height, gemm.width, is_bounded, acc.chunk if is_bounded else None, gemm.panels)
     sizes = {"panels": panels, "block_rows": block_rows, "row_blocks": blocks}
     sizes["chunks"] = 1 if acc.chunk is None else -(-depth // acc.chunk)
+    sizes["panel_bytes"] = gemm.panel_bytes(depth)
+    sizes["panels_kept"] = -(-layout.columns // (MOST_PANELS * gemm.panel)) * MOST_PANELS
+    sizes |= {name: packing.address(name) for name in PACKING}
     template = PARAMETERS(*USUAL)
-    for name, value in (fields_of(layout, choice) | sizes | offsets | kernel.packing).items():
+    for name, value in (fields_of(layout, choice) | sizes | offsets).items():
         template[FIELD[name]] = value
-    packed_as = (gemm.target.name, gemm.width, choice.arithmetic.by_chunk and (gemm.chunk or 0))
-    of_panels = layout.columns, choice.b_exponent, choice.b_unit, packed_as
-    panel_bytes = gemm.panel_bytes(depth)
+    of_panels = layout.columns, choice.b_exponent, choice.b_unit, gemm.target.name, gemm.panel, gemm.chunk
+    all_bytes = layout.batches * sizes["panels_kept"] * sizes["panel_bytes"]
     is_small = layout.batches * layout.rows * layout.columns * depth < SMALL
     tasks = layout.batches * blocks * panels
-    all_bytes = layout.batches * panels * panel_bytes
-    return Launch(kernel, template, tasks, is_small, size, offsets["at_counters"], (of_panels, panel_bytes, all_bytes))
+    return Launch(kernel, template, tasks, is_small, size, offsets["at_counters"], (of_panels, all_bytes), packing)
 
 
 @functools.lru_cache(maxsize=1 << 14)
@@ -217,7 +223,8 @@ def _kernel(layout: Layout, choice: Choice, chunk: int | None, target: Target, k
     rows, vectors = target.tile
     height = min(rows, layout.rows)
     lanes = target.lanes(choice.arithmetic.element_bytes)
-    while height * vectors * 2 <= rows * target.tile[1] and vectors * lanes * 2 <= layout.columns:
+    most = min(rows // height, MOST_PANELS) * target.tile[1]
+    while vectors * 2 <= most and vectors * lanes * 2 <= layout.columns:
         vectors *= 2  # few rows leave registers to more columns
     return kernel(choice.arithmetic, chunk, target, Tile(height, vectors), kind)  # type: ignore[arg-type]
 
@@ -262,7 +269,7 @@ class Problem(NamedTuple):
             self.c.zero_()
             return True
         launch = launch_of(layout, acc.with_seed(0), target, layout.widened(a, b), torch.get_num_threads())
-        how, _, size = launch.panels
+        how, size = launch.panels
         panels = None if mark is None else kept.find((mark, self.b.shape, self.b.stride(), *how), size)
         launch.run(self, acc.seed, panels)
         if panels is not None:
