@@ -286,10 +286,12 @@ class Machine:
         before = torch.get_num_threads()
         with use_target(targets[self.target % len(targets)].name), patch.multiple(products, **sizes):
             torch.set_num_threads(self.threads)
+            products.launch_of.cache_clear()  # what was decided by other sizes
             try:
                 yield
             finally:
                 torch.set_num_threads(before)
+                products.launch_of.cache_clear()
 
 
 machines = st.builds(

@@ -105,6 +105,15 @@ def test_bounds_know_that_rounding_grows_sums():
             assert_equal(-a, torch.ones(1, 16, 16), acc, Machine(0, 1, None, True))
 
 
+@pytest.mark.parametrize("target", range(len(available_targets())))
+@pytest.mark.parametrize("m", [1, 2, 5])
+def test_bounds_of_some_columns_say_nothing_of_the_next(target, m):
+    """Few rows, whose sums saturate in one panel of columns and not in those before it."""
+    a, b = torch.ones(1, m, 16), torch.full((1, 16, 160), 0.01)
+    b[:, :12, 40::7], b[:, 12:, 40::7] = 7.0, -7.0
+    assert_equal(a, b, Accumulator.paper12, Machine(target, 1, None, True))
+
+
 @examples(40)
 @given(data=st.data(), acc=pooled, m=sizes, n=sizes, depth=depths)
 def test_target_and_threads_do_not_matter(data, acc, m, n, depth):

@@ -25,6 +25,7 @@ from fmaq.numerics import Accumulator
 from fmaq.ops.columns import Columns, Offset
 from fmaq.ops.conv import as_convolution
 from fmaq.ops.matmul import as_batches
+from fmaq.ops.operands import widen
 
 Index = Sequence[int]
 
@@ -94,7 +95,7 @@ class MatrixSample:
 
     def emulated(self, acc: Accumulator) -> Tensor:
         """The sums in an accumulator: (…, M, N)."""
-        left, right, shape = as_batches(self.a, self.b)
+        left, right, shape = as_batches(widen(self.a, "a"), widen(self.b, "b"))
         return kernels.matmul(left, right, acc).reshape(shape)
 
     def parts(self, span: int, most: int) -> Iterator[Tensor]:
@@ -104,7 +105,7 @@ class MatrixSample:
 
     def count(self, acc: Accumulator) -> list[int]:
         """How often each event happens in the steps, then in the merges."""
-        left, right, _ = as_batches(self.a, self.b)
+        left, right, _ = as_batches(widen(self.a, "a"), widen(self.b, "b"))
         return kernels.count_events(left, right, acc)
 
     def scaled(self, offset: Vector | Offset) -> MatrixSample:

@@ -247,10 +247,12 @@ def _after(module: nn.Module, args: Any, output: Any) -> Any:
         traced.leave()
         return None
     call = calls.call_of_hook()
+    if call is None:
+        return None
     try:
-        return call.finish(output) if call is not None and call.finish is not None and output is not None else None
+        return None if call.finish is None or output is None else call.finish(output)
     finally:
-        calls.leave()
+        calls.leave(call)
 
 
 for hook in (_before, _after):

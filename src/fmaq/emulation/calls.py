@@ -122,11 +122,9 @@ def enter(module: nn.Module, attachment: Attachment, mode: type[ModelMode], inpu
     return call
 
 
-def leave() -> None:
-    """Note that a module's forward ends; does nothing where `enter` was not reached. Called from a forward hook."""
-    frame = _module_frame()
-    _drop_interrupted(frame)
-    if _running.calls and _running.calls[-1].frame is frame:
+def leave(call: Call) -> None:
+    """Note that a module's forward ends: that of the innermost call."""
+    if _running.calls and _running.calls[-1] is call:
         _running.calls.pop()
         _leave_mode_if_done()
 
@@ -288,7 +286,8 @@ def _module_frame() -> FrameType:
     for _ in range(8):
         if frame is None:
             break
-        if (frame.f_code.co_name, frame.f_code.co_filename) == CALL_IMPL:
+        code = frame.f_code
+        if code.co_name == CALL_IMPL[0] and code.co_filename == CALL_IMPL[1]:
             return frame
         frame = frame.f_back
     raise RuntimeError("a hook of fmaq was called from elsewhere than torch.nn.Module.__call__")

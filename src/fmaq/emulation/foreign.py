@@ -18,6 +18,8 @@ OWN_DISPATCH = (torch._C._disabled_torch_dispatch_impl, Tensor.__torch_dispatch_
 
 ORDINARY = {Tensor, torch.nn.Parameter, int, float, bool, str, type(None), torch.dtype, torch.device, torch.Size}
 
+PLAIN = (tuple, list, dict)
+
 
 def is_foreign(x: Any) -> bool:
     """x computes by itself what torch functions make of it."""
@@ -44,7 +46,7 @@ def ordinary(x: Any) -> Tensor | None:
 
 def found(given: Any) -> list[Any]:
     """The foreign operands in arguments, however deep in tuples, lists and mappings."""
-    if is_foreign(given):
+    if type(given) not in PLAIN and is_foreign(given):
         return [given]
     if isinstance(given, (tuple, list)):
         return [x for part in given if type(part) not in ORDINARY for x in found(part)]

@@ -34,8 +34,8 @@ class Operands(NamedTuple):
 
 def formats_of(rule: Rule, is_weight: tuple[bool, bool]) -> tuple[str | None, str | None]:
     """The names of both operands' formats."""
-    first, second = (rule.weight if weight else rule.activation for weight in is_weight)
-    return first, second
+    of_first, of_second = is_weight
+    return rule.weight if of_first else rule.activation, rule.weight if of_second else rule.activation
 
 
 def is_integer(accumulator: Accumulator) -> bool:
@@ -46,8 +46,9 @@ def is_integer(accumulator: Accumulator) -> bool:
 
 def sums_codes(accumulator: Accumulator | str, formats: tuple[str | None, str | None]) -> bool:
     """An integer engine: both operands are integers, and so are all products and sums."""
-    are_integers = all(name is not None and name.startswith("int") for name in formats)
-    return are_integers and isinstance(accumulator, Accumulator) and is_integer(accumulator)
+    if None in formats or not isinstance(accumulator, Accumulator):
+        return False
+    return all(name is not None and name.startswith("int") for name in formats) and is_integer(accumulator)
 
 
 def by_channel(rule: Rule, is_weight: tuple[bool, bool], b: Tensor) -> bool:

@@ -206,7 +206,7 @@ def _computed(call: Call, request: Request, rule: Rule) -> tuple[Tensor, Operand
     first, second = request.operands
     dtype = autocast_dtype(first) or first.dtype
     with full_precision(first.device.type):
-        operands = _multiplied(place, request, (first.to(dtype), second.to(dtype)), rule)
+        operands = _multiplied(place, request, (_as(dtype, first), _as(dtype, second)), rule)
         if chooser is not None:
             a, b = operands.tensors
             rule = chooser.choose(place, replace(request, operands=(a, b)), rule)
@@ -214,8 +214,12 @@ def _computed(call: Call, request: Request, rule: Rule) -> tuple[Tensor, Operand
         if operands.scale is not None:
             how["gain"] = (operands.scale * how.get("gain", 1)).float()
         with _Named(place):
-            result = request.emulated_product(*operands.tensors, accumulator, **how).to(dtype)
+            result = _as(dtype, request.emulated_product(*operands.tensors, accumulator, **how))
     return result if chooser is None else chooser.computed(place, request, result), operands
+
+
+def _as(dtype: torch.dtype, x: Tensor) -> Tensor:
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 def _multiplied(place: Place, request: Request, operands: tuple[Tensor, Tensor], rule: Rule) -> Operands:
@@ -279,7 +283,7 @@ def why_not(rule: Rule | None, operands: Sequence[Tensor], is_outer: bool = Fals
     for x in operands:
         if x.is_nested or x.layout != torch.strided or x.is_quantized:
             return "nested, sparse or quantized operands"
-        if x.device.type == "meta":
+        if x.is_meta:
             return "meta tensors have no values"
         if x.dtype not in OPERAND_DTYPES:
             return f"{str(x.dtype).removeprefix('torch.')} operands"

@@ -56,6 +56,15 @@ class _Known:
 
         roles[key] = weakref.ref(x, forget), role
 
+    def activations(self) -> list[Tensor]:
+        """Those that are still alive."""
+        found = [reference() for reference, role in list(self._roles.values()) if role is Role.ACTIVATION]
+        return [x for x in found if x is not None]
+
+
+_known_before: weakref.WeakKeyDictionary[nn.Module, _Known] = weakref.WeakKeyDictionary()
+"""Of each model's last forward."""
+
 
 class Roles:
     """The roles of the tensors of one forward of a model.
@@ -67,7 +76,8 @@ class Roles:
     module that is an index, a mask or a number. Activations are the model's inputs, the outputs of linear layers,
     convolutions, attention and other products, and all that one of these takes part in: `self.table[ids]`, or a running
     mean times an input. What a function writes into becomes what it wrote. A tensor of which nothing is known is
-    quantized as an activation, unless it comes into a buffer's place.
+    quantized as an activation, unless it comes into a buffer's place. What is left of the activations of the forward
+    before, such as keys and values in a cache, are activations, unless they are in a buffer's place by now.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -78,6 +88,13 @@ class Roles:
             for value in vars(module).values():
                 if isinstance(value, Tensor) and (value.dim() == 0 or value.dtype in INDEX_DTYPES):
                     self._known[value] = Role.CONSTANT
+        before = _known_before.get(model)
+        if before is not None:
+            registered = set(self._registered_ids())
+            for x in before.activations():
+                if id(x) not in registered and self._known.get(x) is None:
+                    self._known[x] = Role.ACTIVATION
+        _known_before[model] = self._known
 
     def is_weight(self, x: Any) -> bool:
         """A weight, or something that is no tensor and holds tensors that are weights."""
@@ -107,8 +124,12 @@ class Roles:
         return role
 
     def _is_registered(self, x: Tensor) -> bool:
-        """It stands in a parameter's or a buffer's place now; asked often, of all that a model has."""
-        return id(x) in map(id, chain.from_iterable(map(VALUES, filter(None, self._registered))))
+        """It stands in a parameter's or a buffer's place now."""
+        return id(x) in self._registered_ids()
+
+    def _registered_ids(self) -> Iterable[int]:
+        """Of what does; asked often, of all that a model has."""
+        return map(id, chain.from_iterable(map(VALUES, filter(None, self._registered))))
 
     def set(self, x: Tensor, role: Role) -> None:
         """Note what a tensor is."""
@@ -131,6 +152,10 @@ class Roles:
         """Note what a function made or changed; `is_activation`: it gives activations, whatever it is given."""
         changed = tensors_in(args[:1] if result is None else result)  # None: x[i] = y, x.data = y
         if not changed:
+            return
+        if is_activation and all(x._base is None for x in changed):
+            for x in changed:
+                self._known[x] = Role.ACTIVATION
             return
         given = tensors_in(args[:1] if func in SHAPED_LIKE else (args, kwargs) if kwargs else args)
         role = Role.ACTIVATION if is_activation else self._greatest(given)

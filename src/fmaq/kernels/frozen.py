@@ -67,7 +67,7 @@ def store_of(x: Tensor) -> Store | None:
 
 
 def _is_ordinary(x: Tensor) -> bool:
-    is_plain = type(x) in (Tensor, Parameter) and x.device.type == "cpu" and x.layout == torch.strided
+    is_plain = type(x) in (Tensor, Parameter) and x.is_cpu and x.layout == torch.strided
     return is_plain and not torch._C._functorch.is_functorch_wrapped_tensor(x)
 
 

@@ -223,9 +223,10 @@ def _kernel(layout: Layout, choice: Choice, chunk: int | None, target: Target, k
     rows, vectors = target.tile
     height = min(rows, layout.rows)
     lanes = target.lanes(choice.arithmetic.element_bytes)
-    most = min(rows // height, MOST_PANELS) * target.tile[1]
+    # Few rows leave registers to more columns, but a bound is that of one panel.
+    most = (1 if choice.arithmetic.by_chunk else min(rows // height, MOST_PANELS)) * target.tile[1]
     while vectors * 2 <= most and vectors * lanes * 2 <= layout.columns:
-        vectors *= 2  # few rows leave registers to more columns
+        vectors *= 2
     return kernel(choice.arithmetic, chunk, target, Tile(height, vectors), kind)  # type: ignore[arg-type]
 
 

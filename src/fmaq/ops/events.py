@@ -106,5 +106,5 @@ def _finite_operands(a: Tensor, b: Tensor, acc: AccumulatorLike) -> tuple[Accumu
     for name, x in (("a", a), ("b", b)):
         if not bool(torch.isfinite(widen(x, name)).all()):
             raise ValueError(f"{name} has values that are not finite; events are those of finite sums")
-    left, right, _ = as_batches(a.detach(), b.detach())
+    left, right, _ = as_batches(widen(a.detach(), "a"), widen(b.detach(), "b"))
     return parsed, left, right

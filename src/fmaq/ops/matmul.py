@@ -94,10 +94,14 @@ def matmul(
     """
     how = summation(acc, estimator, backward)
     columns = Columns(offset, gain, shift, per_token)
+    return _multiplied(widen(a, "a"), widen(b, "b"), how, columns)
+
+
+def _multiplied(a: Tensor, b: Tensor, how: Summation, columns: Columns) -> Tensor:
+    """The product of two float32 tensors."""
     if columns.is_empty:
         left, right, shape = as_batches(a, b)
-        return batched_matmul(left, right, *how).reshape(shape)
-    a, b = widen(a, "a"), widen(b, "b")
+        return _shaped(batched_matmul(left, right, *how), shape)
     wide = b[:, None] if b.dim() == 1 else b
     a, powers = columns.by_token(a, (-1,)) if a.dim() else (a, None)
     left, right, shape = as_batches(a, columns.scale(wide, -1, batched=True) if b.dim() else b)
@@ -107,12 +111,11 @@ def matmul(
 
 
 def as_batches(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, tuple[int, ...]]:
-    """The operands as (B, M, K) and (B, K, N) in float32, and the shape of the product; see `matmul`.
+    """Float32 operands as (B, M, K) and (B, K, N), and the shape of the product; see `matmul`.
 
     A single b takes all of a's rows at once. A row's position for stochastic rounding, counted over the whole batch, is
     the same either way.
     """
-    a, b = widen(a, "a"), widen(b, "b")
     if a.dim() == 0 or b.dim() == 0:
         raise ValueError(f"matmul takes tensors of at least one dimension, got {_shapes(a, b)}")
     left, right = (a[None] if a.dim() == 1 else a), (b[:, None] if b.dim() == 1 else b)
@@ -129,9 +132,16 @@ def as_batches(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, tuple[int, ...]]:
     shape = (*batch, *((m,) if a.dim() > 1 else ()), *((n,) if b.dim() > 1 else ()))
     is_single = right.shape[:-2].numel() == 1
     count, rows = (1, batch.numel() * m) if is_single else (batch.numel(), m)
-    left = left.reshape(count, rows, depth)
-    right = right.reshape(1, depth, n) if is_single else right.expand(*batch, depth, n).reshape(count, depth, n)
-    return left, right, shape
+    if not is_single:
+        right = right.expand(*batch, depth, n)
+    return _shaped(left, (count, rows, depth)), _shaped(right, (count, depth, n)), shape
+
+
+def _shaped(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """x in a shape: torch's own takes time even where it has it already."""
+    if x.shape == shape:
+        return x
+    return x.unsqueeze(0) if (1, *x.shape) == shape else x.reshape(shape)
 
 
 def _shapes(a: Tensor, b: Tensor) -> str:
@@ -173,5 +183,5 @@ def linear(
         bias = widen(bias, "bias")
         if bias.shape != weight.shape[:-1]:
             raise ValueError(f"bias must be {tuple(weight.shape[:-1])}, got {tuple(bias.shape)}")
-    y = matmul(x, weight.t(), acc, estimator, offset, gain, shift, backward, per_token)
+    y = _multiplied(x, weight.t(), summation(acc, estimator, backward), Columns(offset, gain, shift, per_token))
     return y if bias is None else y + bias

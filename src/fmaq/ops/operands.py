@@ -41,7 +41,7 @@ def widen(x: Tensor, name: str) -> Tensor:
     if x.layout != torch.strided or x.is_nested:
         kind = "nested" if x.is_nested else str(x.layout).removeprefix("torch.")
         raise ValueError(f"{name} is a {kind} tensor; products take dense ones. Convert it with {name}.to_dense()")
-    if x.device.type != "cpu":
+    if not x.is_cpu:
         raise ValueError(
             f"{name} is on {x.device}; kernels are generated for the CPU so far. Move it with {name}.cpu()"
         )

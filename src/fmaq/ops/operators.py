@@ -22,7 +22,7 @@ from fmaq.ops.operands import AccumulatorLike, check
 
 LIBRARY = torch.library.Library("fmaq", "DEF")
 DEVICES = ("CPU",)
-_OWN_DEVICES = {device.lower() for device in DEVICES}
+_OWN_DEVICES = {torch.device(device.lower()) for device in DEVICES}
 
 Operator = Callable[..., Any]
 InDims = tuple[int | None, ...]
@@ -78,7 +78,7 @@ def _is_seen_by_nobody(args: tuple[Any, ...]) -> bool:
     a small product, would do no more than call the kernel."""
     for x in args:
         if isinstance(x, Tensor):
-            if type(x) not in (Tensor, Parameter) or x.device.type not in _OWN_DEVICES or x.is_neg():
+            if type(x) not in (Tensor, Parameter) or x.device not in _OWN_DEVICES or x.is_neg():
                 return False
             if x.requires_grad and torch.is_grad_enabled():
                 return False
