@@ -133,6 +133,20 @@ def test_what_a_forward_writes_stays_an_activation() -> None:
     assert formats(lambda: model(X)) == [("M2E3", "M2E3")]
 
 
+def test_what_is_left_of_the_forward_before_is_an_activation_unless_it_became_a_buffer() -> None:
+    kept = []
+
+    def caching(m, x):
+        kept.append(F.relu(x))
+        return x @ (m.table if hasattr(m, "table") else kept[0]).mT
+
+    model = attach(Called(caching), QUANTIZED)
+    for _ in range(2):
+        assert formats(lambda: model(X)) == [("M2E3", "M2E3")]
+    model.register_buffer("table", kept[1])
+    assert formats(lambda: model(X)) == WEIGHT
+
+
 def test_a_running_mean_of_inputs_is_an_activation() -> None:
     def mean(m, x):
         m.mean = 0.9 * m.mean + 0.1 * x.mean(0)

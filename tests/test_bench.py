@@ -269,7 +269,7 @@ def test_gemm_targets_are_those_of_the_sizes_measured() -> None:
     targets = {(case.row.work, case.row.case): case.row.target for case in gemm.cases((128, 256))}
     name = "float32, no saturation possible"
     assert targets["256×256×256", name] == 1.9 and targets["128×128×128", name] is None
-    assert targets["1×1024×1024", "linear, the weight cached"] == 4.0
+    assert targets["1×1024×1024", "linear, the weight cached"] == 3.0
     half_unit = 1.1 if kernels.current_target().name == "avx512" else 1.3
     assert targets["256×256×256", "half-unit"] == half_unit and targets["128×128×128", "half-unit"] is None
     with kernels.use_target("sse2" if kernels.current_target().architecture == "x86_64" else "neon"):
@@ -327,20 +327,20 @@ def small_network(tmp_path: Path) -> networks.Network:
         "name: small\ntask: classification\ndata: {kind: digits, limit: 8}\n"
         "model: {callable: 'fmaq.recipes.residual_cnn:residual_cnn', arguments: {width: 4}}\n"
     )
-    return networks.Network("small", str(tmp_path / "small.yaml"), 4)
+    return networks.Network("small", str(tmp_path / "small.yaml"), 3.0, 4)
 
 
 def test_network_cases(small_network: networks.Network) -> None:
     inference = quick(networks.inference_cases([small_network])[0])
     training = quick(networks.training_cases(small_network)[0])
-    assert inference.value and training.value and inference.target == 3.0 and training.target == 2.5
+    assert inference.value and training.value and inference.target == 3.0 and training.target == 1.4
     assert inference.macs and training.macs and 2 < training.macs / inference.macs <= 3
     assert inference.work == "small, batch 4"
 
 
 def test_networks_that_are_not_there_are_skipped(tmp_path: Path) -> None:
     (tmp_path / "bad.yaml").write_text("name: x\n")
-    missing, bad = (networks.Network("n", str(tmp_path / name), 1) for name in ("none.yaml", "bad.yaml"))
+    missing, bad = (networks.Network("n", str(tmp_path / name), 3.0, 1) for name in ("none.yaml", "bad.yaml"))
     rows = [quick(case) for case in networks.inference_cases([missing, bad])]
     assert "install fmaq from a checkout" in str(rows[0].skipped) and rows[0].value is None
     assert "bad.yaml" in str(rows[1].skipped) and "make fetch" in str(rows[1].skipped)
