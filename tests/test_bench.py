@@ -269,7 +269,7 @@ def test_gemm_targets_are_those_of_the_sizes_measured() -> None:
     targets = {(case.row.work, case.row.case): case.row.target for case in gemm.cases((128, 256))}
     name = "float32, no saturation possible"
     assert targets["256×256×256", name] == 1.9 and targets["128×128×128", name] is None
-    assert targets["1×1024×1024", "linear, the weight cached"] == 3.0
+    assert targets["1×1024×1024", "linear, the weight frozen"] == 3.0
     half_unit = 1.1 if kernels.current_target().name == "avx512" else 1.3
     assert targets["256×256×256", "half-unit"] == half_unit and targets["128×128×128", "half-unit"] is None
     with kernels.use_target("sse2" if kernels.current_target().architecture == "x86_64" else "neon"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -14,6 +15,7 @@ from fmaq.bench.instructions import count, launched
 from fmaq.bench.machine import vector_rate
 from fmaq.bench.rows import Case, Operation, Row, Unavailable
 from fmaq.bench.timing import compare
+from fmaq.kernels.frozen import freezing
 from fmaq.numerics import Accumulator
 from fmaq.ops import linear
 
@@ -115,7 +117,8 @@ def cases(sizes: Sequence[int] = SIZES) -> list[Case]:
     """Every kind at every size, the ideas, then the skinny products, two threads, and events."""
     squares = [_square(kind, n) for kind in KINDS for n in sizes]
     squares += [_against_plain(idea, n) for idea in IDEAS for n in sizes if n <= IDEAS_UP_TO]
-    skinny = [_skinny(rows, target) for rows, target in ((1, 3.0), (8, 2.0))]
+    few = ((1, 3.0), (8, 2.0))
+    skinny = [_skinny(rows, target, is_frozen) for is_frozen in (True, False) for rows, target in few]
     return [*squares, *skinny, _two_threads(max(sizes)), *(_events(n) for n in sizes)]
 
 
@@ -172,18 +175,21 @@ def _short(acc: Accumulator) -> str:
     return f"{acc.format}, {acc.product}"
 
 
-def _skinny(m: int, target: float, n: int = 1024) -> Case:
+def _skinny(m: int, target: float, is_frozen: bool, n: int = 1024) -> Case:
+    """A linear layer of few rows, whose weight is promised not to change, or recognized by what it holds."""
+
     def measure(row: Row, rounds: int) -> Row:
         x, weight = _normal(m, n, scale=SMALL_VALUES), _normal(n, n, scale=SMALL_VALUES)
 
         def ours() -> Tensor:
             return linear(x, weight, None, PAPER)
 
-        with torch.no_grad():
+        with torch.no_grad(), freezing([weight]) if is_frozen else contextlib.nullcontext():
             row = _with_instructions(row, ours, is_checked=False)
             return row.timed(compare(ours, lambda: torch.nn.functional.linear(x, weight), rounds))
 
-    return Case(Row("gemm", _work(m, n, n), "linear, the weight cached", target, macs=m * n * n), measure)
+    name = f"linear, the weight {'frozen' if is_frozen else 'recognized'}"
+    return Case(Row("gemm", _work(m, n, n), name, target, macs=m * n * n), measure)
 
 
 def _two_threads(n: int) -> Case:
