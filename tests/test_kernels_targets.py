@@ -34,6 +34,17 @@ def kernel_assembly(name: str, acc: Accumulator) -> str:
     return assembly(Gemm(choice.arithmetic, acc.chunk, target, Tile(*target.tile)).build(), target)
 
 
+def test_sums_too_long_for_32_bit_counters_are_counted_in_64():
+    usual, longest = Range(4.0, 2.0**-10, 24, False), 2**28
+    chosen = [
+        choose(Accumulator.paper12, TARGETS["avx512"], usual, usual, depth, True, is_counting=True).arithmetic
+        for depth in (longest, longest + 1)
+    ]
+    assert [arithmetic.element_bytes for arithmetic in chosen] == [4, 8]
+    for target in TARGETS.values():
+        assert target.tile[0] * target.tile[1] * longest < 2**32
+
+
 @pytest.mark.parametrize("name", TARGETS)
 def test_code_is_generated_for_every_target(name):
     code = kernel_assembly(name, Accumulator.paper12)

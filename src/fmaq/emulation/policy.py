@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 
 from fmaq.emulation import vector_files
 from fmaq.emulation.in_short import in_short
-from fmaq.emulation.noise import BY_CALL, NOISE
+from fmaq.emulation.noise import NOISE
 from fmaq.emulation.rule import (
     CHOSEN_FIELDS,
     FP32,
@@ -32,6 +32,7 @@ from fmaq.emulation.rule import (
     PRODUCT_FIELDS,
     RANGE_FIELDS,
     RULE_FIELDS,
+    OfProduct,
     Rule,
     handed_down,
 )
@@ -65,7 +66,7 @@ def _naming_the_nearest(cls: type[T]) -> type[T]:
 
 @_naming_the_nearest
 @dataclass(frozen=True, repr=False)
-class Policy:
+class Policy(OfProduct):
     """Which products use which accumulator; see the module's text for how an entry of `layers` is chosen.
 
     Args:
@@ -100,19 +101,6 @@ class Policy:
         TypeError, ValueError: a key or value is wrong; the message names it and what it may be.
     """
 
-    accumulator: Accumulator | str = FP32
-    weight: str | None = None
-    activation: str | None = None
-    estimator: str = "identity"
-    backward: Accumulator | None = None
-    per_token: bool = False
-    weight_per_channel: bool = False
-    noise: str = BY_CALL
-    offset: Vector | None = None
-    gain: Vector | None = None
-    shift: Vector | None = None
-    a_max: Vector | None = None
-    b_max: Vector | None = None
     products: Mapping[int | str, Mapping[str, Any]] = field(default_factory=dict)
     layers: Mapping[str, Mapping[str, Any] | None] = field(default_factory=dict)
 

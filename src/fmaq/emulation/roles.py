@@ -88,13 +88,16 @@ class Roles:
             for value in vars(module).values():
                 if isinstance(value, Tensor) and (value.dim() == 0 or value.dtype in INDEX_DTYPES):
                     self._known[value] = Role.CONSTANT
-        before = _known_before.get(model)
-        if before is not None:
-            registered = set(self._registered_ids())
-            for x in before.activations():
-                if id(x) not in registered and self._known.get(x) is None:
-                    self._known[x] = Role.ACTIVATION
+        self._take_over(_known_before.get(model))
         _known_before[model] = self._known
+
+    def _take_over(self, before: _Known | None) -> None:
+        """Note what is left of the activations of a forward before."""
+        left = [] if before is None else before.activations()
+        registered = set(self._registered_ids()) if left else set()
+        for x in left:
+            if id(x) not in registered and self._known.get(x) is None:
+                self._known[x] = Role.ACTIVATION
 
     def is_weight(self, x: Any) -> bool:
         """A weight, or something that is no tensor and holds tensors that are weights."""

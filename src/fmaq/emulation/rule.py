@@ -23,10 +23,27 @@ RANGE_FIELDS = ("a_max", "b_max")
 OWN_FIELDS = (*CHOSEN_FIELDS, *RANGE_FIELDS)
 """What a module's own products have, and the modules inside it do not."""
 
-PRODUCT_FIELDS = (
-    *("accumulator", "weight", "activation", "estimator", "backward", "per_token", "weight_per_channel", "noise"),
-    *OWN_FIELDS,
-)
+
+@dataclass(frozen=True, repr=False)
+class OfProduct:
+    """What may be said of one product, of a layer's, and of a model's: see `Rule`."""
+
+    accumulator: Accumulator | str = FP32
+    weight: str | None = None
+    activation: str | None = None
+    estimator: str = "identity"
+    backward: Accumulator | None = None
+    per_token: bool = False
+    weight_per_channel: bool = False
+    noise: str = BY_CALL
+    offset: Vector | None = None
+    gain: Vector | None = None
+    shift: Vector | None = None
+    a_max: Vector | None = None
+    b_max: Vector | None = None
+
+
+PRODUCT_FIELDS = tuple(each.name for each in fields(OfProduct))
 RULE_FIELDS = (*PRODUCT_FIELDS, "products")
 
 RECURRENT_KINDS = ("linear_input", "linear_hidden", "linear_projection")
@@ -42,7 +59,7 @@ KINDS = (
 
 
 @dataclass(frozen=True, repr=False)
-class Rule:
+class Rule(OfProduct):
     """What happens to the products of one layer.
 
     Attributes:
@@ -60,19 +77,6 @@ class Rule:
         products: what differs for single products, by their index in a call or by kind.
     """
 
-    accumulator: Accumulator | str = FP32
-    weight: str | None = None
-    activation: str | None = None
-    estimator: str = "identity"
-    backward: Accumulator | None = None
-    per_token: bool = False
-    weight_per_channel: bool = False
-    noise: str = BY_CALL
-    offset: Vector | None = None
-    gain: Vector | None = None
-    shift: Vector | None = None
-    a_max: Vector | None = None
-    b_max: Vector | None = None
     products: Mapping[int | str, Mapping[str, Any]] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
